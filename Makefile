@@ -1,0 +1,33 @@
+# make test      the tests, without those marked slow
+# make test-all  all of them
+# make clean     remove the environment that this file made, and caches
+#
+# The environment is made at first use. The file .building marks one whose installation was interrupted: it is made
+# anew. An environment that somebody else made is left alone.
+
+PYTHON ?= python3
+VENV ?= .venv
+RELEASES := tests/requirements-tested.txt
+
+.PHONY: test test-all clean
+
+test: $(VENV)/.built
+	$(VENV)/bin/python -m pytest -q -m "not slow" tests
+
+test-all: $(VENV)/.built
+	$(VENV)/bin/python -m pytest -q tests
+
+# torch goes first and alone, so that no other requirement draws in another build of it, which can be gigabytes.
+$(VENV)/.built: $(RELEASES)
+	@if [ -d $(VENV) ] && [ ! -e $(VENV)/.building ] && [ ! -e $@ ]; then \
+	  echo "error: $(VENV) was not made by this Makefile; move it away, or use: make test VENV=.venv-test" >&2; exit 2; fi
+	mkdir -p $(VENV) && touch $(VENV)/.building
+	$(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/.building
+	$(VENV)/bin/python -m pip install -q "$$(grep '^torch==' $(RELEASES))"
+	$(VENV)/bin/python -m pip install -q -r $(RELEASES)
+	mv $(VENV)/.building $@
+
+clean:
+	if [ -e $(VENV)/.building ] || [ -e $(VENV)/.built ]; then rm -rf $(VENV); fi
+	rm -rf .pytest_cache .ruff_cache
+	find . -type d -name __pycache__ -prune -exec rm -rf {} +

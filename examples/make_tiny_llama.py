@@ -1,0 +1,129 @@
+"""Make a LLaMA of random weights, small enough for tests and first steps, with a tokenizer of LLaMA's kind.
+
+Nothing is downloaded. The tokenizer is a SentencePiece BPE model trained here, on tiny_corpus.txt or on texts of
+yours; the folder loads with AutoTokenizer and AutoModelForCausalLM. Same texts, seed and libraries: same bytes.
+
+    python examples/make_tiny_llama.py --output_dir out/tiny-llama
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+
+CORPUS = Path(__file__).resolve().with_name("tiny_corpus.txt")
+LENGTH = 2048  # tokens: the longest sequence, that of the first LLaMA
+
+# Parameters in all: tiny 227,136, small 2,606,336. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
+PRESETS = {
+    "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4},
+    "small": {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4},
+}
+
+
+def train_sentencepiece(texts, vocab_size):
+    """Train a BPE model with LLaMA's settings on a list of texts; returns the bytes of a tokenizer.model.
+
+    Every line is one sentence, so no piece holds a line break: those are bytes, as in LLaMA. Raises UserError where
+    the texts do not make that many pieces.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    lines = [line for text in texts for line in text.split("\n") if line.strip()]
+    written = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.998,  # the rarest characters get no piece, so that bytes are met in practice
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,  # indents of code
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=1 << 24,  # bytes; longer lines would be left out without a word
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # too few pairs, or more different characters than pieces
+        raise utils.UserError(
+            f"{sum(map(len, lines)):,} characters of text do not make a vocabulary of {vocab_size:,}; "
+            f"give other --text or another --preset ({utils.first_line(error)})"
+        ) from None
+    return written.getvalue()
+
+
+def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
+    """Write a random LLaMA and its tokenizer into `output_dir`; returns the number of parameters.
+
+    `preset` is a key of PRESETS, `seed` decides the weights alone, and `texts` are paths of UTF-8 files to train the
+    tokenizer on instead of tiny_corpus.txt; Alpaca's two templates are always added. The caller's random state stays
+    as it was. Raises UserError where `output_dir` holds a model already, a text cannot be read or is too short, or the
+    tokenizer would not give the ids of its SentencePiece model.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if Path(output_dir, "config.json").exists():
+        raise utils.UserError(f"--output_dir {output_dir}: there is a config.json already; choose another folder")
+    for path in texts:
+        if not Path(path).is_file():
+            raise utils.UserError(f"--text {path}: no such file")
+    pieces = train_sentencepiece(
+        [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()],
+        PRESETS[preset]["vocab_size"],
+    )
+    config = LlamaConfig(
+        **PRESETS[preset],
+        num_hidden_layers=2,
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    with utils.staged(output_dir) as folder:
+        sentencepiece = folder / "tokenizer.model"
+        sentencepiece.write_bytes(pieces)
+        tokenizer = utils.tokenizer_from_sentencepiece(sentencepiece, model_max_length=LENGTH)
+        text = utils.differs_from_sentencepiece(tokenizer, sentencepiece)
+        if text is not None:
+            raise utils.UserError(f"the tokenizer built from {sentencepiece.name} reads {text!r} otherwise than it")
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    return model.num_parameters()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Make a small LLaMA of random weights, with its tokenizer; nothing is downloaded.",
+        epilog="example: python examples/make_tiny_llama.py --output_dir out/tiny-llama",
+    )
+    parser.add_argument("--output_dir", required=True, help="the folder to write; must not hold a config.json")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="tiny", help="0.2 or 2.6 million parameters (default: tiny)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides the weights (default: 0)")
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="FILE", help="train the tokenizer on these, not on tiny_corpus.txt"
+    )
+    args = parser.parse_args()
+    count = make_tiny_llama(args.output_dir, args.preset, args.seed, args.text)
+    utils.say(
+        f"{args.output_dir}: LLaMA with {count:,} random parameters, vocabulary {PRESETS[args.preset]['vocab_size']:,}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,1041 @@
+"""Fine-tune a causal language model on instruction records, on one device or many; prompts carry no loss.
+
+    python train.py --model_name_or_path BASE --data_path data.json --output_dir OUT --bf16 True
+    torchrun --standalone --nproc_per_node=8 train.py ... --fsdp "full_shard auto_wrap"
+    torchrun --standalone --nproc_per_node=8 train.py ... --deepspeed ds_config.json
+    python train.py --model_name_or_path BASE --data_path data.json --dry_run 3     # look first: loads no weights
+    python train.py OUT/run.json --output_dir AGAIN                                 # the same run again
+
+Reads a model folder and JSON or JSON Lines records; writes the tuned model, checkpoints, loss.csv and run.json to OUT.
+The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
+"""
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import torch
+import transformers
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback
+
+import utils
+from utils import GIB, PROMPT_DICT, UserError, find_checkpoints, render_prompt, say  # noqa: F401 (PROMPT_DICT: forks)
+
+IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
+DEFAULT_PAD_TOKEN = "[PAD]"
+DEFAULT_EOS_TOKEN = "</s>"
+DEFAULT_BOS_TOKEN = "<s>"
+DEFAULT_UNK_TOKEN = "<unk>"
+CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
+MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: Optional[str] = field(
+        default="facebook/opt-125m", metadata={"help": "Model folder, or a name on the hub."}
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of the master weights: float32, bfloat16 or float16. Half masters train worse."},
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: Optional[list[str]] = field(
+        default=None,
+        metadata={"help": "One or more JSON or JSON Lines files of records; given again, it adds.", "action": "extend"},
+    )
+    skip_bad_records: bool = field(
+        default=False, metadata={"help": "Drop and count records that cannot be read instead of refusing the data."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where the hub's files are cached."})
+    model_max_length: int = field(
+        default=512, metadata={"help": "Window in tokens; longer rows are cut on the right and counted."}
+    )
+    pad_token: str = field(
+        default="keep",
+        metadata={"help": "keep: the vocabulary stays as it is. add: a [PAD] row is added, as Stanford Alpaca did."},
+    )
+    padded: bool = field(default=False, metadata={"help": "Pad micro-batches on the right instead of flattening them."})
+    save_dtype: Optional[str] = field(
+        default=None, metadata={"help": "Dtype of the final model's files; by default what the run computes in."}
+    )
+    save_rehearsal: bool = field(default=True, metadata={"help": "Save, check and remove the model before step 1."})
+    memory_check: bool = field(default=True, metadata={"help": "Compare what the run needs with what there is."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in a folder of ours; only files that a run wrote are deleted."}
+    )
+    resume_anyway: bool = field(default=False, metadata={"help": "Resume although settings of the run have changed."})
+    dry_run: int = field(default=0, metadata={"help": "Check the data, show this many examples and stop; no weights."})
+    tensorboard_dir: Optional[str] = field(default=None, metadata={"help": "Where --report_to tensorboard writes."})
+    # Three defaults of the Trainer that this script needs otherwise.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: rows carry their number."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it False: it logs NaN as 0.0."})
+    logging_steps: float = field(default=1, metadata={"help": "Print a line every so many steps (off a terminal)."})
+
+    def __post_init__(self):
+        if self.fp16 and self.bf16:
+            raise UserError("--fp16 and --bf16 are both set; keep one of them")
+        for name, value, choices in (
+            ("pad_token", self.pad_token, ("keep", "add")),
+            ("save_dtype", self.save_dtype or "float32", ("float32", "bfloat16", "float16")),
+        ):
+            if value not in choices:
+                raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
+        self._fit_device()
+        self._check_launcher()
+        if self.fsdp:
+            self._configure_fsdp()
+        if isinstance(self.deepspeed, str):
+            self._configure_deepspeed()
+        if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if self.tensorboard_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
+        self.disable_tqdm, self.logging_nan_inf_filter = True, False
+        super().__post_init__()
+        if self.deepspeed and self.use_cpu:
+            import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
+
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+    def _fit_device(self):
+        """Drop, with a line, what this device cannot honour; a command for a cluster can be rehearsed on a laptop."""
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.tf32 and (self.use_cpu or not transformers.utils.is_torch_tf32_available()):
+            say("--tf32 needs a GPU of the Ampere generation or newer; ignored here")
+            self.tf32 = None
+        if self.fp16 and self.use_cpu and not self.deepspeed:
+            say("--fp16 needs a GPU, or --deepspeed; computing in float32 here")
+            self.fp16 = False
+        if self.bf16 and not self.use_cpu and not transformers.utils.is_torch_bf16_gpu_available():
+            raise UserError("--bf16 needs a GPU of the Ampere generation or newer; use --fp16 True here")
+
+    def _check_launcher(self):
+        """Plain `python` runs one process on one device: refuse or say what needs a launcher, never DataParallel."""
+        if "WORLD_SIZE" in os.environ:
+            return
+        devices = 0 if self.use_cpu else torch.cuda.device_count()
+        command = f"torchrun --standalone --nproc_per_node={max(devices, 1 if devices else 2)} train.py ..."
+        if self.fsdp or self.deepspeed:
+            raise UserError(f"--{'fsdp' if self.fsdp else 'deepspeed'} needs a launcher: {command}")
+        if devices > 1:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+            say(f"using GPU {visible} of {devices}; for all of them: {command}")
+
+    def _configure_fsdp(self):
+        """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
+        words = self.fsdp.lower().split() if isinstance(self.fsdp, str) else []
+        known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}
+        if not known.issuperset(words):
+            raise UserError(f"--fsdp {self.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
+        config = self.fsdp_config or {}
+        if isinstance(config, str):
+            config = json.loads(config) if config.lstrip().startswith("{") else utils.jload(config)
+        config = {key.removeprefix("fsdp_"): value for key, value in config.items()}
+        config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
+        config.setdefault("cpu_offload", "offload" in words)
+        config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
+        if config.get("min_num_params"):
+            config["min_num_params"] = int(config["min_num_params"])
+            config.setdefault("auto_wrap_policy", "SIZE_BASED_WRAP")
+        if self.gradient_checkpointing:  # FSDP's own form saves the Trainer's extra gather in the backward pass
+            config.setdefault("activation_checkpointing", True)
+            self.gradient_checkpointing = False
+        self.fsdp, self.fsdp_config = True, config
+        # accelerate reads these when the process group is made: with them CPU tensors get a gloo group beside NCCL.
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+
+    def _configure_deepspeed(self):
+        try:
+            import deepspeed
+        except ImportError:
+            raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
+        deepspeed.utils.logger.setLevel("ERROR")
+        path = self.deepspeed
+        try:
+            config = json.loads(utils.read_text(path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
+        self.deepspeed, notices = utils.complete_ds_config(config)
+        for notice in notices:
+            say(f"{path}: {notice}")
+
+
+def parse_arguments(words):
+    """Parse argv without the script's name. Returns (model_args, data_args, training_args, given).
+
+    `given` is what differs from the defaults, as run.json keeps it. A first word that is a run.json brings its own.
+    """
+    classes = (ModelArguments, DataArguments, TrainingArguments)
+    parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = transformers.hf_argparser.ArgumentDefaultsHelpFormatter
+    parser.error = _refuse
+    words, notices = utils.translate_old_options(words)
+    saved = {}
+    if words and words[0].endswith(".json"):
+        path = Path(words.pop(0))
+        run = utils.read_run(path.parent) if path.name == "run.json" else None
+        if run is None:
+            raise UserError(f"{path}: a file before the options must be the run.json of an earlier run")
+        saved = run["arguments"]
+    if "fsdp_config" in saved or sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
+        raise UserError("--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON")
+    parser.set_defaults(**{key: value for key, value in saved.items() if key != "data_path"})
+    namespace, rest = parser.parse_known_args(words)
+    if rest:
+        raise utils.unknown_options(rest, [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)])
+    namespace.data_path = namespace.data_path or saved.get("data_path")
+    for notice in notices:
+        say(notice)
+    blank = transformers.HfArgumentParser(classes).parse_args([])
+    given = {name: value for name, value in vars(namespace).items() if value != getattr(blank, name)}
+    try:
+        groups = [[f.name for f in dataclasses.fields(cls) if f.init] for cls in classes]
+        built = [cls(**{n: getattr(namespace, n) for n in names}) for cls, names in zip(classes, groups, strict=True)]
+    except (ValueError, ImportError) as error:  # what transformers refuses, in its own words
+        raise UserError(" ".join(str(error).split())) from None
+    return *built, given
+
+
+def _refuse(message):
+    raise UserError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records to tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dict:
+    """Tokenize source + target and mask the source, by the rule of Stanford Alpaca.
+
+    The first len(tokenize(source)) ids of tokenize(source + target) carry no loss. A token that straddles the border
+    therefore counts as source; `straddling` says in which rows that happened. Both are cut at the tokenizer's
+    model_max_length. Returns {input_ids, labels: list of LongTensor (length,), straddling: list of bool}.
+    """
+    result = {"input_ids": [], "labels": [], "straddling": []}
+    options = {"truncation": True, "max_length": tokenizer.model_max_length, "return_attention_mask": False}
+    for start in range(0, len(sources), CHUNK):
+        prompts = list(sources[start : start + CHUNK])
+        texts = [prompt + target for prompt, target in zip(prompts, targets[start : start + CHUNK], strict=True)]
+        heads = tokenizer(prompts, **options).input_ids
+        for ids, head in zip(tokenizer(texts, **options).input_ids, heads, strict=True):
+            input_ids = torch.tensor(ids, dtype=torch.long)
+            labels = input_ids.clone()
+            labels[: len(head)] = IGNORE_INDEX
+            result["input_ids"].append(input_ids)
+            result["labels"].append(labels)
+            result["straddling"].append(ids[: len(head)] != head)
+    return result
+
+
+class SupervisedDataset(Dataset):
+    """The records of one or more files as masked tensors; every record is kept, or dropped and counted.
+
+    Items are {input_ids, labels}, LongTensors (length,). `sources[i]` names the record of item i; `report` holds the
+    counts and the records behind them. Raises UserError for data that cannot be read or holds nothing to train on.
+    """
+
+    def __init__(self, data_path, tokenizer, skip_bad_records=False):
+        super().__init__()
+        paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
+        records, problems = utils.read_records(paths)
+        if problems and not skip_bad_records:
+            shown = "; ".join(problems[:3] + ["..."] * (len(problems) > 3))
+            total = len(problems) + len(records)
+            raise UserError(
+                f"{len(problems)} of {total} records cannot be used: {shown}; mend them, "
+                "or drop and count them with --skip_bad_records True"
+            )
+        prompts = [render_prompt(record) for record in records]
+        targets = [record["output"] + tokenizer.eos_token for record in records]
+        data = preprocess(prompts, targets, tokenizer)
+        window = tokenizer.model_max_length
+        # A row as long as the window may or may not have been cut: count it again, whole.
+        full = [i for i, ids in enumerate(data["input_ids"]) if len(ids) == window]
+        lengths = [len(ids) for ids in tokenizer([prompts[i] + targets[i] for i in full]).input_ids] if full else []
+        cut = {i for i, length in zip(full, lengths, strict=True) if length > window}
+        keep = [i for i, labels in enumerate(data["labels"]) if (labels != IGNORE_INDEX).any()]
+        dropped = sorted(set(range(len(records))) - set(keep))
+        special = [token for token in tokenizer.all_special_tokens if token]
+        self.input_ids = [data["input_ids"][i] for i in keep]
+        self.labels = [data["labels"][i] for i in keep]
+        self.sources = [records[i]["source"] for i in keep]
+        name = [record["source"] for record in records]
+        self.report = {
+            "read": len(records) + len(problems),
+            "kept": len(keep),
+            "unreadable": problems,
+            "prompt_fills_window": [name[i] for i in dropped],
+            "truncated": [name[i] for i in keep if i in cut],
+            "straddling": [name[i] for i in keep if data["straddling"][i]],
+            "empty_output": [name[i] for i in keep if not records[i]["output"]],
+            "special_tokens": [
+                name[i]
+                for i in keep
+                if any(token in records[i][key] for key in ("instruction", "input", "output") for token in special)
+            ],
+            "end_token_trained": sum(int(labels[-1]) == tokenizer.eos_token_id for labels in self.labels),
+        }
+        for line in account(self.report, window):
+            say(line)
+        if not keep:
+            raise UserError(
+                f"{', '.join(map(str, paths))}: nothing to train on, none of {self.report['read']} records is left; "
+                "see the counts above, or raise --model_max_length"
+            )
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def account(report, window):
+    """The lines that account for every record of a `SupervisedDataset.report`."""
+
+    def some(key, what):
+        names = report[key]
+        return [f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []
+
+    kept, ends = report["kept"], report["end_token_trained"]
+    share = ends / max(kept, 1)
+    advice = "warning: models that seldom see the end token do not stop; raise --model_max_length"
+    return [
+        f"data: {kept:,} kept + {report['read'] - kept:,} dropped = {report['read']:,} read",
+        *some("unreadable", "data: dropped, unreadable"),
+        *some("prompt_fills_window", f"data: dropped, the prompt fills the window of {window} tokens"),
+        *some("truncated", f"data: truncated at {window} tokens"),
+        *some("straddling", "data: a token straddles the border of prompt and answer and is masked"),
+        *some("empty_output", "data: empty output, only the end token is trained"),
+        *some("special_tokens", "warning: special tokens such as </s> stand in the text of records"),
+        f"data: the end token is trained in {ends:,} of {kept:,} rows ({share:.1%})",
+        *([advice] if share < 0.99 else []),
+    ]
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pad a micro-batch on the right: {input_ids, labels, attention_mask}, LongTensors (batch, longest).
+
+    The mask goes by length, so a padding id that also stands inside a row does no harm.
+    """
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+    def __call__(self, instances):
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = int(self.tokenizer.eos_token_id == 0)  # any id but the end token's: it is masked
+        ids, labels = ([instance[key] for instance in instances] for key in ("input_ids", "labels"))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
+        }
+
+
+def flatten(instances):
+    """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
+
+    Position ids restart with every example, which is what keeps the examples apart in transformers' masks: an
+    attention_mask, even of ones, would undo it. Position i predicts token i + 1, so lengths 3 and 2 with the labels
+    [-100, 5, 6] and [-100, 7] give position_ids [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
+    """
+    ids = [instance["input_ids"] for instance in instances]
+    labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
+    keep = torch.nonzero(labels != IGNORE_INDEX)[:, 0]  # (targets,), long also when empty
+    targets = labels[keep][None]  # (1, targets)
+    return {
+        "input_ids": torch.cat(ids)[None],  # (1, tokens)
+        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],  # (1, tokens)
+        "logits_to_keep": keep,
+        "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
+        "labels": targets,  # the model computes a loss only when labels are given
+    }
+
+
+@dataclass
+class FlatCollator:
+    """Micro-batches as one flat row, or padded where `padded` says so; `rows` tells which records are inside."""
+
+    right_padding: DataCollatorForSupervisedDataset
+    padded: bool = False
+
+    def __call__(self, instances):
+        batch = self.right_padding(instances) if self.padded else flatten(instances)
+        return {**batch, "rows": torch.tensor([instance["row"] for instance in instances])}
+
+
+class FilledDataset(Dataset):
+    """A dataset filled to a multiple of the global batch with rows of one token and no target.
+
+    Without it DDP repeats records and engines disagree at the end of an epoch; with it every record is trained
+    exactly once per epoch on every engine. Items carry their number as `row`.
+    """
+
+    def __init__(self, dataset, multiple, token_id):
+        self.dataset = dataset
+        self.num_filled = -len(dataset) % multiple
+        self.filler = {"input_ids": torch.tensor([token_id]), "labels": torch.tensor([IGNORE_INDEX])}
+
+    def __len__(self):
+        return len(self.dataset) + self.num_filled
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return {**(self.dataset[i] if i < len(self.dataset) else self.filler), "row": i}
+
+
+def make_supervised_data_module(tokenizer, data_args) -> dict:
+    """The data arguments of a Trainer: {train_dataset, eval_dataset, data_collator}."""
+    if not data_args.data_path:
+        raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
+    dataset = SupervisedDataset(data_args.data_path, tokenizer, getattr(data_args, "skip_bad_records", False))
+    return {
+        "train_dataset": dataset,
+        "eval_dataset": None,
+        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
+    }
+
+
+def show_examples(dataset, tokenizer, count, colour):
+    """The first `count` rows as text with what is trained marked: green on a terminal, >>> <<< otherwise."""
+    shown = []
+    for i in range(min(count, len(dataset))):
+        ids, labels = dataset.input_ids[i], dataset.labels[i]
+        border = int((labels == IGNORE_INDEX).sum())
+        text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
+        tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
+        marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
+        shown.append(f"--- {dataset.sources[i]}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+    return "\n".join(shown)
+
+
+def summarize(dataset, args):
+    """What --dry_run prints of a dataset: lengths in tokens, and the steps that the run would take."""
+    lengths = sorted(map(len, dataset.input_ids))
+    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
+    at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
+    steps = num_steps(len(dataset), args)
+    return (
+        f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
+        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
+        f"steps: {steps:,} of {global_batch(args):,} examples ({args.num_train_epochs:g} epochs)"
+    )
+
+
+def global_batch(args):
+    """Examples per optimizer step, over all processes and accumulated micro-batches."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def num_steps(num_examples, args):
+    """Optimizer steps of the run."""
+    per_epoch = -(-num_examples // global_batch(args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _gathered(parameters):
+    """A context in which partitioned (ZeRO-3) parameters are whole and rank 0's changes reach all ranks."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+    return torch.no_grad()
+
+
+def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
+    """Add special tokens, give the model a row for each, and set the new rows to the mean of the old ones.
+
+    A model that already has spare rows is not shrunk: the new tokens then take spare rows.
+    """
+    num_new = tokenizer.add_special_tokens(special_tokens_dict)
+    if len(tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    first = len(tokenizer) - num_new
+    for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if num_new and embedding is not None:
+            with _gathered([embedding.weight]), torch.no_grad():
+                embedding.weight[first : len(tokenizer)] = embedding.weight[:first].mean(dim=0, keepdim=True)
+
+
+def fix_layer_class(args, model):
+    """Correct the case of FSDP's layer class, or refuse it; without one the model's own choice is used."""
+    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    for i, name in enumerate(wanted):
+        match = next((c for c in classes if c.lower() == name.lower()), None)
+        if match is None:
+            layers = ", ".join(getattr(model, "_no_split_modules", None) or classes)
+            raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
+        if match != name:
+            say(f"FSDP layer class {name} is {match} in this model")
+            wanted[i] = match
+    if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
+
+
+def load_model(model_args, args, config, tokenizer):
+    """Load the base model with fp32 master weights, whole, and with special ids that are the tokenizer's.
+
+    Raises UserError where weights are missing, damaged or of another shape.
+    """
+    name = model_args.model_name_or_path
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            cache_dir=args.cache_dir,
+            dtype=getattr(torch, model_args.dtype),  # transformers 5 would take the files' fp16 and train in it
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception as error:  # from half a download to a damaged shard: each library has its own exception
+        what = utils.first_line(error)
+        raise UserError(f"{name}: cannot load its weights ({what}); copy the folder again") from error
+    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+    if missing:
+        what = f"{len(missing)} weights are missing or of another shape, first {missing[0]}"
+        raise UserError(f"{name}: {what}; copy the folder again")
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        say(f"{name}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
+    changed = utils.repair_ids(model, tokenizer)
+    if changed:
+        say(f"config: {', '.join(changed)}, as the tokenizer has it")
+    if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
+        smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines: what was asked for, what it needs, what runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def engine_name(args):
+    """The engine that the arguments ask for: single process, DDP, FSDP, ZeRO-2 or ZeRO-3, and " with offload"."""
+    if args.deepspeed:
+        zero = args.deepspeed["zero_optimization"]
+        devices = [(zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")]
+        offload = devices != ["none", "none"]
+        return f"ZeRO-{zero.get('stage', 0)}" + " with offload" * offload
+    if args.fsdp:
+        return "FSDP" + " with offload" * bool(args.fsdp_config["cpu_offload"])
+    return "DDP" if args.world_size > 1 else "single process"
+
+
+def check_needs(args, model_args, num_params, steps):
+    """Refuse, before anything is loaded, a run that cannot fit in memory or on the disk.
+
+    Only weights, gradients, optimizer and files are counted, so nothing that could run is refused.
+    """
+    if not args.memory_check:
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
+    weight_bytes = getattr(torch, model_args.dtype).itemsize
+    needs = utils.memory_needs(num_params, weight_bytes, half, adam, args.world_size, local)
+    device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0]
+    problem = utils.memory_problem(engine_name(args), needs, local, utils.free_host_memory(), device_free)
+    if problem:
+        size = f"{num_params / 1e9:.2f} billion parameters"
+        raise UserError(f"{size}: {problem}; to try all the same: --memory_check False")
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, steps // max(every, 1))
+    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))
+    free = shutil.disk_usage(args.output_dir).free
+    if disk > free:
+        raise UserError(
+            f"{args.output_dir}: the model and {int(kept)} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "
+            "are free; use --save_total_limit 1, --save_only_model True or --save_strategy no; "
+            "to try all the same: --memory_check False"
+        )
+
+
+def enable_fsdp2_on_cpu(trainer):
+    """Open accelerate's gate that lets FSDP run on a CPU; used only there.
+
+    AcceleratorState turns FSDP on for a list of device types that leaves out several CPU processes, and silently runs
+    DDP; everything behind the gate is device neutral. So two private dicts of shared state get what the gate would
+    have written. tests/test_engines.py says when it is no longer needed.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.accelerator.state.mixed_precision != "no":
+        plugin.set_mixed_precision(trainer.accelerator.state.mixed_precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs an accelerator
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    trainer.is_fsdp_enabled = True
+
+
+def local_numel(parameter):
+    """Elements of a parameter that this process holds: a shard under FSDP2 (DTensor) and ZeRO-3 (ds_tensor)."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel()
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+
+
+def master_dtype(parameter):
+    """The dtype in which the optimizer updates a parameter, under ZeRO that of a copy; all processes call it."""
+    if "deepspeed" in sys.modules and hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).dtype
+    return parameter.dtype
+
+
+def check_engine(trainer):
+    """Compare the engine that wraps the model with the one asked for. Raises UserError where they differ."""
+    wanted, model = engine_name(trainer.args), trainer.model_wrapped
+    if hasattr(model, "zero_optimization_stage"):
+        found = f"ZeRO-{model.zero_optimization_stage()}"
+    elif isinstance(model, torch.distributed.fsdp.FSDPModule):
+        found = "FSDP"
+    elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        found = "DDP"
+    else:
+        found = "single process"
+    if found != wanted.removesuffix(" with offload"):
+        raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
+
+
+@torch.no_grad()
+def probe(trainer):
+    """Flatten two examples and change the first: the second one's logits must not move by a bit.
+
+    Runs on the wrapped model of any engine, with the arguments of a training step. Returns (why the model cannot take
+    flat rows, or "", dtype that the output layer computed in).
+    """
+    model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
+    device, seen = trainer.args.device, []
+    head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    one = (torch.arange(3, 27, device=device) % vocab_size)[None]  # two examples, of 8 and of 16 tokens
+    other = one.clone()
+    other[:, :8] = (other[:, :8] + 5) % vocab_size
+    flat = {
+        "position_ids": torch.cat([torch.arange(8), torch.arange(16)])[None].to(device),
+        "logits_to_keep": torch.arange(8, 24, device=device),
+        "use_cache": False,
+    }
+    training = model.training
+    model.eval()
+    try:
+        logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
+        if logits[0].shape[1] != 16:
+            return "it does not compute selected logits", seen[-1]
+        if not torch.equal(*logits):
+            return "in a flat row its examples see each other", seen[-1]
+        return "", seen[-1]
+    except TypeError as error:
+        model(input_ids=one, use_cache=False)
+        return f"its forward takes no flat rows ({utils.first_line(error)})", seen[-1]
+    finally:
+        hook.remove()
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
+
+
+class SFTTrainer(Trainer):
+    """The Trainer with FSDP on CPU as well, and with a look at every optimizer step before anything is saved."""
+
+    def __init__(self, *arguments, **keywords):
+        self.step_rows, self.step_losses, self.step_targets = [], [], 0
+        self.num_applied = self.num_skipped = self.skipped_in_a_row = 0
+        super().__init__(*arguments, **keywords)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled and self.args.use_cpu and self.args.world_size > 1:
+            enable_fsdp2_on_cpu(self)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.step_rows.append(inputs.pop("rows"))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_losses.append(loss.detach())
+        self.step_targets = num_items_in_batch
+        return loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:  # one optimizer step: see RunCallback.on_step_end
+            self.check_step(logs)
+            logs["num_targets"] = int(self.step_targets)
+            self.step_rows.clear(), self.step_losses.clear()
+        super().log(logs, start_time)
+
+    def check_step(self, logs):
+        """Stop the run at a step that went wrong; a step that fp16's loss scaling skipped is counted instead."""
+        loss, norm = logs["loss"], logs.get("grad_norm")
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self.num_skipped, self.num_applied = self.num_skipped + skipped, self.num_applied + (not skipped)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        if skipped:
+            logs["skipped_steps"] = self.num_skipped
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"step {self.state.global_step}: {self.skipped_in_a_row} steps in a row overflowed in fp16 and were "
+                f"skipped; use --bf16 True or a lower --learning_rate; {self.last_checkpoint()}"
+            )
+        no_norm = norm is not None and not math.isfinite(norm)
+        if math.isfinite(loss) and not (no_norm and not skipped) and not (loss == 0 and (norm == 0 or no_norm)):
+            return
+        if all(torch.isfinite(loss) for loss in self.step_losses):
+            time.sleep(1)  # let the process whose records did it speak
+        sources, num_rows = self.train_dataset.dataset.sources, len(self.train_dataset.dataset)
+        names = [sources[row] for rows in self.step_rows for row in rows.tolist() if row < num_rows]
+        raise UserError(
+            f"step {self.state.global_step}: the loss is {loss} and the gradient norm {norm}; "
+            f"records of process {self.args.process_index}: {', '.join(names) or 'none'}; {self.dtypes}; "
+            f"{self.last_checkpoint()}; look at these records with --dry_run, or lower --learning_rate"
+        )
+
+    def last_checkpoint(self):
+        whole = find_checkpoints(self.args.output_dir)[0]
+        return f"last good checkpoint: {whole[-1]}" if whole else "no checkpoint was written yet"
+
+
+class RunCallback(TrainerCallback):
+    """What happens around the steps: proofs before the first, signals between them, markers behind checkpoints."""
+
+    def __init__(self, trainer):
+        self.trainer, self.signal, self.handlers = trainer, 0, {}
+        # The Trainer deletes an old checkpoint before the new one is known to be whole; on_save does it after.
+        self.num_kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        check_engine(trainer)
+        parameters = list(trainer.model_wrapped.parameters())
+        here, total = sum(map(local_numel, parameters)), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+        dtypes = [{p.dtype for p in parameters}, {master_dtype(p) for p in parameters[-1:]}]
+        reason, compute = probe(trainer)
+        if reason and not trainer.data_collator.padded:
+            say(f"micro-batches are padded on the right: {reason}")
+            trainer.data_collator.padded = True
+        names = ["/".join(sorted(str(dtype)[6:] for dtype in group)) for group in [*dtypes, {compute}]]
+        trainer.dtypes = "weights {}, masters {}, compute {}".format(*names)
+        count = f"{args.world_size} process{'es' * (args.world_size > 1)}"
+        say(
+            f"engine: {engine_name(args)}, {count} on {args.device.type}, "
+            f"{here:,} of {total:,} parameters here, {trainer.dtypes}, "
+            f"micro-batch {args.per_device_train_batch_size} {'padded' if trainer.data_collator.padded else 'flat'} "
+            f"x accumulation {args.gradient_accumulation_steps} x processes {args.world_size} "
+            f"= global batch {global_batch(args)}, {state.max_steps:,} steps"
+        )
+        if args.save_rehearsal:
+            rehearse_save(trainer)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
+                self.handlers[number] = signal.signal(number, self.note_signal)
+
+    def note_signal(self, number, frame):
+        self.signal = number
+        if utils.rank() == 0:  # not print(): the signal may have come in the middle of one
+            os.write(2, f"{signal.Signals(number).name}: saving a checkpoint after this step, then exit 143\n".encode())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_log = True  # every step is looked at, before it can be saved
+        stop = torch.tensor(int(self.signal), device=args.device)
+        if args.world_size > 1:  # one process may have heard the signal before the others
+            torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
+        if stop:
+            self.signal = int(stop)
+            control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.accelerator.wait_for_everyone()
+        if args.should_save:
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            utils.mark_checkpoint(folder, step=state.global_step, resumable=not args.save_only_model)
+            for old in find_checkpoints(args.output_dir)[0][: -self.num_kept] if self.num_kept else []:
+                if str(old) != str(state.best_model_checkpoint):
+                    utils.delete_checkpoint(old)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine(TrainerCallback):
+    """A line of progress on stderr, from the first process: rewritten on a terminal, every logging_steps elsewhere."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started, self.first_step, self.targets = None, state.global_step, 0
+        every = args.logging_steps if args.logging_steps >= 1 else args.logging_steps * state.max_steps
+        self.every = max(int(every), 1)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        step, now = state.global_step, time.perf_counter()
+        if self.started is None:  # the first step, with its warming up, is no part of the rates
+            self.started, self.first_step, rates = now, step, ""
+        else:
+            self.targets += logs["num_targets"]
+            seconds, done = now - self.started, step - self.first_step
+            left = int((state.max_steps - step) * seconds / done)
+            rates = (
+                f"  {done * global_batch(args) / seconds:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
+                f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            )
+        norm = logs.get("grad_norm")
+        line = (
+            f"step {step}/{state.max_steps}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}"
+            f"  lr {logs['learning_rate']:.2e}  grad {'?' if norm is None else format(norm, '.3f')}{rates}"
+        )
+        if "skipped_steps" in logs:
+            line += f"  overflow: step skipped ({logs['skipped_steps']} so far)"
+        if sys.stderr.isatty():
+            print(f"\r{line}\x1b[K", end="\n" if step == state.max_steps else "", file=sys.stderr, flush=True)
+        elif step % self.every == 0 or step == state.max_steps or "skipped_steps" in logs:
+            print(line, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def save_dtype(args):
+    """The dtype of the final model: --save_dtype, else what the run computes in."""
+    chosen = getattr(args, "save_dtype", None)
+    return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
+
+
+def gather_weights(trainer, dtype):
+    """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
+
+    A tensor tied to an earlier one is left out. A floating point value that `dtype` cannot hold raises UserError.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    names, first = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {}
+    if trainer.args.should_save:
+        for name in list(state):
+            tensor = state.pop(name)
+            if names.get(name, name) == name:
+                weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+                if not torch.isfinite(weights[name]).all():
+                    raise UserError(f"weight {name} has values that {dtype} cannot hold; use --save_dtype float32")
+    return weights
+
+
+def write_model(trainer, folder):
+    """Write model, config and tokenizer into `folder`, read the weights back and compare; see `utils.staged`.
+
+    Returns the bytes of the weights on the first process, 0 elsewhere; all processes call it.
+    """
+    args, dtype = trainer.args, save_dtype(trainer.args)
+    weights = gather_weights(trainer, dtype)
+    if not args.should_save:
+        return 0
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    with utils.staged(folder) as staging:
+        old = model.config.dtype
+        model.config.dtype = dtype
+        model.save_pretrained(staging, state_dict=weights, max_shard_size="5GB")
+        model.config.dtype = old
+        trainer.processing_class.save_pretrained(staging)
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        utils.check_weights(staging, weights)
+    return sum(path.stat().st_size for path in utils.weight_files(folder))
+
+
+def safe_save_model_for_hf_trainer(trainer, output_dir):
+    """Gather the trained weights on the first process's CPU and write the model, verified, to `output_dir`."""
+    write_model(trainer, output_dir)
+    trainer.accelerator.wait_for_everyone()
+
+
+def rehearse_save(trainer):
+    """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
+    start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
+    size = write_model(trainer, folder)
+    if trainer.args.should_save:
+        shutil.rmtree(folder)
+    trainer.accelerator.wait_for_everyone()
+    say(f"save rehearsed: {size / GIB:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
+
+
+def settings_of(args, model_args, hashes):
+    """The settings that decide what a run computes; a resumed run must have the same."""
+    names = (
+        "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+        "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
+    )
+    settings = {name: getattr(args, name) for name in names.split()}
+    model = model_args.model_name_or_path
+    settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
+    settings |= {"data": list(hashes.values())}
+    settings |= {"global_batch": global_batch(args), "engine": engine_name(args).removesuffix(" with offload")}
+    if args.deepspeed or args.fsdp:
+        settings["processes"] = args.world_size  # its checkpoints are in as many parts
+    return json.loads(json.dumps(settings, default=str))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train():
+    """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
+    transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
+    warnings.simplefilter("ignore")
+    if utils.rank() != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    model_args, data_args, args, given = parse_arguments(sys.argv[1:])
+    transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
+    config = utils.load_config(model_args.model_name_or_path, args.cache_dir)
+    tokenizer = utils.load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
+    module = make_supervised_data_module(tokenizer, data_args)
+    dataset = module["train_dataset"]
+    if args.dry_run:
+        if utils.rank() == 0:
+            print(show_examples(dataset, tokenizer, args.dry_run, sys.stdout.isatty()))
+            print(summarize(dataset, args))
+        return
+    hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
+    settings = settings_of(args, model_args, hashes)
+    lock = utils.claim_folder(args.output_dir) if utils.rank() == 0 else None  # noqa: F841 (held until we return)
+    choice = (args.output_dir, settings, args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway)
+    finished, checkpoint = utils.from_first_process(utils.resume_point, *choice)
+    if finished:
+        return
+    bones = utils.skeleton(config)
+    num_params, steps = sum(p.numel() for p in bones.parameters()), num_steps(len(dataset), args)
+    fix_layer_class(args, bones)
+    os.makedirs(args.output_dir, exist_ok=True)
+    check_needs(args, model_args, num_params, steps)
+    filled = FilledDataset(dataset, global_batch(args), tokenizer.eos_token_id)
+    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {global_batch(args)}")
+    run = {
+        "made_by": "cria",
+        "status": "started",
+        "arguments": portable(given, args),
+        "settings": settings,
+        "prompt_style": "alpaca",
+        "data": hashes,
+        "counts": {key: value if isinstance(value, int) else len(value) for key, value in dataset.report.items()},
+        "filled": filled.num_filled,
+        "versions": utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
+        "git_commit": utils.git_commit(),
+        "seed": args.seed,
+    }
+    if utils.rank() == 0:
+        utils.write_json(run, Path(args.output_dir, "run.json"))
+    model = load_model(model_args, args, config, tokenizer)
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=filled,
+        data_collator=FlatCollator(module["data_collator"], padded=args.padded),
+        processing_class=tokenizer,
+    )
+    del model, bones
+    gc.collect()
+    watch = RunCallback(trainer)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.add_callback(ProgressLine())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if watch.signal:
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        sys.exit(128 + signal.SIGTERM)
+    if checkpoint is None and trainer.num_applied == 0:
+        raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
+    finish(trainer, run)
+
+
+def portable(given, args):
+    """The arguments as run.json keeps them: paths made absolute and a DeepSpeed JSON by its content."""
+    kept = dict(given)
+    if kept.get("data_path"):
+        kept["data_path"] = [os.path.abspath(path) for path in kept["data_path"]]
+    if os.path.isdir(kept.get("model_name_or_path", "")):
+        kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
+    if kept.get("deepspeed"):
+        kept["deepspeed"] = utils.complete_ds_config(json.loads(utils.read_text(kept["deepspeed"])))[0]
+    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
+        kept.pop(name, None)
+    return kept
+
+
+def finish(trainer, run):
+    """Write the model, loss.csv and the finished run.json; say where they are."""
+    args, folder = trainer.args, Path(trainer.args.output_dir)
+    safe_save_model_for_hf_trainer(trainer, args.output_dir)
+    if not args.should_save:
+        return
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    utils.write_loss_csv(trainer.state.log_history, folder / "loss.csv")
+    run["status"] = "finished"
+    run["results"] = {
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.num_skipped,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_loss": sum(losses) / len(losses),
+        "dtypes": trainer.dtypes,
+        "engine": engine_name(args),
+        "processes": args.world_size,
+        "padded": trainer.data_collator.padded,
+    }
+    keep = {".lock", "run.json"}
+    run["files"] = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in keep)
+    utils.write_json(run, folder / "run.json")
+    size = sum(path.stat().st_size for path in utils.weight_files(folder))
+    print(f"{folder}: model saved ({size / GIB:.2f} GiB {save_dtype(args)}), last loss {losses[-1]:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    utils.run_main(train)

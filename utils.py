@@ -1,0 +1,868 @@
+"""What Cria's scripts share and must agree on: errors, records, prompts, tokenizers, verified writes, run.json.
+
+Nothing here trains, downloads or prints on import; torch, transformers and sentencepiece are imported inside the
+functions that need them, so that every script starts with only what it uses.
+"""
+
+import contextlib
+import copy
+import csv
+import difflib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors, and talking to the user
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(Exception):
+    """Something the user can mend: the text says what is wrong, where, and what to do, on one line."""
+
+
+def rank():
+    """This process's number in the run, as the launcher gave it; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(message):
+    """Print one line on stderr, from the first process of the run only."""
+    if rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+
+
+def is_first_to_fail():
+    """True in one process of the run, the first that asks; needs no cooperation from the others.
+
+    Before the process group exists all processes do the same work, so the first of each node speaks. Afterwards a
+    counter in the launcher's key-value store decides.
+    """
+    dist = process_group()
+    if dist is None:
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+    try:
+        from datetime import timedelta
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"cria/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except Exception:  # the store went down with the process that held it: then somebody has failed before
+        return rank() == 0
+
+
+def process_group():
+    """torch.distributed where a process group exists, else None; torch is not imported for the question."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
+
+
+def from_first_process(function, *arguments):
+    """Call `function` on the first process and return its result on all of them."""
+    result = [function(*arguments) if rank() == 0 else None]
+    if process_group():
+        process_group().broadcast_object_list(result)
+    return result[0]
+
+
+def run_main(main):
+    """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback."""
+    message, code = "", 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except UserError as error:
+        message, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        message, code = f"error: {where}{error.strerror or error}", 2
+    if message and is_first_to_fail():
+        print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
+    if process_group():
+        if not message:  # in step with the others; after an error they may be waiting for this process for ever
+            process_group().barrier()
+            process_group().destroy_process_group()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # threads of DeepSpeed at times abort the interpreter's own way out, when all is saved
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def jload(f, mode="r"):
+    """Load JSON from a path or an open file; JSON Lines (.jsonl, or one value per line) become a list."""
+    if not isinstance(f, io.IOBase):
+        with open(f, mode=mode, encoding=None if "b" in mode else "utf-8-sig") as opened:
+            return jload(opened)
+    text = f.read()
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        lines = text.strip().split("\n" if isinstance(text, str) else b"\n")
+        if len(lines) < 2:
+            raise
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def jdump(obj, f, mode="w", indent=4, default=str):
+    """Write a str as it is, or a dict or list as JSON, to a path (its folders are made) or an open file.
+
+    Raises ValueError for any other type.
+    """
+    if not isinstance(obj, (str, dict, list)):
+        raise ValueError(f"jdump writes a str, dict or list, not {type(obj).__name__}")
+    text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
+    if isinstance(f, io.IOBase):
+        f.write(text)
+        return
+    os.makedirs(os.path.dirname(os.path.abspath(f)), exist_ok=True)
+    with open(f, mode=mode, encoding="utf-8") as opened:
+        opened.write(text)
+
+
+def write_json(obj, path):
+    """Write JSON so that `path` holds the old text or the new one, whole, whenever the process is killed."""
+    temporary = f"{path}.tmp"
+    jdump(obj, temporary, indent=2)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records and prompts
+# ---------------------------------------------------------------------------------------------------------------------
+
+# The two templates of Stanford Alpaca: a wire format, byte for byte. Nothing follows "### Response:"; the answer does.
+PROMPT_DICT = {
+    "prompt_input": (
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+    ),
+    "prompt_no_input": (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{instruction}\n\n### Response:"
+    ),
+}
+
+
+def render_prompt(record):
+    """The prompt of a record {instruction, input}; a missing, null or empty input takes the shorter template."""
+    template = PROMPT_DICT["prompt_input" if record.get("input") else "prompt_no_input"]
+    return template.format_map(record)
+
+
+def check_record(record):
+    """What is wrong with a record, as words; "" where nothing is."""
+    if not isinstance(record, dict):
+        return f"a {type(record).__name__}, expected an object with the keys instruction, input (optional), output"
+    missing = [key for key in ("instruction", "output") if key not in record]
+    if missing:
+        return (
+            f"no {' and no '.join(missing)}; keys found: {', '.join(map(str, record)) or 'none'}; "
+            "keys expected: instruction, input (optional), output"
+        )
+    for key in ("instruction", "input", "output"):
+        value = record.get(key)
+        if not isinstance(value, str) and not (key == "input" and value is None):
+            return f"{key} is a {type(value).__name__}, expected text"
+        try:
+            (value or "").encode("utf-8")
+        except UnicodeEncodeError:
+            return f"{key} holds a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
+    return ""
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError where it cannot be read."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; --data_path takes JSON or JSON Lines files") from None
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"{path}:{line}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8; "
+            f"convert the file, for example: iconv -f GB18030 -t UTF-8 {path} > converted.json"
+        ) from None
+
+
+def parse_records(text, name):
+    """Parse a JSON list, JSON Lines or Self-Instruct seed tasks; `name` stands in messages for the file.
+
+    Returns (records, problems): records as {instruction, input, output, source}, where source is "name[index]" in a
+    list and "name:line" in JSON Lines; problems as one line of text each. Raises UserError for text that is no JSON.
+    """
+    rows, problems = [], []  # rows: (source, value)
+    if text.lstrip().startswith("["):
+        try:
+            rows = [(f"{name}[{i}]", value) for i, value in enumerate(json.loads(text))]
+        except json.JSONDecodeError as error:
+            raise UserError(f"{name}:{error.lineno}: not valid JSON, {error.msg} at column {error.colno}") from None
+    else:
+        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
+            if line.strip():
+                try:
+                    rows.append((f"{name}:{number}", json.loads(line)))
+                except json.JSONDecodeError as error:
+                    problems.append(f"{name}:{number}: not valid JSON, {error.msg} at column {error.colno}")
+    records = []
+    for source, value in rows:
+        examples = [value]
+        if isinstance(value, dict) and isinstance(value.get("instances"), list):  # a Self-Instruct seed task
+            examples = [
+                {**instance, "instruction": value.get("instruction")} if isinstance(instance, dict) else instance
+                for instance in value["instances"]
+            ]
+        for example in examples:
+            problem = check_record(example)
+            if problem:
+                problems.append(f"{source}: {problem}")
+            else:
+                fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
+                records.append({**fields, "source": source})
+    return records, problems
+
+
+def read_records(paths):
+    """Read every record of one or several files, in order; see `parse_records`.
+
+    Raises UserError for a file that is missing, empty, not UTF-8 or not JSON.
+    """
+    records, problems = [], []
+    for path in paths:
+        text = read_text(path)
+        if not text.strip():
+            raise UserError(f"{path}: the file is empty; it should hold a JSON list or JSON Lines")
+        found = parse_records(text, os.path.basename(path))
+        records += found[0]
+        problems += found[1]
+    return records, problems
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of 2023
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_true(value):
+    return value.lower() in ("", "true", "1", "yes", "y", "t")
+
+
+def _renamed(new):
+    return lambda value: [f"--{new}", value] if value else [f"--{new}"]
+
+
+def _fsdp_config(key):
+    return lambda value: ["--fsdp_config", json.dumps({key: value})]
+
+
+# Spellings of 2023 that today's libraries reject. Each maps its value to today's words, [] where it only said the
+# default, or to None where nothing corresponds; None options are named and ignored.
+OLD_OPTIONS = {
+    "evaluation_strategy": _renamed("eval_strategy"),
+    "warmup_ratio": _renamed("warmup_steps"),  # today a warm-up below 1 is a share of all steps
+    "fsdp_transformer_layer_cls_to_wrap": _fsdp_config("transformer_layer_cls_to_wrap"),
+    "fsdp_min_num_params": _fsdp_config("min_num_params"),
+    "group_by_length": lambda v: ["--train_sampling_strategy", "group_by_length"] if _is_true(v) else [],
+    "no_cuda": lambda v: ["--use_cpu", v or "True"],
+    "logging_dir": lambda v: ["--tensorboard_dir", v],
+    "adafactor": lambda v: ["--optim", "adafactor"] if _is_true(v) else [],
+    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "torch_dtype": _renamed("dtype"),
+    **dict.fromkeys(
+        "save_safetensors half_precision_backend fp16_backend fp16_opt_level use_mps_device use_ipex xpu_backend "
+        "sharded_ddp jit_mode_eval past_index tpu_num_cores tpu_metrics_debug ray_scope include_tokens_per_second "
+        "include_inputs_for_metrics mp_parameters dispatch_batches split_batches lazy_preprocess use_fast_tokenizer "
+        "overwrite_cache push_to_hub_model_id push_to_hub_organization push_to_hub_token".split()
+    ),
+}
+
+
+def translate_old_options(words):
+    """Turn a 2023 command line into today's. `words` is argv without the script's name.
+
+    Returns (words, notices). `--old value`, `--old=value` and `--old-name` are all understood. For example
+    ["--evaluation_strategy", "no"] gives (["--eval_strategy", "no"], ["--evaluation_strategy is now --eval_strategy"]).
+    """
+    result, notices, position = [], [], 0
+    while position < len(words):
+        word, position = words[position], position + 1
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if key == "local_rank":  # torch.distributed.launch and deepspeed pass it; the environment says it too
+            position += not equals
+            continue
+        if key not in OLD_OPTIONS:
+            result.append(word)
+            continue
+        while not equals and position < len(words) and not words[position].startswith("--"):
+            value, position = f"{value} {words[position]}".strip(), position + 1
+        new = OLD_OPTIONS[key](value) if OLD_OPTIONS[key] else None
+        result += new or []
+        meaning = f"is now {' '.join(w for w in new if w != value)}" if new else "has no meaning any more; ignored"
+        notices.append(f"{name} {meaning}")
+    return result, notices
+
+
+def unknown_options(words, known):
+    """The error for options that a script does not have, each with the nearest name that exists."""
+    names = [word.split("=")[0] for word in words if word.startswith("--")] or words
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
+    hints = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in near.items()]
+    return UserError(f"unknown option: {', '.join(hints)}; --help lists those that exist")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Where converted tokenizers have been seen to differ from their SentencePiece model: runs of spaces, leading and
+# trailing space, tabs and newlines, the word mark itself, byte fallback, joined and combining characters.
+NASTY_STRINGS = [
+    "Hello world", " leading", "trailing ", "two  spaces", "   three   ", "\tif x:\n\t\treturn  1\n", "a\n\nb\r\nc",
+    "def f(x):\n    for i in range(10):\n        print(  i  )", "▁word▁mark", "x ▁ y", "1234567890.00 1,000", "...!!??;;",
+    "### Response:- one", "你好，世界。请翻译", "こんにちは 世界", "안녕하세요", "Привет мир", "مرحبا بالعالم", "שלום", "नमस्ते",
+    "🦙 emoji 👩‍👩‍👧‍👦 🇨🇳", "e\u0301 combining é", "zero\u200bwidth", "non\u00a0breaking", "\u3000ideographic\u3000", "\x00\x01\x7f",
+    "ﬁ ﬂ ligature ½ ①", "\U00020000 rare", "http://a.b/c?d=e&f=g", "CamelCase_snake-kebab", "", " ", "  ", "\n", "a" * 300,
+]  # fmt: skip
+
+
+def sentencepiece_proto(model_path):
+    """The parsed `tokenizer.model`: pieces with scores and types, and how it was trained."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(Path(model_path).read_bytes())
+    return proto
+
+
+def sentencepiece_ids(model_path, texts):
+    """The ids that the SentencePiece model itself gives each text, without begin and end tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(model_path)).encode(list(texts))
+
+
+def differs_from_sentencepiece(tokenizer, model_path):
+    """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
+
+    Pieces that the model's maker defined by hand split the text around them, so each stands in a string of its own.
+    """
+    pieces = sentencepiece_proto(model_path).pieces
+    texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
+    expected = sentencepiece_ids(model_path, texts)
+    found = tokenizer(texts, add_special_tokens=False).input_ids
+    return next((text for text, a, b in zip(texts, expected, found, strict=True) if a != b), None)
+
+
+def tokenizer_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False, **kwargs):
+    """Build a fast tokenizer that gives exactly the ids of a SentencePiece BPE model such as LLaMA's.
+
+    transformers 5.x converts a folder that holds only `tokenizer.model` with the merges in the order of their ids;
+    SentencePiece merges by score, and LLaMA's runs of spaces have high ids and the lowest scores. So the merges here
+    are sorted by score, and the leading word mark is there or not as the model says. `kwargs` go to the tokenizer.
+    Raises UserError for a model that is not BPE.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    proto = sentencepiece_proto(model_path)
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise UserError(f"{model_path}: not a BPE model, cannot be rebuilt; put a right tokenizer.json beside it")
+    pieces = proto.pieces
+    vocab = {piece.piece: i for i, piece in enumerate(pieces)}
+    normal = {piece.piece: piece.score for piece in pieces if piece.type == piece.NORMAL}
+    special = {piece.piece for piece in pieces if piece.type not in (piece.NORMAL, piece.BYTE, piece.USER_DEFINED)}
+    unk = next(piece.piece for piece in pieces if piece.type == piece.UNKNOWN)
+    merges = generate_merges(vocab, normal, skip_tokens=set(vocab) - set(normal))
+    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
+    built = Tokenizer(bpe)
+    prefix = [normalizers.Prepend("▁")] if proto.normalizer_spec.add_dummy_prefix else []
+    built.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    built.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    built.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in sorted(special)])
+    built.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == p.USER_DEFINED])
+    # An id of -1 says that the model has no such token.
+    bos, eos = (pieces[i].piece if i >= 0 else None for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id))
+    head = [bos] if add_bos_token and bos else []
+    tail = [eos] if add_eos_token and eos else []
+    if head or tail:
+        second = [f"{token}:1" for token in (*head, "$B", *tail)]
+        built.post_processor = processors.TemplateProcessing(
+            single=[*head, "$A", *tail],
+            pair=[*head, "$A", *tail, *second],
+            special_tokens=[(token, vocab[token]) for token in {*head, *tail}],
+        )
+    names = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=built, **{**names, **kwargs})
+
+
+def find_sentencepiece(name_or_path, cache_dir=None):
+    """The `tokenizer.model` of a model folder or of a hub model in the cache; None where there is none."""
+    path = Path(name_or_path, "tokenizer.model")
+    if path.is_file():
+        return path
+    if Path(name_or_path).is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(str(name_or_path), "tokenizer.model", cache_dir=cache_dir)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
+    """Load a model's tokenizer and prove it: where there is a SentencePiece model, its ids are the law.
+
+    transformers 5.x reads some folders wrongly and says nothing, so the ids of `NASTY_STRINGS` are compared. A folder
+    without a right tokenizer.json, or with the class and empty special tokens of early LLaMA conversions, gets a
+    tokenizer built in memory from the SentencePiece model; what was done is said in one line. Padding is on the right
+    and never the end token. Raises UserError where no right tokenizer can be had.
+    """
+    from transformers import AutoTokenizer
+
+    options = {"padding_side": "right"} | ({"model_max_length": model_max_length} if model_max_length else {})
+    model_path, problem, tokenizer = find_sentencepiece(name_or_path, cache_dir), "", None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, **options)
+    except Exception as error:  # whatever transformers raises for a folder it cannot read
+        problem = f"its tokenizer files cannot be read ({first_line(error)})"
+    if tokenizer is not None and model_path is not None:
+        if Path(name_or_path).is_dir() and not Path(name_or_path, "tokenizer.json").is_file():
+            problem = "it has no tokenizer.json"
+        elif not tokenizer.eos_token:
+            problem = "its end token is empty"
+        elif (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
+            problem = f"its tokenizer.json reads {text!r} otherwise than its tokenizer.model"
+    if problem and model_path is None:
+        hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+        raise UserError(f"{name_or_path}: {problem}; {hint}")
+    if problem:
+        config = Path(name_or_path, "tokenizer_config.json")
+        config = json.loads(read_text(config)) if config.is_file() else {}
+        added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
+        tokenizer = tokenizer_from_sentencepiece(model_path, **added, **options)
+        text = differs_from_sentencepiece(tokenizer, model_path)
+        if text is not None:
+            raise UserError(
+                f"{name_or_path}: {problem}, and one built from {model_path.name} reads {text!r} differently too; "
+                "put a right tokenizer.json into the folder"
+            )
+        say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
+    if not tokenizer.eos_token:
+        raise UserError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        # The unknown token never is a target, so masks stay right even if somebody masks by id. Without one there is
+        # no padding token: our batches are masked by length and pad with id 0 or 1.
+        unk = tokenizer.unk_token if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+        was = f"{tokenizer.pad_token} (the end token)" if tokenizer.pad_token else "missing"
+        tokenizer.pad_token = unk
+        say(f"tokenizer: padding token was {was}; {'now ' + unk if unk else 'none is set, batches mask by length'}")
+    return tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_config(name_or_path, cache_dir=None):
+    """The config of a causal language model. Raises UserError for a path or name that is none."""
+    import transformers
+
+    hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    try:
+        config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name_or_path}: cannot be read as a model ({first_line(error)}); {hint}") from None
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name_or_path}: model type {config.model_type} is not a causal language model; {hint}")
+    return config
+
+
+def skeleton(config):
+    """The model without memory for its weights: for counting parameters and finding layer classes."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def repair_ids(model, tokenizer):
+    """Give config and generation config the tokenizer's special ids, and make the generation config one that saves.
+
+    Returns what was changed, as words.
+    """
+    import transformers
+
+    changed = []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value, old = getattr(tokenizer, key), getattr(model.config, key, None)
+        if old != value and not (isinstance(old, list) and value in old):
+            changed.append(f"{key} {old} -> {value}")
+            setattr(model.config, key, value)
+            setattr(model.generation_config, key, value)
+
+    def problem():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            return first_line(error)
+
+    if problem():  # a temperature or top_p without sampling, as Llama 2 and Vicuna ship it
+        model.generation_config.do_sample = True
+        changed.append("generation config: do_sample -> True")
+    if reason := problem():
+        model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
+        changed.append(f"generation config replaced ({reason})")
+    return changed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verified writes
+# ---------------------------------------------------------------------------------------------------------------------
+
+RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
+COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
+LAST_FILES = ("model.safetensors.index.json", "config.json")  # without these a folder does not load
+
+
+def first_line(error):
+    """The first line of an error's text, shortened: for quoting another library's message inside ours."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+@contextlib.contextmanager
+def staged(folder):
+    """Yield a hidden folder inside `folder`; when the block ends well its files move up, those that make it load last.
+
+    A block that fails leaves `folder` as it was. Files move by rename, so each is whole or absent.
+    """
+    staging = Path(folder, ".saving")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        names = sorted((path.name for path in staging.iterdir()), key=lambda n: (n in LAST_FILES and 1, n))
+        umask = os.umask(0)
+        os.umask(umask)
+        for name in names:
+            os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
+            os.replace(staging / name, Path(folder, name))
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def weight_files(folder):
+    """The .safetensors files of a model folder, in order."""
+    return sorted(Path(folder).glob("*.safetensors"))
+
+
+def check_weights(folder, expected, may_lack=()):
+    """Read the weights of `folder` back and compare them with `expected`, a dict of name -> tensor.
+
+    Names in `may_lack` (tied to a tensor that is there) may be absent. Every value must be finite and bit-equal.
+    Returns the number of tensors read. Raises UserError naming the first tensor that is wrong.
+    """
+    import torch
+    from safetensors import safe_open
+
+    seen = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor, source = file.get_tensor(name), expected.get(name)
+                if source is None:
+                    raise UserError(f"{path.name}: tensor {name} was not to be saved")
+                if tensor.shape != source.shape or tensor.dtype != source.dtype:
+                    raise UserError(
+                        f"{path.name}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                        f"expected {source.dtype} {list(source.shape)}"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path.name}: tensor {name} holds values that are not finite")
+                if not torch.equal(tensor, source):
+                    raise UserError(f"{path.name}: tensor {name} read back differs from what was written")
+                seen.add(name)
+    missing = sorted(set(expected) - seen - set(may_lack))
+    if missing or not seen:
+        raise UserError(f"{folder}: saved weights lack {len(missing)} of {len(expected)} tensors, first {missing[:1]}")
+    return len(seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# run.json: what a run was made of
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions(*packages):
+    """The installed version of Python and of each named package; packages that are absent are left out."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit():
+    """The commit these scripts stand at, with "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        git = ["git", "-C", str(here)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if status.stdout.strip() else "")
+
+
+def read_run(folder):
+    """The run.json of a folder as a dict; None where there is none. Raises UserError where it is no run of ours."""
+    path = Path(folder, "run.json")
+    if not path.is_file():
+        return None
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        return run if run["made_by"] == "cria" else run["not ours"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not a run.json of these scripts; choose another folder") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and output folders: whose they are, and what of them is whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def claim_folder(folder):
+    """Make `folder` and lock it for this process; returns the lock, an open file to be kept.
+
+    The lock ends with the process, however that ends. Raises UserError where another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = open(Path(folder, ".lock"), "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is writing here; wait for it, or choose another --output_dir") from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def find_checkpoints(folder):
+    """(whole, unfinished) checkpoint folders, oldest first; whole means that all files of the marker are there."""
+    whole, unfinished = [], []
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name[11:])):
+        try:
+            files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
+            is_whole = all((path / name).stat().st_size == size for name, size in files.items())
+        except (OSError, ValueError, KeyError):
+            is_whole = False
+        (whole if is_whole else unfinished).append(path)
+    return whole, unfinished
+
+
+def mark_checkpoint(folder, **facts):
+    """Write the marker that makes a checkpoint count: its files with their sizes, and `facts`."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(COMPLETE, None)
+    write_json({**facts, "files": files}, folder / COMPLETE)
+
+
+def delete_checkpoint(path):
+    """Remove a checkpoint; the marker goes first, so that a kill in between leaves nothing that counts."""
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def is_resumable(path):
+    """Whether a whole checkpoint holds the optimizer too (not so with --save_only_model)."""
+    return json.loads((path / COMPLETE).read_text(encoding="utf-8"))["resumable"]
+
+
+def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
+    """Decide what a run does with its output folder. Returns (finished, checkpoint to resume from or None).
+
+    `settings` decide what the run computes; a resumed run must have the same unless `anyway`. `wanted` is the value of
+    --resume_from_checkpoint. `overwrite` deletes what an earlier run of ours wrote, and nothing else. Raises UserError
+    where the folder belongs to something else or its run had other settings.
+    """
+    folder, wanted = Path(folder), str(wanted or "").strip()
+    run = read_run(folder)
+    foreign = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern)) if run is None else []
+    if foreign:
+        raise UserError(f"{folder}: holds {foreign[0]}, which is not of a run of ours; choose another --output_dir")
+    if run is not None and overwrite:
+        for path in sum(find_checkpoints(folder), []):
+            delete_checkpoint(path)
+        for name in [*run.get("files", []), "loss.csv", "run.json"]:
+            Path(folder, name).unlink(missing_ok=True)
+        run = None
+    for hidden in (".saving", ".rehearsal"):  # of a run that was killed
+        shutil.rmtree(folder / hidden, ignore_errors=True)
+    if wanted.lower() not in ("", "true", "false"):
+        if not Path(wanted, "trainer_state.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there (it lacks trainer_state.json)")
+        return False, wanted
+    if run is None:
+        if wanted.lower() == "true":
+            raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
+        return False, None
+    old = run["settings"]
+    changed = [f"{key} was {old.get(key)} and is {value}" for key, value in settings.items() if old.get(key) != value]
+    if changed and not anyway:
+        raise UserError(
+            f"{folder}: its run had other settings: {'; '.join(changed)}; choose another --output_dir, start afresh "
+            "with --overwrite_output_dir, or go on all the same with --resume_anyway True"
+        )
+    if wanted.lower() == "false":
+        raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
+    if run["status"] == "finished" and not changed:
+        say(f"{folder}: this run is finished ({run['results']['steps']} steps); nothing to do")
+        return True, None
+    whole, unfinished = find_checkpoints(folder)
+    for path in unfinished:
+        say(f"{path}: unfinished checkpoint, not used")
+    resumable = [path for path in whole if is_resumable(path)]
+    if resumable:
+        say(f"resuming from {resumable[-1]}")
+    elif wanted.lower() == "true":
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no whole checkpoint; leave the option out")
+    else:
+        say(f"{folder}: its run has no whole checkpoint yet; starting from the first step")
+    return False, str(resumable[-1]) if resumable else None
+
+
+def write_loss_csv(history, path):
+    """Write the per-step log of the Trainer as CSV."""
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(entry for entry in history if "loss" in entry)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Engines: what they need, and what the machine has
+# ---------------------------------------------------------------------------------------------------------------------
+
+GIB = 2**30
+ENGINE_OPTIONS = {
+    "FSDP": '--fsdp "full_shard auto_wrap"',
+    "FSDP with offload": '--fsdp "full_shard auto_wrap offload"',
+    "ZeRO-2 with offload": "--deepspeed examples/ds_zero2.json",
+    "ZeRO-3 with offload": "--deepspeed ds_config.json",
+}
+
+
+def complete_ds_config(config):
+    """Fill in what a DeepSpeed JSON of 2023 leaves out. Returns (config, notices); `config` itself is not changed."""
+    config, notices = copy.deepcopy(config), []
+    auto = {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",  # without it any accumulation fails an assertion
+        "gradient_clipping": "auto",  # without it accelerate clips at 1.0 whatever --max_grad_norm says
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},  # without it --bf16 trains in float32
+    }
+    added = [key for key in auto if key not in config]
+    config.update({key: auto[key] for key in added})
+    if added:
+        notices.append(f'added {", ".join(added)} as "auto"')
+    zero = config.setdefault("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        notices.append("set stage3_gather_16bit_weights_on_model_save, without which no model would be saved")
+    blocks = [key for key in ("optimizer", "scheduler") if key in config]
+    notices += [f"its {key} block takes the place of the options" for key in blocks]
+    return config, notices
+
+
+def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
+    """Lower bounds in bytes: {engine: (on each device, on each host)} for weights, gradients and AdamW's two moments.
+
+    `weight_bytes` is the size of a master weight, `half` whether ZeRO computes in 16 bits. Sources: the ZeRO paper,
+    section 3.1 (16 bytes a parameter for mixed precision Adam), and one full copy per node while FSDP loads.
+    """
+    share, states = local_world_size / world_size, 2 * weight_bytes + 8 * adam
+    work = 2 if half else 4  # ZeRO's working weights
+    needs = {
+        "single process": (states, 0),
+        "DDP": (states, 0),
+        "FSDP": (states / world_size, weight_bytes),
+        "FSDP with offload": (0, max(states * share, weight_bytes)),
+        "ZeRO-2": (work + (work + 4 + 8 * adam) / world_size, 0),
+        "ZeRO-2 with offload": (work, (4 + 8 * adam) * share),
+        "ZeRO-3": ((2 * work + 4 + 8 * adam) / world_size, 0),
+        "ZeRO-3 with offload": (0, (2 * work + 4 + 8 * adam) * share),
+    }
+    return {name: (num_params * device, num_params * host) for name, (device, host) in needs.items()}
+
+
+def free_host_memory():
+    """Bytes of host memory that can be had: what the machine has available, within the container's limit."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if os.path.isfile(path) and (limit := Path(path).read_text().strip()).isdigit():
+            free = min(free, int(limit))
+    return free
+
+
+def memory_problem(engine, needs, local_world_size, host_free, device_free=None):
+    """Why `engine` cannot fit, with the options of those that do; "" where it may. All sizes in bytes.
+
+    `needs` is of `memory_needs`; `device_free` None says that the devices are the host's own processors.
+    """
+
+    def lack(name):
+        device, host = needs[name]
+        if device_free is None:
+            device, host = 0, host + device * local_world_size
+        if device > (device_free or 0):
+            return f"{device / GIB:.1f} GiB on each GPU, where {device_free / GIB:.1f} GiB are free"
+        if host > host_free:
+            return f"{host / GIB:.1f} GiB of host memory, where {host_free / GIB:.1f} GiB are free"
+        return ""
+
+    if engine not in needs or not lack(engine):
+        return ""
+    fits = [option for name, option in ENGINE_OPTIONS.items() if not lack(name)]
+    advice = f"what fits here: {' or '.join(fits)}" if fits else "no engine fits here: more devices, or a smaller model"
+    return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
