@@ -10,9 +10,12 @@ Reads a model folder and JSON or JSON Lines records; writes the tuned model, che
 The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
 """
 
+import contextlib
 import dataclasses
 import gc
+import io
 import json
+import logging
 import math
 import os
 import shutil
@@ -116,14 +119,21 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
         self.disable_tqdm, self.logging_nan_inf_filter = True, False
         super().__post_init__()
+        if self.fsdp and (self.bf16 or self.fp16) and self.fsdp_plugin_args["fsdp_version"] == 2:
+            half = torch.bfloat16 if self.bf16 else torch.float16
+            policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+            self.fsdp_plugin_args["mixed_precision_policy"] = policy  # accelerate's own would round the loss as well
         if self.deepspeed and self.use_cpu:
             import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
 
-            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+            with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
+                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
     def _fit_device(self):
         """Drop, with a line, what this device cannot honour; a command for a cluster can be rehearsed on a laptop."""
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
         if self.tf32 and (self.use_cpu or not transformers.utils.is_torch_tf32_available()):
             say("--tf32 needs a GPU of the Ampere generation or newer; ignored here")
             self.tf32 = None
@@ -521,22 +531,25 @@ def load_model(model_args, args, config, tokenizer):
             cache_dir=args.cache_dir,
             dtype=getattr(torch, model_args.dtype),  # transformers 5 would take the files' fp16 and train in it
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named, below
         )
     except UserError:
         raise
     except Exception as error:  # from half a download to a damaged shard: each library has its own exception
         what = utils.first_line(error)
         raise UserError(f"{name}: cannot load its weights ({what}); copy the folder again") from error
-    missing = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
-    if missing:
-        what = f"{len(missing)} weights are missing or of another shape, first {missing[0]}"
+    for key, found, wanted in info["mismatched_keys"]:
+        what = f"{key} is {list(found)} in its files and {list(wanted)} by its config"
         raise UserError(f"{name}: {what}; copy the folder again")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{name}: its files lack {len(missing)} tensors, first {missing[0]}; copy the folder again")
     unused = sorted(info["unexpected_keys"])
     if unused:
         say(f"{name}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
     changed = utils.repair_ids(model, tokenizer)
     if changed:
-        say(f"config: {', '.join(changed)}, as the tokenizer has it")
+        say(f"config: {', '.join(changed)}")
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
         smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
     return model
@@ -576,13 +589,15 @@ def check_needs(args, model_args, num_params, steps):
         size = f"{num_params / 1e9:.2f} billion parameters"
         raise UserError(f"{size}: {problem}; to try all the same: --memory_check False")
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, steps // max(every, 1))
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value)
+    if planned is None:
+        planned = math.ceil(steps / max(every, 1))  # the last step is saved too
     kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
     disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))
     free = shutil.disk_usage(args.output_dir).free
     if disk > free:
         raise UserError(
-            f"{args.output_dir}: the model and {int(kept)} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "
+            f"{args.output_dir}: the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "
             "are free; use --save_total_limit 1, --save_only_model True or --save_strategy no; "
             "to try all the same: --memory_check False"
         )
@@ -930,6 +945,7 @@ def settings_of(args, model_args, hashes):
 def train():
     """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
     transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if utils.rank() != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

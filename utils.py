@@ -446,14 +446,15 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
 
     options = {"padding_side": "right"} | ({"model_max_length": model_max_length} if model_max_length else {})
     model_path, problem, tokenizer = find_sentencepiece(name_or_path, cache_dir), "", None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, **options)
-    except Exception as error:  # whatever transformers raises for a folder it cannot read
-        problem = f"its tokenizer files cannot be read ({first_line(error)})"
+    if model_path is not None and not (model_path.parent / "tokenizer.json").is_file():
+        problem = "it has no tokenizer.json"
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, **options)
+        except Exception as error:  # whatever transformers raises for a folder it cannot read
+            problem = f"its tokenizer files cannot be read ({first_line(error)})"
     if tokenizer is not None and model_path is not None:
-        if Path(name_or_path).is_dir() and not Path(name_or_path, "tokenizer.json").is_file():
-            problem = "it has no tokenizer.json"
-        elif not tokenizer.eos_token:
+        if not tokenizer.eos_token:
             problem = "its end token is empty"
         elif (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
             problem = f"its tokenizer.json reads {text!r} otherwise than its tokenizer.model"
@@ -523,7 +524,8 @@ def repair_ids(model, tokenizer):
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value, old = getattr(tokenizer, key), getattr(model.config, key, None)
         if old != value and not (isinstance(old, list) and value in old):
-            changed.append(f"{key} {old} -> {value}")
+            if old is not None:
+                changed.append(f"{key} {old} -> {value}, as the tokenizer has it")
             setattr(model.config, key, value)
             setattr(model.generation_config, key, value)
 

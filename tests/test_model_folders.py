@@ -1,0 +1,185 @@
+"""Model folders as the tutorials have them, and damaged ones: repaired with a line, or refused with one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import utils
+from conftest import basic_options, train
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+
+import train as trainer
+
+
+@pytest.fixture(scope="session")
+def early_llama(base, tmp_path_factory):
+    """The layout of the first LLaMA conversions: 5 .bin shards in fp16, rotary buffers, odd names, empty specials."""
+    folder = tmp_path_factory.mktemp("models") / "early-llama"
+    folder.mkdir()
+    weights = {name: tensor.half() for name, tensor in load_file(base / "model.safetensors").items()}
+    for layer in range(2):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    names, index = sorted(weights), {"metadata": {"total_size": 0}, "weight_map": {}}
+    for shard in range(5):
+        file = f"pytorch_model-{shard + 1:05}-of-00005.bin"
+        torch.save({name: weights[name] for name in names[shard::5]}, folder / file)
+        index["weight_map"] |= dict.fromkeys(names[shard::5], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    config = json.loads((base / "config.json").read_text())
+    odd = {"architectures": ["LLaMAForCausalLM"], "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": -1}
+    config |= odd | {"torch_dtype": "float16", "transformers_version": "4.27.0.dev0"}
+    config.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = {"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"temperature": 0.9, "top_p": 0.6}))
+    special = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"model_max_length": 10**30}))
+    (folder / "special_tokens_map.json").write_text("{}")
+    shutil.copy(base / "tokenizer.model", folder)
+    return folder
+
+
+def copied(base, folder, **config):
+    """A copy of the tiny model with entries of its config changed."""
+    shutil.copytree(base, folder)
+    changed = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(changed))
+    return folder
+
+
+def test_early_llama_folder_is_repaired_line_by_line_and_trains(early_llama, data, base, tmp_path):
+    run = train(basic_options(early_llama, data, tmp_path / "out", max_steps=2)).finished()
+    assert run.code == 0
+    assert "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked against it" in run.err
+    assert "bos_token_id 0 -> 1, as the tokenizer has it" in run.err
+    assert "eos_token_id 1 -> 2, as the tokenizer has it" in run.err
+    assert "generation config: do_sample -> True" in run.err
+    plain = train(basic_options(base, data, tmp_path / "plain", max_steps=2)).finished()
+    half = abs(run.losses()[0] - plain.losses()[0])
+    assert 0 < half < 1e-2  # the same weights, once rounded to fp16, and the same ids
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
+    assert (model.generation_config.eos_token_id, model.generation_config.do_sample) == (2, True)
+    assert model.config.architectures == ["LlamaForCausalLM"] and model.dtype == torch.float32
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.eos_token == "</s>" and tokenizer("a  b").input_ids[0] == 1
+
+
+def load(folder, tmp_path):
+    """The model of a folder as train.py loads it, without the run around it."""
+    args = trainer.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    config, tokenizer = utils.load_config(folder), utils.load_tokenizer(folder, 512)
+    return trainer.load_model(trainer.ModelArguments(str(folder)), args, config, tokenizer)
+
+
+def refusal(folder, tmp_path):
+    with pytest.raises(utils.UserError) as caught:
+        load(folder, tmp_path)
+    return str(caught.value)
+
+
+def test_folder_without_tokenizer_is_refused(base, tmp_path):
+    folder = copied(base, tmp_path / "model")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    message = refusal(folder, tmp_path)
+    assert message.startswith(f"{folder}: its tokenizer files cannot be read (")
+    assert message.endswith("; --model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name")
+
+
+def test_folder_without_weights_is_refused(base, tmp_path):
+    folder = copied(base, tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    message = refusal(folder, tmp_path)
+    assert message.startswith(f"{folder}: cannot load its weights (Error no file named model.safetensors")
+    assert message.endswith("; copy the folder again")
+
+
+def test_half_a_shard_is_refused(base, tmp_path):
+    folder = copied(base, tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert refusal(folder, tmp_path).startswith(f"{folder}: cannot load its weights (")
+
+
+def rewrite(folder, change):
+    """Save the folder's weights again after `change` was applied to them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_missing_tensor_is_refused_by_name(base, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    folder = rewrite(copied(base, tmp_path / "model"), lambda weights: weights.pop(name))
+    assert refusal(folder, tmp_path) == f"{folder}: its files lack 1 tensors, first {name}; copy the folder again"
+
+
+def test_tensor_of_another_shape_is_refused_with_both_shapes(base, tmp_path):
+    def shorten(weights):
+        weights["lm_head.weight"] = weights["lm_head.weight"][:-1].clone()
+
+    folder = rewrite(copied(base, tmp_path / "model"), shorten)
+    what = "lm_head.weight is [999, 64] in its files and [1000, 64] by its config"
+    assert refusal(folder, tmp_path) == f"{folder}: {what}; copy the folder again"
+
+
+def test_extra_tensor_is_left_out_with_a_line(base, tmp_path, capsys):
+    folder = copied(base, tmp_path / "model")
+    rewrite(folder, lambda weights: weights.update({"value_head.weight": torch.zeros(1)}))
+    model = load(folder, tmp_path)
+    assert f"{folder}: 1 tensors that the model does not use were left out, first value_head.weight" in capsys.readouterr().err
+    assert "value_head.weight" not in model.state_dict()
+
+
+def test_path_that_is_no_model_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("nothing", "empty"):
+        assert refusal(tmp_path / name, tmp_path).startswith(f"{tmp_path}/{name}: cannot be read as a model (")
+
+
+def test_model_that_is_no_causal_language_model_is_refused(base, tmp_path):
+    folder = copied(base, tmp_path / "model", model_type="t5")
+    assert "model type t5 is not a causal language model" in refusal(folder, tmp_path)
+
+
+def test_fp16_files_give_fp32_masters_unless_asked_otherwise(early_llama, tmp_path):
+    assert {parameter.dtype for parameter in load(early_llama, tmp_path).parameters()} == {torch.float32}
+    args = trainer.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    config, tokenizer = utils.load_config(early_llama), utils.load_tokenizer(early_llama, 512)
+    half = trainer.load_model(trainer.ModelArguments(str(early_llama), dtype="bfloat16"), args, config, tokenizer)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+
+
+def test_pad_token_add_gives_a_row_with_the_mean_of_the_old(base, data, tmp_path):
+    options = basic_options(base, data, tmp_path / "out", pad_token="add", max_steps=1, learning_rate=0)
+    run = train(options).finished()
+    before, after = load_file(base / "model.safetensors"), run.weights()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert after[name].shape == (1001, 64)
+        assert torch.equal(after[name][:1000], before[name])
+        assert torch.allclose(after[name][1000], before[name].mean(0), atol=1e-7)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("[PAD]", 1000)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 1001
+
+
+def test_tied_model_is_saved_once_and_loads(base, data, tmp_path):
+    folder = tmp_path / "model"
+    config = OPTConfig(
+        vocab_size=1000, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=64, max_position_embeddings=512, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    run = train(basic_options(folder, data, tmp_path / "out")).finished()
+    assert run.code == 0
+    assert "micro-batches are padded on the right: in a flat row its examples see each other" in run.err
+    assert "lm_head.weight" not in run.weights()
+    model, info = AutoModelForCausalLM.from_pretrained(run.folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert run.losses()[-1] < run.losses()[0]
