@@ -76,8 +76,9 @@ def read_texts(data_path, eos_token, count):
 
 def load_rows(data_path, tokenizer, count):
     """The first `count` records that have something to learn, as a dataset of tensors."""
-    import train
     from original_recipe import RowDataset
+
+    import train
 
     prompts, targets = read_texts(data_path, tokenizer.eos_token, None)
     spare = count + 10  # one row of Alpaca's 52,002 has a prompt that fills the window
@@ -92,13 +93,13 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
     """Train one epoch of `rows` with the "original" recipe or "ours" under the real Trainer, and time the steps.
 
     `rows` must fill whole optimizer steps. `tokenizer` needs no more than pad_token_id and eos_token_id; `options` are
-    of TrainingArguments. Returns {losses, step_seconds, examples_per_s, padded}; the first `skip` steps are left out
-    of the rate, as they hold the warming up.
+    of TrainingArguments. Returns {losses, step_seconds, padded}; the first `skip` steps, with their warming up, have
+    no seconds.
     """
+    import original_recipe
     import torch
     import transformers
 
-    import original_recipe
     import train
 
     batch = micro_batch * accumulation
@@ -118,8 +119,7 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
             "gradient_accumulation_steps": accumulation,
             "num_train_epochs": 1,
             "learning_rate": 2e-5,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.03,
+            "lr_scheduler_type": "constant",  # without warming up, so that every step changes the weights
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": "none",
@@ -142,12 +142,10 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
         started = time.perf_counter()
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = [end - start for start, end in zip([started, *ends], ends)]  # noqa: B905 (one longer, on purpose)
-    timed = seconds[skip:]
+    seconds = [end - start for start, end in zip([started, *ends], ends)]
     return {
         "losses": losses,
-        "step_seconds": [round(value, 4) for value in seconds],
-        "examples_per_s": batch * len(timed) / sum(timed),
+        "step_seconds": [round(value, 4) for value in seconds[skip:]],
         "padded": recipe == "original" or trainer.data_collator.padded,
     }
 
@@ -157,14 +155,24 @@ def alternate(arms, repeat, measure):
     results = {arm: [] for arm in arms}
     for i in range(repeat):
         for arm in list(arms)[:: -1 if i % 2 else 1]:
+            utils.say(f"  {arm}, repetition {i + 1} of {repeat}")
             results[arm].append(measure(arm))
-            utils.say(f"  {i + 1}/{repeat} {arm}: {results[arm][-1] if isinstance(results[arm][-1], float) else 'done'}")
     return results
 
 
 def median_ratio(above, below):
-    """The median of the ratios of neighbouring repetitions: what slows the machine down slows both down."""
+    """The median of the ratios of neighbouring measurements: what slows the machine down slows both down."""
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def all_steps(runs):
+    """The step seconds of several runs of one arm, end to end; step i of every arm holds the same records."""
+    return [seconds for run in runs for seconds in run["step_seconds"]]
+
+
+def loss_difference(one, two):
+    """The largest difference between the losses of two runs at a step."""
+    return max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True))
 
 
 def quiet():

@@ -28,9 +28,9 @@ def main():
     common.add_output(parser, "preprocessing")
     args = parser.parse_args()
     os.environ.update(THREADS)  # read when the libraries are imported
+    import original_recipe
     import torch
 
-    import original_recipe
     import train
 
     common.quiet()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -106,28 +107,35 @@ def basic_options(base, data, output, **changes):
     return [word for key, value in (options | changes).items() for word in (f"--{key}", str(value))]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def deepspeed_operators():
-    """Build DeepSpeed's CPU operators beside the first tests: a minute the first time, cached afterwards."""
-    if not HAS_DEEPSPEED:
-        yield None
-        return
-    code = (
-        "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load();"
-        "from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder; ShareMemCommBuilder().load()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    yield process
-    process.kill()
+BUILD_OPERATORS = """
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.cpu.comm import ShareMemCommBuilder
+CPUAdamBuilder().load(verbose=False)
+ShareMemCommBuilder().load(verbose=False)
+"""
+
+
+def pytest_collection_finish(session):
+    """Build DeepSpeed's CPU operators beside the first tests: a minute the first time, cached afterwards.
+
+    The build is never killed, not even when the tests are: it would leave a lock file that later builds wait for.
+    """
+    wanted = any("deepspeed_ready" in getattr(item, "fixturenames", ()) for item in session.items)
+    if HAS_DEEPSPEED and wanted and not session.config.option.collectonly:
+        log = open(Path(tempfile.mkdtemp()) / "build.log", "w+")
+        command = [sys.executable, "-c", BUILD_OPERATORS]
+        session.config.operators = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True), log
 
 
 @pytest.fixture(scope="session")
-def deepspeed_ready(deepspeed_operators):
+def deepspeed_ready(request):
     """Ask for this fixture in a test that runs DeepSpeed: it skips or waits as needed."""
     if not HAS_DEEPSPEED:
         pytest.skip("the optional package deepspeed is not installed")
-    output = deepspeed_operators.communicate(timeout=600)[0] if deepspeed_operators.poll() is None else ""
-    assert deepspeed_operators.returncode == 0, f"DeepSpeed's CPU operators do not build here: {output[-2000:]}"
+    process, log = request.config.operators
+    code = process.wait(timeout=600)
+    log.seek(0)
+    assert code == 0, f"DeepSpeed's CPU operators do not build here: {log.read()[-2000:]}"
 
 
 @pytest.fixture(scope="session")

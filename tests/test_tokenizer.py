@@ -1,0 +1,355 @@
+"""Tokenizers: the ids are those of SentencePiece, whatever files lie beside its model."""
+
+import io
+import json
+import random
+import shutil
+
+import pytest
+from make_tiny_llama import CORPUS
+
+import utils
+from utils import UserError
+
+END = "tokenizer: padding token was missing; now <unk>\n"  # LLaMA has no padding token
+
+
+def train_model(path, **changes):
+    """A SentencePiece model of the tiny corpus at `path`, of LLaMA's kind but for `changes`; returns the path."""
+    from sentencepiece import SentencePieceTrainer
+
+    written = io.BytesIO()
+    options = {
+        "model_type": "bpe",
+        "vocab_size": 700,
+        "character_coverage": 0.998,
+        "byte_fallback": True,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "num_threads": 1,
+        "minloglevel": 2,
+    }
+    lines = [line for line in CORPUS.read_text(encoding="utf-8").split("\n") if line.strip()]
+    SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=written, **(options | changes))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(written.getvalue())
+    return path
+
+
+def sentencepiece_ids(model_path, texts, bos=False, eos=False):
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(model_path))
+    head, tail = [processor.bos_id()] * bos, [processor.eos_id()] * eos
+    return [head + ids + tail for ids in processor.encode(texts)]
+
+
+def random_strings(count):
+    """Strings of words, runs of blanks and characters from all over Unicode; the same every time."""
+    draw = random.Random(0)
+    words = CORPUS.read_text(encoding="utf-8").split()
+    parts = [
+        lambda: draw.choice(words),
+        lambda: " " * draw.choice([1, 1, 1, 2, 3, 4, 8, 17]),
+        lambda: draw.choice(["\n", "\n\n", "\t", "\r\n", "\u3000", "\u00a0", "\u2028", "▁", "▁▁", "\u200b", "\ufeff"]),
+        lambda: "".join(draw.choice("abcXYZ019.,:;!?()[]{}<>/\\'\"#*_-=+|~`^&%$@") for _ in range(draw.randint(1, 9))),
+        lambda: chr(
+            draw.choice([draw.randint(0x00, 0xFF), draw.randint(0x100, 0xD7FF), draw.randint(0xE000, 0x1FFFF)])
+        ),
+        lambda: chr(draw.randint(0x4E00, 0x9FFF)) + chr(draw.randint(0x0300, 0x036F)),
+    ]
+    return ["".join(draw.choice(parts)() for _ in range(draw.randint(1, 30))) for _ in range(count)]
+
+
+TEXTS = utils.NASTY_STRINGS + random_strings(400)
+
+
+# --- tokenizer_from_sentencepiece ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (False, True), (True, True)])
+def test_the_ids_are_sentencepieces_also_after_saving_and_loading(bos, eos, base, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = base / "tokenizer.model"
+    built = utils.tokenizer_from_sentencepiece(model, add_bos_token=bos, add_eos_token=eos)
+    built.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    expected = sentencepiece_ids(model, TEXTS, bos, eos)
+    for tokenizer in (built, loaded):
+        assert tokenizer(TEXTS).input_ids == expected
+        assert [tokenizer(text).input_ids for text in TEXTS[:50]] == expected[:50]  # one by one
+        assert tokenizer(TEXTS, add_special_tokens=False).input_ids == sentencepiece_ids(model, TEXTS)
+        assert tokenizer.special_tokens_map == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        assert tokenizer.all_special_ids == [1, 2, 0]
+        assert len(tokenizer) == 1000
+
+
+def test_a_pair_of_texts_gets_the_tokens_of_each(base):
+    built = utils.tokenizer_from_sentencepiece(base / "tokenizer.model", add_eos_token=True)
+    (a,), (b,) = (
+        sentencepiece_ids(base / "tokenizer.model", ["one"]),
+        sentencepiece_ids(base / "tokenizer.model", ["two"]),
+    )
+    assert built("one", "two").input_ids == [1, *a, 2, 1, *b, 2]
+
+
+def test_decoding_gives_the_text_back(base):
+    built = utils.tokenizer_from_sentencepiece(base / "tokenizer.model")
+    texts = [text for text in TEXTS if "▁" not in text]  # the word mark itself reads as a space, also in SentencePiece
+    assert len(texts) > 250
+    assert built.batch_decode(built(texts).input_ids, skip_special_tokens=True) == texts
+
+
+def test_the_end_token_in_a_text_is_one_id(base):
+    built = utils.tokenizer_from_sentencepiece(base / "tokenizer.model")
+    ids = built("stop</s>").input_ids
+    assert ids == [1, *sentencepiece_ids(base / "tokenizer.model", ["stop"])[0], 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"add_dummy_prefix": False},
+        {"byte_fallback": False},
+        {"control_symbols": ["<ctl>"]},
+        {"add_dummy_prefix": False, "user_defined_symbols": ["<sep>", "##"]},
+    ],
+    ids=["no-dummy-prefix", "no-byte-fallback", "control-symbol", "user-defined-without-prefix"],
+)
+def test_other_bpe_models_are_read_rightly_too(changes, tmp_path):
+    model = train_model(tmp_path / "tokenizer.model", **changes)
+    texts = [*TEXTS, "a<sep> b ##c", "<sep><sep>", " ### x"]
+    if "control_symbols" in changes:
+        texts.remove("a<sep> b ##c"), texts.remove("<sep><sep>")
+    built = utils.tokenizer_from_sentencepiece(model)
+    expected = sentencepiece_ids(model, texts, bos=True)
+    found = built(texts).input_ids
+    assert [text for text, a, b in zip(texts, expected, found, strict=True) if a != b] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "bos", "eos", "unk"),
+    [({"bos_id": -1}, None, 2, 0), ({"unk_id": 3, "bos_id": 0, "eos_id": 1, "pad_id": 2}, 0, 1, 3)],
+    ids=["no-begin-token", "other-ids"],
+)
+def test_the_special_tokens_are_those_of_the_model(changes, bos, eos, unk, tmp_path):
+    model = train_model(tmp_path / "tokenizer.model", **changes)
+    built = utils.tokenizer_from_sentencepiece(model, add_eos_token=True)
+    assert (built.bos_token_id, built.eos_token_id, built.unk_token_id) == (bos, eos, unk)
+    head = [] if bos is None else [bos]
+    assert built("one").input_ids == [*head, *sentencepiece_ids(model, ["one"])[0], eos]
+
+
+def test_keywords_go_to_the_tokenizer(base):
+    built = utils.tokenizer_from_sentencepiece(base / "tokenizer.model", model_max_length=5, pad_token="<unk>")
+    assert (built.model_max_length, built.pad_token_id) == (5, 0)
+    assert len(built("one two three four", truncation=True).input_ids) == 5
+
+
+def test_a_unigram_model_is_refused(tmp_path):
+    model = train_model(tmp_path / "tokenizer.model", model_type="unigram")
+    with pytest.raises(UserError) as caught:
+        utils.tokenizer_from_sentencepiece(model)
+    assert str(caught.value) == (f"{model}: not a BPE model, cannot be rebuilt; put a right tokenizer.json beside it")
+
+
+# --- load_tokenizer --------------------------------------------------------------------------------------------------
+
+
+def make_folder(base, folder, *names):
+    """A model folder with only some of the files of `base`."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copy(base / name, folder)
+    return folder
+
+
+def edit_json(path, edit):
+    value = json.loads(path.read_text(encoding="utf-8"))
+    edit(value)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def check_llama(tokenizer, base):
+    """It reads as the SentencePiece model does, begins with <s>, pads with <unk> on the right, at 512 tokens."""
+    assert tokenizer(TEXTS, truncation=False).input_ids == sentencepiece_ids(base / "tokenizer.model", TEXTS, bos=True)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    assert tokenizer.special_tokens_map == special
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 512)
+
+
+CONFIG, JSON, MODEL = "tokenizer_config.json", "tokenizer.json", "tokenizer.model"
+
+
+def test_a_right_folder_loads_without_a_word_but_for_padding(base, tmp_path, capsys):
+    for name in ([CONFIG, JSON, MODEL], [CONFIG, JSON]):
+        check_llama(utils.load_tokenizer(make_folder(base, tmp_path / str(len(name)), *name), 512), base)
+        assert capsys.readouterr().err == END
+
+
+@pytest.mark.parametrize("names", [(MODEL,), (MODEL, "config.json"), (MODEL, "config.json", CONFIG)])
+def test_a_folder_without_tokenizer_json_is_built_from_the_sentencepiece_model(names, base, tmp_path, capsys):
+    check_llama(utils.load_tokenizer(make_folder(base, tmp_path, *names), 512), base)
+    line = "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked against it\n"
+    assert capsys.readouterr().err == line + END
+
+
+def test_the_early_llama_layout_is_built_from_the_sentencepiece_model(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, MODEL, "config.json")
+    config = {"bos_token": "", "eos_token": "", "unk_token": "", "tokenizer_class": "LLaMATokenizer"}
+    config["model_max_length"] = 1000000000000000019884624838656
+    (folder / CONFIG).write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text("{}")
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    line = "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked against it\n"
+    assert capsys.readouterr().err == line + END
+
+
+def test_the_begin_and_end_switches_of_the_folder_are_honoured(base, tmp_path):
+    folder = make_folder(base, tmp_path, MODEL, "config.json")
+    (folder / CONFIG).write_text('{"add_bos_token": false, "add_eos_token": true, "tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = utils.load_tokenizer(folder, 512)
+    assert tokenizer("one").input_ids == sentencepiece_ids(base / MODEL, ["one"], eos=True)[0]
+
+
+def test_merges_in_another_order_are_noticed(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    edit_json(folder / JSON, lambda value: value["model"]["merges"].reverse())
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    assert capsys.readouterr().err == (
+        "tokenizer: its tokenizer.json reads 'Hello world' otherwise than its tokenizer.model; "
+        "built from tokenizer.model, ids checked against it\n" + END
+    )
+
+
+def test_a_missing_word_mark_is_noticed(base, tmp_path, capsys):
+    """As in conversions that put no space before the first word."""
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    edit_json(folder / JSON, lambda value: value["normalizer"]["normalizers"].pop(0))
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    assert "tokenizer.json reads 'Hello world' otherwise" in capsys.readouterr().err
+
+
+def test_a_wrong_order_of_the_runs_of_spaces_alone_is_noticed(base, tmp_path, capsys):
+    """As in transformers' own conversion, which merges by id: runs of spaces then join in another order."""
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+
+    def spaces_first(value):
+        value["model"]["merges"].sort(key=lambda pair: set("".join(pair)) != {"▁"})
+
+    edit_json(folder / JSON, spaces_first)
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    line = capsys.readouterr().err.split("\n")[0]
+    assert line.startswith("tokenizer: its tokenizer.json reads ") and line.endswith("ids checked against it")
+
+
+def test_an_empty_end_token_is_noticed(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    edit_json(folder / CONFIG, lambda value: value.pop("eos_token"))
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    line = "tokenizer: its end token is empty; built from tokenizer.model, ids checked against it\n"
+    assert capsys.readouterr().err == line + END
+
+
+def test_a_damaged_tokenizer_json_is_noticed(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    (folder / JSON).write_text((folder / JSON).read_text(encoding="utf-8")[:1000], encoding="utf-8")
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    first, *rest = capsys.readouterr().err.splitlines(keepends=True)
+    assert first.startswith("tokenizer: its tokenizer files cannot be read (")
+    assert first.endswith("); built from tokenizer.model, ids checked against it\n")
+    assert rest == [END]
+
+
+def test_user_defined_symbols_are_refused_rather_than_read_wrongly(tmp_path):
+    """A symbol in the middle of a text, where SentencePiece puts no word mark behind it."""
+    model = train_model(tmp_path / "models" / MODEL, user_defined_symbols=["<sep>"])
+    with pytest.raises(UserError) as caught:
+        utils.load_tokenizer(model.parent, 512)
+    assert str(caught.value) == (
+        f"{model.parent}: it has no tokenizer.json, and one built from tokenizer.model reads 'a<sep> b<sep>c' "
+        "differently too; put a right tokenizer.json into the folder"
+    )
+
+
+def test_a_unigram_folder_without_tokenizer_json_is_refused(tmp_path):
+    model = train_model(tmp_path / "models" / MODEL, model_type="unigram")
+    with pytest.raises(UserError) as caught:
+        utils.load_tokenizer(model.parent, 512)
+    assert str(caught.value) == f"{model}: not a BPE model, cannot be rebuilt; put a right tokenizer.json beside it"
+
+
+@pytest.mark.parametrize("names", [(), ("config.json",)])
+def test_a_folder_without_a_tokenizer_is_refused(names, base, tmp_path):
+    with pytest.raises(UserError) as caught:
+        utils.load_tokenizer(make_folder(base, tmp_path, *names), 512)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: it holds no tokenizer")
+    hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    assert message.endswith(f"; {hint}")
+    assert "\n" not in message
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(base, tmp_path):
+    folder = make_folder(base, tmp_path, CONFIG, JSON)
+    edit_json(folder / CONFIG, lambda value: value.pop("eos_token"))
+    with pytest.raises(UserError) as caught:
+        utils.load_tokenizer(folder, 512)
+    assert str(caught.value) == (
+        f"{folder}: the tokenizer has no end token; set eos_token in its tokenizer_config.json"
+    )
+
+
+def test_padding_with_the_end_token_is_changed(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    edit_json(folder / CONFIG, lambda value: value.update(pad_token="</s>", padding_side="left"))
+    check_llama(utils.load_tokenizer(folder, 512), base)
+    assert capsys.readouterr().err == "tokenizer: padding token was </s> (the end token); now <unk>\n"
+
+
+def test_a_padding_token_of_its_own_is_kept(base, tmp_path, capsys):
+    folder = make_folder(base, tmp_path, CONFIG, JSON, MODEL)
+    edit_json(folder / CONFIG, lambda value: value.update(pad_token="<s>"))
+    assert utils.load_tokenizer(folder, 512).pad_token_id == 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "was"),
+    [
+        ({}, "missing"),
+        ({"unk_token": "<|endoftext|>"}, "missing"),
+        ({"pad_token": "<|endoftext|>"}, "<|endoftext|> (the end token)"),
+    ],
+    ids=["no-unknown-token", "unknown-is-end", "padding-is-end"],
+)
+def test_without_an_unknown_token_there_is_no_padding_token(more, was, tmp_path, capsys):
+    """As GPT-2: one special token for all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bytes_ = Tokenizer(models.BPE())
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet, end = pre_tokenizers.ByteLevel.alphabet(), "<|endoftext|>"
+    options = {"vocab_size": 260, "special_tokens": [end], "initial_alphabet": alphabet, "show_progress": False}
+    bytes_.train_from_iterator(["hello"], trainers.BpeTrainer(**options))
+    PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token=end, bos_token=end, **more).save_pretrained(tmp_path)
+    tokenizer = utils.load_tokenizer(tmp_path, 512)
+    assert (tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.eos_token_id) == (None, None, 0)
+    assert (tokenizer.padding_side, tokenizer.model_max_length) == ("right", 512)
+    line = f"tokenizer: padding token was {was}; none is set, batches mask by length\n"
+    assert capsys.readouterr().err == line
+
+
+def test_the_folders_own_length_stays_where_none_is_given(base):
+    assert utils.load_tokenizer(base).model_max_length == 2048
+
+
+def test_find_sentencepiece_looks_into_folders_and_takes_any_name(base, tmp_path):
+    assert utils.find_sentencepiece(base) == base / MODEL
+    assert utils.find_sentencepiece(tmp_path) is None
+    assert utils.find_sentencepiece("nobody/no-such-model", tmp_path) is None
+    assert utils.find_sentencepiece("a/b/c is no name on the hub", tmp_path) is None
