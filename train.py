@@ -145,6 +145,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _check_launcher(self):
         """Plain `python` runs one process on one device: refuse or say what needs a launcher, never DataParallel."""
+        for engine, option in (("FSDP", self.fsdp), ("DEEPSPEED", self.deepspeed)):
+            if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" and not option:
+                raise UserError(f"the launcher asks for {engine} and the options do not; give --{engine.lower()} here")
         if "WORLD_SIZE" in os.environ:
             return
         devices = 0 if self.use_cpu else torch.cuda.device_count()
@@ -228,6 +231,10 @@ def parse_arguments(words):
         built = [cls(**{n: getattr(namespace, n) for n in names}) for cls, names in zip(classes, groups, strict=True)]
     except (ValueError, ImportError) as error:  # what transformers refuses, in its own words
         raise UserError(" ".join(str(error).split())) from None
+    except torch.distributed.DistError as error:
+        port = os.environ.get("MASTER_PORT")
+        hint = f"if port {port} is in use, choose another with --master_port"
+        raise UserError(f"the processes cannot meet ({utils.first_line(error)}); {hint}") from None
     return *built, given
 
 
@@ -583,7 +590,7 @@ def check_needs(args, model_args, num_params, steps):
     half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
     weight_bytes = getattr(torch, model_args.dtype).itemsize
     needs = utils.memory_needs(num_params, weight_bytes, half, adam, args.world_size, local)
-    device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0]
+    device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
     problem = utils.memory_problem(engine_name(args), needs, local, utils.free_host_memory(), device_free)
     if problem:
         size = f"{num_params / 1e9:.2f} billion parameters"
@@ -644,6 +651,7 @@ def master_dtype(parameter):
 def check_engine(trainer):
     """Compare the engine that wraps the model with the one asked for. Raises UserError where they differ."""
     wanted, model = engine_name(trainer.args), trainer.model_wrapped
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if hasattr(model, "zero_optimization_stage"):
         found = f"ZeRO-{model.zero_optimization_stage()}"
     elif isinstance(model, torch.distributed.fsdp.FSDPModule):
@@ -718,7 +726,7 @@ class SFTTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:  # one optimizer step: see RunCallback.on_step_end
             self.check_step(logs)
-            logs["num_targets"] = int(self.step_targets)
+            logs["num_targets"] = int(self.step_targets or 0)
             self.step_rows.clear(), self.step_losses.clear()
         super().log(logs, start_time)
 
@@ -768,6 +776,8 @@ class RunCallback(TrainerCallback):
         here, total = sum(map(local_numel, parameters)), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
         dtypes = [{p.dtype for p in parameters}, {master_dtype(p) for p in parameters[-1:]}]
         reason, compute = probe(trainer)
+        if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
+            reason = reason or "label smoothing and Liger kernels need all logits"
         if reason and not trainer.data_collator.padded:
             say(f"micro-batches are padded on the right: {reason}")
             trainer.data_collator.padded = True
@@ -785,7 +795,7 @@ class RunCallback(TrainerCallback):
             rehearse_save(trainer)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
-                self.handlers[number] = signal.signal(number, self.note_signal)
+                self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals
 
     def note_signal(self, number, frame):
         self.signal = number
@@ -811,7 +821,7 @@ class RunCallback(TrainerCallback):
                     utils.delete_checkpoint(old)
         self.trainer.accelerator.wait_for_everyone()
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def restore_signals(self):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -886,12 +896,12 @@ def gather_weights(trainer, dtype):
 def write_model(trainer, folder):
     """Write model, config and tokenizer into `folder`, read the weights back and compare; see `utils.staged`.
 
-    Returns the bytes of the weights on the first process, 0 elsewhere; all processes call it.
+    Returns the names of the files on the first process, [] elsewhere; all processes call it.
     """
     args, dtype = trainer.args, save_dtype(trainer.args)
     weights = gather_weights(trainer, dtype)
     if not args.should_save:
-        return 0
+        return []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     with utils.staged(folder) as staging:
         old = model.config.dtype
@@ -901,22 +911,24 @@ def write_model(trainer, folder):
         trainer.processing_class.save_pretrained(staging)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         utils.check_weights(staging, weights)
-    return sum(path.stat().st_size for path in utils.weight_files(folder))
+        return sorted(path.name for path in staging.iterdir())
 
 
 def safe_save_model_for_hf_trainer(trainer, output_dir):
-    """Gather the trained weights on the first process's CPU and write the model, verified, to `output_dir`."""
-    write_model(trainer, output_dir)
+    """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
+    names = write_model(trainer, output_dir)
     trainer.accelerator.wait_for_everyone()
+    return names
 
 
 def rehearse_save(trainer):
     """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
     start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
-    size = write_model(trainer, folder)
+    write_model(trainer, folder)
+    size = utils.weights_size(folder)
+    trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         shutil.rmtree(folder)
-    trainer.accelerator.wait_for_everyone()
     say(f"save rehearsed: {size / GIB:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
 
@@ -967,6 +979,8 @@ def train():
     finished, checkpoint = utils.from_first_process(utils.resume_point, *choice)
     if finished:
         return
+    if checkpoint and not os.path.isdir(checkpoint):
+        raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     bones = utils.skeleton(config)
     num_params, steps = sum(p.numel() for p in bones.parameters()), num_steps(len(dataset), args)
     fix_layer_class(args, bones)
@@ -990,26 +1004,39 @@ def train():
     if utils.rank() == 0:
         utils.write_json(run, Path(args.output_dir, "run.json"))
     model = load_model(model_args, args, config, tokenizer)
-    trainer = SFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=filled,
-        data_collator=FlatCollator(module["data_collator"], padded=args.padded),
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=filled,
+            data_collator=FlatCollator(module["data_collator"], padded=args.padded),
+            processing_class=tokenizer,
+        )
+    except ValueError as error:  # options that the Trainer refuses, in its own words
+        raise UserError(" ".join(str(error).split())) from None
     del model, bones
     gc.collect()
     watch = RunCallback(trainer)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.add_callback(ProgressLine())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if watch.signal:
-        say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-        sys.exit(128 + signal.SIGTERM)
-    if checkpoint is None and trainer.num_applied == 0:
-        raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
-    finish(trainer, run)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if watch.signal:
+            say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+            sys.exit(128 + signal.SIGTERM)
+        if checkpoint is None and trainer.num_applied == 0:
+            raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
+        finish(trainer, run)
+    except Exception as error:
+        if not utils.is_disk_full(error):
+            raise
+        what = utils.first_line(error)
+        raise UserError(
+            f"{args.output_dir}: cannot be written ({what}); make room; {trainer.last_checkpoint()}"
+        ) from None
+    finally:
+        watch.restore_signals()
 
 
 def portable(given, args):
@@ -1029,7 +1056,7 @@ def portable(given, args):
 def finish(trainer, run):
     """Write the model, loss.csv and the finished run.json; say where they are."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
-    safe_save_model_for_hf_trainer(trainer, args.output_dir)
+    names = safe_save_model_for_hf_trainer(trainer, args.output_dir)
     if not args.should_save:
         return
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -1046,11 +1073,12 @@ def finish(trainer, run):
         "processes": args.world_size,
         "padded": trainer.data_collator.padded,
     }
-    keep = {".lock", "run.json"}
-    run["files"] = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in keep)
+    run["files"] = [*names, "loss.csv"]
     utils.write_json(run, folder / "run.json")
-    size = sum(path.stat().st_size for path in utils.weight_files(folder))
-    print(f"{folder}: model saved ({size / GIB:.2f} GiB {save_dtype(args)}), last loss {losses[-1]:.4f}", flush=True)
+    print(
+        f"{folder}: model saved ({utils.weights_size(folder) / GIB:.2f} GiB {save_dtype(args)}), last loss {losses[-1]:.4f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def rank():
 def say(message):
     """Print one line on stderr, from the first process of the run only."""
     if rank() == 0:
-        print(message, file=sys.stderr, flush=True)
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
+        print(f"{clear}{message}", file=sys.stderr, flush=True)
 
 
 def is_first_to_fail():
@@ -583,6 +584,17 @@ def staged(folder):
 def weight_files(folder):
     """The .safetensors files of a model folder, in order."""
     return sorted(Path(folder).glob("*.safetensors"))
+
+
+def weights_size(folder):
+    """Bytes of the weights in a model folder."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def is_disk_full(error):
+    """Whether an exception says that there was no room to write, in the words of Python, torch or safetensors."""
+    words = ("No space left on device", "File too large", "Disk quota exceeded", "file write failed")
+    return any(word in str(error) for word in words)
 
 
 def check_weights(folder, expected, may_lack=()):

@@ -86,7 +86,9 @@ def test_folder_without_tokenizer_is_refused(base, tmp_path):
         path.unlink()
     message = refusal(folder, tmp_path)
     assert message.startswith(f"{folder}: its tokenizer files cannot be read (")
-    assert message.endswith("; --model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name")
+    assert message.endswith(
+        "; --model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    )
 
 
 def test_folder_without_weights_is_refused(base, tmp_path):
@@ -131,7 +133,10 @@ def test_extra_tensor_is_left_out_with_a_line(base, tmp_path, capsys):
     folder = copied(base, tmp_path / "model")
     rewrite(folder, lambda weights: weights.update({"value_head.weight": torch.zeros(1)}))
     model = load(folder, tmp_path)
-    assert f"{folder}: 1 tensors that the model does not use were left out, first value_head.weight" in capsys.readouterr().err
+    assert (
+        f"{folder}: 1 tensors that the model does not use were left out, first value_head.weight"
+        in capsys.readouterr().err
+    )
     assert "value_head.weight" not in model.state_dict()
 
 
