@@ -10,6 +10,7 @@ Reads a model folder and JSON or JSON Lines records; writes the tuned model, che
 The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import gc
@@ -193,6 +194,8 @@ class TrainingArguments(transformers.TrainingArguments):
             config = json.loads(utils.read_text(path))
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"{path}: holds no JSON object; ds_config.json is a whole one")
         self.deepspeed, notices = utils.complete_ds_config(config)
         for notice in notices:
             say(f"{path}: {notice}")
@@ -205,7 +208,7 @@ def parse_arguments(words):
     """
     classes = (ModelArguments, DataArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = transformers.hf_argparser.ArgumentDefaultsHelpFormatter
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.error = _refuse
     words, notices = utils.translate_old_options(words)
     saved = {}
@@ -255,7 +258,9 @@ def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dic
     model_max_length. Returns {input_ids, labels: list of LongTensor (length,), straddling: list of bool}.
     """
     result = {"input_ids": [], "labels": [], "straddling": []}
-    options = {"truncation": True, "max_length": tokenizer.model_max_length, "return_attention_mask": False}
+    options = {"return_attention_mask": False, "verbose": False}
+    if tokenizer.model_max_length < 10**9:  # a tokenizer without a limit says 10^30
+        options |= {"truncation": True, "max_length": tokenizer.model_max_length}
     for start in range(0, len(sources), CHUNK):
         prompts = list(sources[start : start + CHUNK])
         texts = [prompt + target for prompt, target in zip(prompts, targets[start : start + CHUNK], strict=True)]
@@ -294,7 +299,8 @@ class SupervisedDataset(Dataset):
         window = tokenizer.model_max_length
         # A row as long as the window may or may not have been cut: count it again, whole.
         full = [i for i, ids in enumerate(data["input_ids"]) if len(ids) == window]
-        lengths = [len(ids) for ids in tokenizer([prompts[i] + targets[i] for i in full]).input_ids] if full else []
+        whole = tokenizer([prompts[i] + targets[i] for i in full], verbose=False).input_ids if full else []
+        lengths = [len(ids) for ids in whole]
         cut = {i for i, length in zip(full, lengths, strict=True) if length > window}
         keep = [i for i, labels in enumerate(data["labels"]) if (labels != IGNORE_INDEX).any()]
         dropped = sorted(set(range(len(records))) - set(keep))
@@ -526,34 +532,16 @@ def fix_layer_class(args, model):
 
 
 def load_model(model_args, args, config, tokenizer):
-    """Load the base model with fp32 master weights, whole, and with special ids that are the tokenizer's.
+    """The base model with fp32 master weights and with special ids that are the tokenizer's.
 
-    Raises UserError where weights are missing, damaged or of another shape.
+    Under FSDP one process of a node reads the weights; the others make room for them, and accelerate sends each its
+    shards from the first process while it wraps the model.
     """
-    name = model_args.model_name_or_path
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name,
-            config=config,
-            cache_dir=args.cache_dir,
-            dtype=getattr(torch, model_args.dtype),  # transformers 5 would take the files' fp16 and train in it
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named, below
-        )
-    except UserError:
-        raise
-    except Exception as error:  # from half a download to a damaged shard: each library has its own exception
-        what = utils.first_line(error)
-        raise UserError(f"{name}: cannot load its weights ({what}); copy the folder again") from error
-    for key, found, wanted in info["mismatched_keys"]:
-        what = f"{key} is {list(found)} in its files and {list(wanted)} by its config"
-        raise UserError(f"{name}: {what}; copy the folder again")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{name}: its files lack {len(missing)} tensors, first {missing[0]}; copy the folder again")
-    unused = sorted(info["unexpected_keys"])
-    if unused:
-        say(f"{name}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
+    dtype = getattr(torch, model_args.dtype)  # transformers 5 would take the files' fp16 and train in it
+    if args.fsdp and args.fsdp_config["cpu_ram_efficient_loading"] and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        model = utils.empty_model(config, dtype)
+    else:
+        model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir)
     changed = utils.repair_ids(model, tokenizer)
     if changed:
         say(f"config: {', '.join(changed)}")

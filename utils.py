@@ -105,18 +105,19 @@ def run_main(main):
 
 
 def jload(f, mode="r"):
-    """Load JSON from a path or an open file; JSON Lines (.jsonl, or one value per line) become a list."""
+    """Load JSON from a path or an open file; a .jsonl file, or any of one JSON value per line, becomes a list."""
     if not isinstance(f, io.IOBase):
         with open(f, mode=mode, encoding=None if "b" in mode else "utf-8-sig") as opened:
             return jload(opened)
     text = f.read()
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        lines = text.strip().split("\n" if isinstance(text, str) else b"\n")
-        if len(lines) < 2:
-            raise
-        return [json.loads(line) for line in lines if line.strip()]
+    lines = [line for line in text.split("\n" if isinstance(text, str) else b"\n") if line.strip()]
+    if not str(getattr(f, "name", "")).endswith(".jsonl"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            if len(lines) < 2:
+                raise
+    return [json.loads(line) for line in lines]
 
 
 def jdump(obj, f, mode="w", indent=4, default=str):
@@ -127,6 +128,7 @@ def jdump(obj, f, mode="w", indent=4, default=str):
     if not isinstance(obj, (str, dict, list)):
         raise ValueError(f"jdump writes a str, dict or list, not {type(obj).__name__}")
     text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
+    text.encode("utf-8")  # a lone surrogate must fail before the file is emptied
     if isinstance(f, io.IOBase):
         f.write(text)
         return
@@ -188,20 +190,25 @@ def check_record(record):
     return ""
 
 
-def read_text(path):
-    """The text of a UTF-8 file, without a byte order mark. Raises UserError where it cannot be read."""
+def read_text(path, hint=""):
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError, with `hint`, where it cannot be read."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; --data_path takes JSON or JSON Lines files") from None
+        raise UserError(f"{path}: {error.strerror}{hint}") from None
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8; "
             f"convert the file, for example: iconv -f GB18030 -t UTF-8 {path} > converted.json"
         ) from None
+
+
+def _json_problem(error):
+    where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+    return f"not valid JSON, {where}"
 
 
 def parse_records(text, name):
@@ -214,15 +221,18 @@ def parse_records(text, name):
     if text.lstrip().startswith("["):
         try:
             rows = [(f"{name}[{i}]", value) for i, value in enumerate(json.loads(text))]
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}:{error.lineno}: not valid JSON, {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}") from None
     else:
         for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
             if line.strip():
                 try:
                     rows.append((f"{name}:{number}", json.loads(line)))
-                except json.JSONDecodeError as error:
-                    problems.append(f"{name}:{number}: not valid JSON, {error.msg} at column {error.colno}")
+                except (ValueError, RecursionError) as error:
+                    problems.append(f"{name}:{number}: {_json_problem(error)}")
+        if problems and not rows:
+            with contextlib.suppress(ValueError, RecursionError):  # one record, written over several lines
+                rows, problems = [(f"{name}:1", json.loads(text))], []
     records = []
     for source, value in rows:
         examples = [value]
@@ -231,6 +241,8 @@ def parse_records(text, name):
                 {**instance, "instruction": value.get("instruction")} if isinstance(instance, dict) else instance
                 for instance in value["instances"]
             ]
+            if not examples:
+                problems.append(f"{source}: a seed task without instances")
         for example in examples:
             problem = check_record(example)
             if problem:
@@ -248,7 +260,7 @@ def read_records(paths):
     """
     records, problems = [], []
     for path in paths:
-        text = read_text(path)
+        text = read_text(path, "; --data_path takes JSON or JSON Lines files")
         if not text.strip():
             raise UserError(f"{path}: the file is empty; it should hold a JSON list or JSON Lines")
         found = parse_records(text, os.path.basename(path))
@@ -288,11 +300,13 @@ OLD_OPTIONS = {
     "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
     "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
     "torch_dtype": _renamed("dtype"),
+    "push_to_hub_model_id": _renamed("hub_model_id"),
+    "push_to_hub_token": _renamed("hub_token"),
     **dict.fromkeys(
         "save_safetensors half_precision_backend fp16_backend fp16_opt_level use_mps_device use_ipex xpu_backend "
         "sharded_ddp jit_mode_eval past_index tpu_num_cores tpu_metrics_debug ray_scope include_tokens_per_second "
         "include_inputs_for_metrics mp_parameters dispatch_batches split_batches lazy_preprocess use_fast_tokenizer "
-        "overwrite_cache push_to_hub_model_id push_to_hub_organization push_to_hub_token".split()
+        "overwrite_cache push_to_hub_organization".split()
     ),
 }
 
@@ -447,8 +461,11 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
 
     options = {"padding_side": "right"} | ({"model_max_length": model_max_length} if model_max_length else {})
     model_path, problem, tokenizer = find_sentencepiece(name_or_path, cache_dir), "", None
+    folder = Path(name_or_path)
     if model_path is not None and not (model_path.parent / "tokenizer.json").is_file():
         problem = "it has no tokenizer.json"
+    elif folder.is_dir() and not any(path.name.startswith(("tokenizer", "vocab")) for path in folder.iterdir()):
+        problem = "it holds no tokenizer"
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, **options)
@@ -514,6 +531,51 @@ def skeleton(config):
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
+def empty_model(config, dtype):
+    """The model with room for its weights on the host, not filled: the system gives no memory until it is written."""
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # buffers, which no file holds, get their values
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=dtype)))
+    model.tie_weights()
+    return model
+
+
+def load_weights(name_or_path, config, dtype, cache_dir=None):
+    """Load a model whole. Raises UserError where weights are missing, damaged or of another shape."""
+    import transformers
+
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            config=config,
+            cache_dir=cache_dir,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are named, below
+        )
+    except Exception as error:  # from half a download to a damaged shard: each library has its own exception
+        what = first_line(error)
+        raise UserError(f"{name_or_path}: cannot load its weights ({what}); copy the folder again") from error
+    for key, found, wanted in info["mismatched_keys"]:
+        what = f"{key} is {list(found)} in its files and {list(wanted)} by its config"
+        raise UserError(f"{name_or_path}: {what}; copy the folder again")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name_or_path}: its files lack {len(missing)} tensors, first {missing[0]}; copy the folder again"
+        )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        say(f"{name_or_path}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
+    return model
+
+
 def repair_ids(model, tokenizer):
     """Give config and generation config the tokenizer's special ids, and make the generation config one that saves.
 
@@ -575,7 +637,10 @@ def staged(folder):
         umask = os.umask(0)
         os.umask(umask)
         for name in names:
-            os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
+            if (staging / name).is_dir():
+                shutil.rmtree(Path(folder, name), ignore_errors=True)  # of an earlier save
+            else:
+                os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
             os.replace(staging / name, Path(folder, name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -704,7 +769,7 @@ def find_checkpoints(folder):
         try:
             files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
             is_whole = all((path / name).stat().st_size == size for name, size in files.items())
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             is_whole = False
         (whole if is_whole else unfinished).append(path)
     return whole, unfinished
@@ -744,7 +809,10 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
         for path in sum(find_checkpoints(folder), []):
             delete_checkpoint(path)
         for name in [*run.get("files", []), "loss.csv", "run.json"]:
-            Path(folder, name).unlink(missing_ok=True)
+            if Path(folder, name).is_dir():
+                shutil.rmtree(Path(folder, name))
+            else:
+                Path(folder, name).unlink(missing_ok=True)
         run = None
     for hidden in (".saving", ".rehearsal"):  # of a run that was killed
         shutil.rmtree(folder / hidden, ignore_errors=True)

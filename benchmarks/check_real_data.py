@@ -57,10 +57,11 @@ def compare(rows, dataset, name):
     different, wrongly_dropped = [], []
     for i, (ids, labels) in enumerate(zip(rows["input_ids"], rows["labels"], strict=True)):
         source = f"{name}[{i}]"
-        if (source in kept) != bool((labels != -100).any()):
+        ours = kept.pop(source, None)
+        if (ours is not None) != bool((labels != -100).any()):
             wrongly_dropped.append(source)
-        elif source in kept:
-            item = dataset[kept.pop(source)]
+        elif ours is not None:
+            item = dataset[ours]
             if not (torch.equal(item["input_ids"], ids) and torch.equal(item["labels"], labels)):
                 different.append(source)
     return different, wrongly_dropped + list(kept)

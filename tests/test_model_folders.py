@@ -85,7 +85,7 @@ def test_folder_without_tokenizer_is_refused(base, tmp_path):
     for path in folder.glob("tokenizer*"):
         path.unlink()
     message = refusal(folder, tmp_path)
-    assert message.startswith(f"{folder}: its tokenizer files cannot be read (")
+    assert message.startswith(f"{folder}: it holds no tokenizer; ")
     assert message.endswith(
         "; --model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
     )

@@ -87,6 +87,21 @@ def test_the_ids_are_sentencepieces_also_after_saving_and_loading(bos, eos, base
         assert len(tokenizer) == 1000
 
 
+def test_pieces_are_merged_by_score_where_their_ids_have_another_order(base, tmp_path):
+    """As LLaMA's runs of spaces, whose ids and scores disagree."""
+    proto = utils.sentencepiece_proto(base / "tokenizer.model")
+    normal = [i for i, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL]
+    pieces = [(proto.pieces[i].piece, proto.pieces[i].score) for i in normal]
+    random.Random(0).shuffle(pieces)
+    for i, (piece, score) in zip(normal, pieces, strict=True):
+        proto.pieces[i].piece, proto.pieces[i].score = piece, score
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(proto.SerializeToString())
+    expected = sentencepiece_ids(model, TEXTS, bos=True)
+    assert expected != sentencepiece_ids(base / "tokenizer.model", TEXTS, bos=True)
+    assert utils.tokenizer_from_sentencepiece(model)(TEXTS).input_ids == expected
+
+
 def test_a_pair_of_texts_gets_the_tokens_of_each(base):
     built = utils.tokenizer_from_sentencepiece(base / "tokenizer.model", add_eos_token=True)
     (a,), (b,) = (

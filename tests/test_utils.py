@@ -348,9 +348,9 @@ TRANSLATED = [
     ("lazy_preprocess", "True", [], GONE),
     ("use_fast_tokenizer", "False", [], GONE),
     ("overwrite_cache", "True", [], GONE),
-    ("push_to_hub_model_id", "m", [], GONE),
+    ("push_to_hub_model_id", "m", ["--hub_model_id", "m"], "is now --hub_model_id"),
     ("push_to_hub_organization", "o", [], GONE),
-    ("push_to_hub_token", "t", [], GONE),
+    ("push_to_hub_token", "t", ["--hub_token", "t"], "is now --hub_token"),
 ]
 
 

@@ -1,0 +1,322 @@
+"""The command line of train.py: what is parsed, said, translated and refused, each refusal with its way round."""
+
+import dataclasses
+import json
+import os
+import pty
+import socket
+import subprocess
+import sys
+
+import pytest
+import utils
+from conftest import ROOT, basic_options, environment, field, finish, make_records, start, train
+from utils import UserError
+
+import train as trainer
+
+DEFAULTS = ["--model_name_or_path", "m", "--output_dir", "o"]
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch):
+    """Parsing sets variables for the libraries; each test starts and ends without them."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "ACCELERATE_USE_FSDP", "FSDP_STATE_DICT_TYPE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+
+
+def parse(*words):
+    return trainer.parse_arguments([*DEFAULTS, *map(str, words)])
+
+
+def refusal(*words):
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    return str(caught.value)
+
+
+def test_data_path_takes_several_files_and_a_repeated_option_adds():
+    assert parse("--data_path", "a.json", "b.json", "--data_path", "c d.jsonl")[1].data_path == [
+        "a.json", "b.json", "c d.jsonl",
+    ]  # fmt: skip
+    assert parse()[1].data_path is None
+
+
+def test_hyphens_are_understood_in_option_names():
+    assert parse("--data-path", "a.json", "--model-max-length", "77")[2].model_max_length == 77
+
+
+def test_options_are_never_abbreviated():
+    assert refusal("--learning_rat", "1") == (
+        "unknown option: --learning_rat (did you mean --learning_rate?); --help lists those that exist"
+    )
+
+
+def test_unknown_options_are_all_named_with_the_nearest():
+    assert refusal("--xyzzy", "8", "--data_pat", "x", "--zzzzzz") == (
+        "unknown option: --xyzzy, --data_pat (did you mean --data_path?), --zzzzzz; --help lists those that exist"
+    )
+
+
+def test_value_of_the_wrong_type_is_one_line():
+    assert refusal("--learning_rate", "fast") == "argument --learning_rate/--learning-rate: invalid float value: 'fast'"
+
+
+def test_stray_word_is_named():
+    assert refusal("--bf16", "True", "stray").startswith("unknown option: stray")
+
+
+def test_own_defaults():
+    model, data, args, given = trainer.parse_arguments([])
+    assert model.model_name_or_path == "facebook/opt-125m" and model.dtype == "float32"
+    assert (args.model_max_length, args.cache_dir, args.optim.value) == (512, None, "adamw_torch_fused")
+    assert (args.pad_token, args.padded, args.save_rehearsal, args.memory_check) == ("keep", False, True, True)
+    assert not args.logging_nan_inf_filter and not args.remove_unused_columns and given == {}
+
+
+def test_only_these_options_are_our_own():
+    """A new option is a deliberate change of this list."""
+    own = {f.name for f in dataclasses.fields(trainer.TrainingArguments)} - {
+        f.name for f in dataclasses.fields(trainer.transformers.TrainingArguments)
+    }
+    assert own == {
+        "cache_dir", "model_max_length", "pad_token", "padded", "save_dtype", "save_rehearsal", "memory_check",
+        "overwrite_output_dir", "resume_anyway", "dry_run", "tensorboard_dir",
+    }  # fmt: skip
+    assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
+    assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == ["data_path", "skip_bad_records"]
+    assert all(
+        f.metadata["help"]
+        for cls in (trainer.ModelArguments, trainer.DataArguments, trainer.TrainingArguments)
+        for f in dataclasses.fields(cls)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--fp16", "True", "--bf16", "True"], "--fp16 and --bf16 are both set; keep one of them"),
+        (["--pad_token", "eos"], "--pad_token eos: choose one of keep, add"),
+        (["--save_dtype", "int8"], "--save_dtype int8: choose one of float32, bfloat16, float16"),
+        (
+            ["--fsdp", "full_shard auto_wrap"],
+            "--fsdp needs a launcher: torchrun --standalone --nproc_per_node=2 train.py ...",
+        ),
+        (
+            ["--deepspeed", str(ROOT / "ds_config.json")],
+            "--deepspeed needs a launcher: torchrun --standalone --nproc_per_node=2 train.py ...",
+        ),
+        (["--eval_strategy", "sometimes"], "argument --eval_strategy/--eval-strategy: invalid choice: 'sometimes'"),
+        (
+            ["--fsdp_transformer_layer_cls_to_wrap", "X", "--fsdp_config", "{}"],
+            "--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON",
+        ),
+    ],
+)
+def test_refusals_of_the_command_line(words, message):
+    assert refusal(*words).startswith(message)
+
+
+def test_unknown_word_of_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refusal("--fsdp", "hybrid_shard auto_wrap") == (
+        "--fsdp hybrid_shard auto_wrap: choose from full_shard, shard_grad_op, auto_wrap, offload"
+    )
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_engine_that_only_the_launcher_asks_for_is_refused(engine, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    expected = f"the launcher asks for {engine} and the options do not; give --{engine.lower()} here"
+    assert refusal() == expected
+
+
+def test_deepspeed_json_with_an_error_is_named_by_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = tmp_path / "ds.json"
+    path.write_text('{\n  "fp16": {"enabled": }\n}')
+    assert refusal("--deepspeed", path) == f"{path}:2: not valid JSON, Expecting value"
+    assert refusal("--deepspeed", tmp_path / "none.json").startswith(f"{tmp_path}/none.json: No such file or directory")
+
+
+def test_options_that_a_cpu_cannot_honour_are_dropped_with_a_line(capsys):
+    args = parse("--tf32", "True", "--fp16", "True")[2]
+    assert args.tf32 is None and args.fp16 is False and args.use_cpu
+    assert capsys.readouterr().err.splitlines() == [
+        "--tf32 needs a GPU of the Ampere generation or newer; ignored here",
+        "--fp16 needs a GPU, or --deepspeed; computing in float32 here",
+    ]
+
+
+def test_run_json_brings_its_arguments_and_later_options_win(tmp_path):
+    arguments = {"model_name_or_path": "/m", "data_path": ["/d.json"], "learning_rate": 0.5, "output_dir": "/old"}
+    run = {"made_by": "cria", "status": "finished", "arguments": arguments}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    words = [str(tmp_path / "run.json"), "--output_dir", "/new"]
+    model, data, args, given = trainer.parse_arguments(words)
+    assert (model.model_name_or_path, data.data_path, args.learning_rate) == ("/m", ["/d.json"], 0.5)
+    assert args.output_dir == "/new"
+    assert given == arguments | {"output_dir": "/new"}
+    assert trainer.parse_arguments([*words, "--data_path", "other.json"])[1].data_path == ["other.json"]
+
+
+def test_other_json_before_the_options_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text('{"some": "file"}')
+    for name in ("data.json", "run.json"):
+        with pytest.raises(UserError, match="run.json"):
+            trainer.parse_arguments([str(tmp_path / name)])
+
+
+def test_group_by_length_runs_to_the_end(base, data, tmp_path):
+    options = [*basic_options(base, data, tmp_path / "out", group_by_length=True, logging_dir=tmp_path / "tb")]
+    run = train([*options, "--report_to", "tensorboard"]).finished()
+    assert "--group_by_length is now --train_sampling_strategy group_by_length" in run.err
+    assert len(run.losses()) == 9 and len(list((tmp_path / "tb").rglob("events.out.tfevents.*"))) == 1
+
+
+def test_missing_data_path_is_refused(tokenizer):
+    with pytest.raises(UserError, match="^--data_path is missing: name one or more JSON or JSON Lines files$"):
+        trainer.make_supervised_data_module(tokenizer, parse()[1])
+
+
+def test_evaluation_without_data_is_refused_in_one_line(base, data, tmp_path):
+    run = train(basic_options(base, data, tmp_path / "out", evaluation_strategy="steps"))
+    assert run.code == 2 and "eval_dataset" in run.error()
+
+
+def test_dry_run_shows_examples_and_counts_and_loads_no_weights(base, data, tokenizer, tmp_path):
+    (tmp_path / "model").mkdir()
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    run = train(basic_options(tmp_path / "model", data, tmp_path / "out", dry_run=2))
+    assert run.code == 0 and not (tmp_path / "out").exists()
+    lines = run.out.splitlines()
+    assert lines[0] == "--- records.json[0]: 69 tokens, 4 trained"
+    assert lines[-1] == "steps: 9 of 8 examples (1 epochs)"
+    assert run.out.count(">>>") == run.out.count("<<<") == 2
+    assert ">>>river.</s><<<" in run.out and ">>>lamp lamp.</s><<<" in run.out
+    records = make_records(70)  # by the original's rule: what tokenizing the whole adds to tokenizing the prompt
+    prompts = [utils.render_prompt(record) for record in records]
+    whole = [prompt + record["output"] + "</s>" for prompt, record in zip(prompts, records, strict=True)]
+    targets = sum(
+        len(tokenizer(a).input_ids) - len(tokenizer(b).input_ids) for a, b in zip(whole, prompts, strict=True)
+    )
+    assert field(r"tokens per epoch: [\d,]+, of which trained ([\d,]+)", run.out) == f"{targets:,}"
+
+
+def test_error_is_said_once_by_two_processes(base, tmp_path):
+    (tmp_path / "data.json").write_text('[{"instruction": "x"}]')
+    run = train(basic_options(base, tmp_path / "data.json", tmp_path / "out"), processes=2)
+    assert run.error() == (
+        "error: 1 of 1 records cannot be used: data.json[0]: no output; keys found: instruction; keys expected: "
+        "instruction, input (optional), output; mend them, or drop and count them with --skip_bad_records True"
+    )
+
+
+def test_busy_port_is_one_line(base, data, tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        places = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        options = basic_options(base, data, tmp_path / "out")
+        words = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
+        done = subprocess.run(words, env=environment() | places, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: the processes cannot meet (")
+    assert done.stderr.splitlines()[-1].endswith(f"if port {port} is in use, choose another with --master_port")
+
+
+def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
+    """On a pseudo-terminal every step rewrites one line; the rates appear from the second step."""
+    master, slave = pty.openpty()
+    options = basic_options(base, data, tmp_path / "out", max_steps=3)
+    process = start(options, stderr=slave)
+    os.close(slave)
+    text = b""
+    try:
+        while chunk := os.read(master, 65536):
+            text += chunk
+    except OSError:  # Linux reports the closed terminal so
+        pass
+    finish(process, options)
+    steps = [part for part in text.decode().split("\r") if part.startswith("step ")]
+    assert [field(r"step (\d+)/3", part) for part in steps] == ["1", "2", "3"]
+    assert all(part.split("\x1b[K")[0].startswith("step ") and "\x1b[K" in part for part in steps)
+    shape = (
+        r"step 2/3  epoch 0\.22  loss \d\.\d{4}  lr 6\.67e-04  grad \d\.\d{3}  [\d.]+ examples/s  "
+        r"[\d,]+ target tokens/s  ETA 0:00:\d\d"
+    )
+    assert field(f"({shape})", steps[1])
+
+
+def test_off_a_terminal_lines_come_every_logging_steps(base, data, tmp_path):
+    run = train(basic_options(base, data, tmp_path / "out", logging_steps=4)).finished()
+    steps = [line for line in run.err.splitlines() if line.startswith("step ")]
+    assert [field(r"step (\d+)/9", line) for line in steps] == ["4", "8", "9"]
+    assert len(run.losses()) == 9 and "\r" not in run.err and "\x1b" not in run.err
+
+
+def test_only_the_first_process_speaks(base, data, tmp_path):
+    run = train(basic_options(base, data, tmp_path / "out", max_steps=1, per_device_train_batch_size=4), processes=2)
+    lines = [line for line in run.finished().err.splitlines() if line and not line.startswith(("W", "*"))]
+    assert len(lines) == len(set(lines)), run.err
+    assert run.out.count("model saved") == 1
+
+
+def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, tmp_path):
+    args = parse("--output_dir", tmp_path)[2]
+    monkeypatch.setattr(trainer.utils, "free_host_memory", lambda: 64 * 2**30)
+    with pytest.raises(UserError) as caught:
+        trainer.check_needs(args, trainer.ModelArguments(), 6_738_415_616, 10)
+    assert str(caught.value) == (
+        "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
+        "gradients and optimizer; no engine fits here: more devices, or a smaller model; "
+        "to try all the same: --memory_check False"
+    )
+    args.memory_check = False
+    assert trainer.check_needs(args, trainer.ModelArguments(), 6_738_415_616, 10) is None
+
+
+def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
+    args = parse("--output_dir", tmp_path, "--save_steps", 5)[2]
+    usage = trainer.shutil._ntuple_diskusage(0, 0, 2**30)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError) as caught:
+        trainer.check_needs(args, trainer.ModelArguments(), 100_000_000, 10)
+    assert str(caught.value) == (
+        f"{tmp_path}: the model and 2 checkpoints need 2.6 GiB, 1.0 GiB are free; use --save_total_limit 1, "
+        "--save_only_model True or --save_strategy no; to try all the same: --memory_check False"
+    )
+    args = parse("--output_dir", tmp_path, "--save_strategy", "no")[2]
+    assert trainer.check_needs(args, trainer.ModelArguments(), 100_000_000, 10) is None
+
+
+def test_help_lists_the_commands_and_every_own_option():
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0 and done.stderr == ""
+    assert 'torchrun --standalone --nproc_per_node=8 train.py ... --fsdp "full_shard auto_wrap"' in done.stdout
+    for name in ("data_path", "model_max_length", "pad_token", "resume_anyway", "dry_run"):
+        assert f"--{name}" in done.stdout
+
+
+def test_read_only_output_is_one_line(base, data):
+    run = train(basic_options(base, data, "/proc/nowhere"))
+    assert run.code == 2 and run.error().startswith("error: /proc/nowhere: ")
+
+
+def test_importing_changes_nothing():
+    code = "import os; before = dict(os.environ); import train, utils, torch; assert dict(os.environ) == before"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
