@@ -141,6 +141,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fp16 and self.use_cpu and not self.deepspeed:
             say("--fp16 needs a GPU, or --deepspeed; computing in float32 here")
             self.fp16 = False
+        if self.fp16 and not self.deepspeed and self.optim == "adamw_torch_fused":
+            self.optim = "adamw_torch"  # the fused one skips overflowed steps itself and tells nobody
         if self.bf16 and not self.use_cpu and not transformers.utils.is_torch_bf16_gpu_available():
             raise UserError("--bf16 needs a GPU of the Ampere generation or newer; use --fp16 True here")
 
@@ -706,6 +708,8 @@ class SFTTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_rows.append(inputs.pop("rows"))
+        if torch.is_tensor(num_items_in_batch):  # FSDP would round a float to 16 bits: 1986 targets to 1984
+            num_items_in_batch = num_items_in_batch.long()
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.step_losses.append(loss.detach())
         self.step_targets = num_items_in_batch

@@ -248,15 +248,14 @@ def run_arm(args):
 
     recipe, micro_batch = ARMS[args.arm]
     device = "cpu" if args.tiny else "cuda"
-    preset = "tiny" if args.tiny else args.preset
-    vocab_size = common.PRESETS[preset]["vocab_size"]
+    vocab_size = common.PRESETS[args.preset]["vocab_size"]
     rows = make_rows(args.steps * GLOBAL_BATCH, vocab_size, args.data_path, args.tokenizer)
     tokens = types.SimpleNamespace(pad_token_id=0, eos_token_id=2)
     options = {"bf16": True, "gradient_checkpointing": args.checkpointing}
     if args.checkpointing:
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
-        model = common.build_model(preset, device)
+        model = common.build_model(args.preset, device)
         accumulation = GLOBAL_BATCH // micro_batch
         result = common.train_arm(recipe, model, rows, tokens, micro_batch, accumulation, skip=args.skip, **options)
         result["parameters"] = model.num_parameters()
@@ -331,7 +330,10 @@ def run_speed(args, save):
 def main():
     args = parse()
     args.started = time.perf_counter()
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "" if args.tiny else "0")  # one GPU, else the stock Trainer takes all
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # one GPU: the stock Trainer would take all
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if args.tiny else visible
+    if args.tiny:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads only get in each other's way at this size
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -346,7 +348,7 @@ def main():
     result = common.surroundings()
     name = "tiny" if args.tiny else torch.cuda.get_device_name().lower().replace(" ", "_")
     path = Path(args.output or common.RESULTS / f"gpu_{name}.json")
-    result["settings"] = {key: getattr(args, key) for key in ("preset", "steps", "skip", "repeat", "data_path", "tiny")}
+    result["settings"] = {key: getattr(args, key) for key in ("preset", "steps", "skip", "repeat", "data_path")}
     if args.tiny:
         result["note"] = NOT_MEASURED
     if args.part != "speed":
@@ -368,7 +370,7 @@ def parse():
     parser.add_argument("--part", choices=["all", "checks", "speed"], default="all", help="what to run (default: all)")
     parser.add_argument("--data_path", help="records as JSON or JSON Lines (default: rows are made up)")
     parser.add_argument("--tokenizer", help="a SentencePiece .model file or a model folder; goes with --data_path")
-    parser.add_argument("--preset", choices=["7b", "106m", "20m"], default="7b", help="the model (default: 7b)")
+    parser.add_argument("--preset", choices=common.PRESETS, help="the model (default: 7b; tiny with --tiny)")
     parser.add_argument("--steps", type=int, help="steps of an arm, of 32 examples each (default: 20; 3 with --tiny)")
     parser.add_argument("--repeat", type=int, default=1, help="repetitions of every arm (default: 1)")
     parser.add_argument(
@@ -382,6 +384,7 @@ def parse():
     args = parser.parse_args()
     if bool(args.data_path) != bool(args.tokenizer):
         parser.error("--data_path and --tokenizer go together")
+    args.preset = args.preset or ("tiny" if args.tiny else "7b")
     args.steps = args.steps or (3 if args.tiny else 20)
     args.skip = (1 if args.tiny else SKIP) if args.skip is None else args.skip
     if args.steps <= args.skip:

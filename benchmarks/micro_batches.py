@@ -11,6 +11,7 @@ and in float32 no step's loss may differ by more than LOSS_BOUND; the exit code 
 
 import argparse
 import gc
+import os
 import statistics
 import sys
 
@@ -35,6 +36,7 @@ def main():
     args = parser.parse_args()
     if args.steps < 2:
         parser.error("--steps must be at least 2: the first is not timed")
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: the stock Trainer would take all
     import torch
 
     common.quiet()

@@ -112,6 +112,8 @@ def main():
     }
     common.write_result(result, args.output)
     print(f"{len(columns)} steps, largest difference of the losses of a step {difference:.2e} (at most {bound})")
+    if not fell:
+        print("a curve did not fall by 1 between its first step and the mean of its last five")
     sys.exit(0 if result["passed"] else 1)
 
 

@@ -124,7 +124,9 @@ def pytest_collection_finish(session):
     if HAS_DEEPSPEED and wanted and not session.config.option.collectonly:
         log = open(Path(tempfile.mkdtemp()) / "build.log", "w+")
         command = [sys.executable, "-c", BUILD_OPERATORS]
-        session.config.operators = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True), log
+        # In the runs' own environment: another ninja on the PATH would build everything again, and again.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
+        session.config.operators = process, log
 
 
 @pytest.fixture(scope="session")
