@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 import transformers
@@ -43,6 +43,7 @@ DEFAULT_EOS_TOKEN = "</s>"
 DEFAULT_BOS_TOKEN = "<s>"
 DEFAULT_UNK_TOKEN = "<unk>"
 CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
+Dtype = Literal["float32", "bfloat16", "float16"]
 MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,10 +56,7 @@ class ModelArguments:
     model_name_or_path: Optional[str] = field(
         default="facebook/opt-125m", metadata={"help": "Model folder, or a name on the hub."}
     )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype of the master weights: float32, bfloat16 or float16. Half masters train worse."},
-    )
+    dtype: Dtype = field(default="float32", metadata={"help": "Dtype of the master weights; half ones train worse."})
 
 
 @dataclass
@@ -78,12 +76,12 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = field(
         default=512, metadata={"help": "Window in tokens; longer rows are cut on the right and counted."}
     )
-    pad_token: str = field(
+    pad_token: Literal["keep", "add"] = field(
         default="keep",
         metadata={"help": "keep: the vocabulary stays as it is. add: a [PAD] row is added, as Stanford Alpaca did."},
     )
     padded: bool = field(default=False, metadata={"help": "Pad micro-batches on the right instead of flattening them."})
-    save_dtype: Optional[str] = field(
+    save_dtype: Optional[Dtype] = field(
         default=None, metadata={"help": "Dtype of the final model's files; by default what the run computes in."}
     )
     save_rehearsal: bool = field(default=True, metadata={"help": "Save, check and remove the model before step 1."})
@@ -102,17 +100,11 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 are both set; keep one of them")
-        for name, value, choices in (
-            ("pad_token", self.pad_token, ("keep", "add")),
-            ("save_dtype", self.save_dtype or "float32", ("float32", "bfloat16", "float16")),
-        ):
-            if value not in choices:
-                raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}")
         self._fit_device()
         self._check_launcher()
         if self.fsdp:
             self._configure_fsdp()
-        if isinstance(self.deepspeed, str):
+        if self.deepspeed:
             self._configure_deepspeed()
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -191,11 +183,13 @@ class TrainingArguments(transformers.TrainingArguments):
         except ImportError:
             raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
         deepspeed.utils.logger.setLevel("ERROR")
-        path = self.deepspeed
-        try:
-            config = json.loads(utils.read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
+        path, config = "DeepSpeed configuration", self.deepspeed
+        if isinstance(config, str):
+            try:
+                path = config
+                config = json.loads(utils.read_text(path))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
         if not isinstance(config, dict):
             raise UserError(f"{path}: holds no JSON object; ds_config.json is a whole one")
         self.deepspeed, notices = utils.complete_ds_config(config)
@@ -220,7 +214,7 @@ def parse_arguments(words):
         if run is None:
             raise UserError(f"{path}: a file before the options must be the run.json of an earlier run")
         saved = run["arguments"]
-    if "fsdp_config" in saved or sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
+    if sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
         raise UserError("--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON")
     parser.set_defaults(**{key: value for key, value in saved.items() if key != "data_path"})
     namespace, rest = parser.parse_known_args(words)
@@ -867,7 +861,7 @@ def save_dtype(args):
 def gather_weights(trainer, dtype):
     """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
 
-    A tensor tied to an earlier one is left out. A floating point value that `dtype` cannot hold raises UserError.
+    A tensor tied to an earlier one is left out.
     """
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     names, first = {}, {}
@@ -875,29 +869,24 @@ def gather_weights(trainer, dtype):
         names[name] = first.setdefault(id(parameter), name)
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {}
-    if trainer.args.should_save:
-        for name in list(state):
-            tensor = state.pop(name)
-            if names.get(name, name) == name:
-                weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-                if not torch.isfinite(weights[name]).all():
-                    raise UserError(f"weight {name} has values that {dtype} cannot hold; use --save_dtype float32")
+    for name in list(state) if trainer.args.should_save else []:
+        tensor = state.pop(name)  # so that host memory holds each tensor once
+        if names.get(name, name) == name:
+            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
     return weights
 
 
-def write_model(trainer, folder):
-    """Write model, config and tokenizer into `folder`, read the weights back and compare; see `utils.staged`.
+def write_model(trainer, weights, folder):
+    """Write weights, config and tokenizer into `folder`, read the weights back and compare; see `utils.staged`.
 
-    Returns the names of the files on the first process, [] elsewhere; all processes call it.
+    Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
     """
-    args, dtype = trainer.args, save_dtype(trainer.args)
-    weights = gather_weights(trainer, dtype)
-    if not args.should_save:
-        return []
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise UserError(f"weight {name} has values that {weight.dtype} cannot hold; use --save_dtype float32")
     with utils.staged(folder) as staging:
-        old = model.config.dtype
-        model.config.dtype = dtype
+        old, model.config.dtype = model.config.dtype, save_dtype(trainer.args)
         model.save_pretrained(staging, state_dict=weights, max_shard_size="5GB")
         model.config.dtype = old
         trainer.processing_class.save_pretrained(staging)
@@ -908,20 +897,18 @@ def write_model(trainer, folder):
 
 def safe_save_model_for_hf_trainer(trainer, output_dir):
     """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
-    names = write_model(trainer, output_dir)
-    trainer.accelerator.wait_for_everyone()
-    return names
+    weights = gather_weights(trainer, save_dtype(trainer.args))
+    return utils.from_first_process(write_model, trainer, weights, output_dir)
 
 
 def rehearse_save(trainer):
     """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
     start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
-    write_model(trainer, folder)
-    size = utils.weights_size(folder)
-    trainer.accelerator.wait_for_everyone()
+    safe_save_model_for_hf_trainer(trainer, folder)
     if trainer.args.should_save:
+        size = utils.weights_size(folder) / GIB
         shutil.rmtree(folder)
-    say(f"save rehearsed: {size / GIB:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
+        say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
 
 def settings_of(args, model_args, hashes):
@@ -939,6 +926,13 @@ def settings_of(args, model_args, hashes):
     if args.deepspeed or args.fsdp:
         settings["processes"] = args.world_size  # its checkpoints are in as many parts
     return json.loads(json.dumps(settings, default=str))
+
+
+def open_output(args, settings):
+    """Take the output folder for this process, and decide what to do with it; see `utils.resume_point`."""
+    utils.claim_folder(args.output_dir)
+    wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
+    return utils.resume_point(args.output_dir, settings, wanted, overwrite, anyway)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -966,9 +960,7 @@ def train():
         return
     hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
     settings = settings_of(args, model_args, hashes)
-    lock = utils.claim_folder(args.output_dir) if utils.rank() == 0 else None  # noqa: F841 (held until we return)
-    choice = (args.output_dir, settings, args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway)
-    finished, checkpoint = utils.from_first_process(utils.resume_point, *choice)
+    finished, checkpoint = utils.from_first_process(open_output, args, settings)
     if finished:
         return
     if checkpoint and not os.path.isdir(checkpoint):
@@ -1039,7 +1031,7 @@ def portable(given, args):
     if os.path.isdir(kept.get("model_name_or_path", "")):
         kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
     if kept.get("deepspeed"):
-        kept["deepspeed"] = utils.complete_ds_config(json.loads(utils.read_text(kept["deepspeed"])))[0]
+        kept["deepspeed"] = args.deepspeed
     for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
         kept.pop(name, None)
     return kept
@@ -1067,10 +1059,8 @@ def finish(trainer, run):
     }
     run["files"] = [*names, "loss.csv"]
     utils.write_json(run, folder / "run.json")
-    print(
-        f"{folder}: model saved ({utils.weights_size(folder) / GIB:.2f} GiB {save_dtype(args)}), last loss {losses[-1]:.4f}",
-        flush=True,
-    )
+    size = f"{utils.weights_size(folder) / GIB:.2f} GiB {save_dtype(args)}"
+    print(f"{folder}: model saved ({size}), last loss {losses[-1]:.4f}", flush=True)
 
 
 if __name__ == "__main__":

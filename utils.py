@@ -65,11 +65,27 @@ def process_group():
 
 
 def from_first_process(function, *arguments):
-    """Call `function` on the first process and return its result on all of them."""
-    result = [function(*arguments) if rank() == 0 else None]
+    """Call `function` on the first process and return its result on all of them, which wait for it.
+
+    What the user can mend, a full disk included, is raised on all of them, so that none waits for ever.
+    """
+    result, problem = None, None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            problem = f"cannot write ({first_line(error)}); make room, then give the same command again"
     if process_group():
-        process_group().broadcast_object_list(result)
-    return result[0]
+        shared = [result, problem]
+        process_group().broadcast_object_list(shared)
+        result, problem = shared
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 def run_main(main):
@@ -745,10 +761,13 @@ def read_run(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def claim_folder(folder):
-    """Make `folder` and lock it for this process; returns the lock, an open file to be kept.
+HELD_LOCKS = []  # a lock lasts as long as its file is open
 
-    The lock ends with the process, however that ends. Raises UserError where another process holds it.
+
+def claim_folder(folder):
+    """Make `folder` and lock it until this process ends, however it ends; returns the lock, an open file.
+
+    Raises UserError where another process holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     lock = open(Path(folder, ".lock"), "w")
@@ -758,6 +777,7 @@ def claim_folder(folder):
         raise UserError(f"{folder}: another run is writing here; wait for it, or choose another --output_dir") from None
     except OSError:  # a file system without locks
         pass
+    HELD_LOCKS.append(lock)
     return lock
 
 

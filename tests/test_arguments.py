@@ -98,8 +98,9 @@ def test_only_these_options_are_our_own():
     ("words", "message"),
     [
         (["--fp16", "True", "--bf16", "True"], "--fp16 and --bf16 are both set; keep one of them"),
-        (["--pad_token", "eos"], "--pad_token eos: choose one of keep, add"),
-        (["--save_dtype", "int8"], "--save_dtype int8: choose one of float32, bfloat16, float16"),
+        (["--pad_token", "eos"], "argument --pad_token/--pad-token: invalid choice: 'eos' (choose from"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from"),
+        (["--save_dtype", "int8"], "argument --save_dtype/--save-dtype: invalid choice: 'int8' (choose from"),
         (
             ["--fsdp", "full_shard auto_wrap"],
             "--fsdp needs a launcher: torchrun --standalone --nproc_per_node=2 train.py ...",
