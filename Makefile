@@ -12,10 +12,10 @@ RELEASES := tests/requirements-tested.txt
 .PHONY: test test-all clean
 
 test: $(VENV)/.built
-	$(VENV)/bin/python -m pytest -q -m "not slow" tests
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: $(VENV)/.built
-	$(VENV)/bin/python -m pytest -q tests
+	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
 
 # torch goes first and alone, so that no other requirement draws in another build of it, which can be gigabytes.
 $(VENV)/.built: $(RELEASES)

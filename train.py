@@ -673,7 +673,7 @@ def probe(trainer):
         logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
         if logits[0].shape[1] != 16:
             return "it does not compute selected logits", seen[-1]
-        if not torch.equal(*logits):
+        if not torch.allclose(*logits, rtol=0, atol=0, equal_nan=True):
             return "in a flat row its examples see each other", seen[-1]
         return "", seen[-1]
     except TypeError as error:
@@ -884,11 +884,12 @@ def write_model(trainer, weights, folder):
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
-            raise UserError(f"weight {name} has values that {weight.dtype} cannot hold; use --save_dtype float32")
+            advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
+            raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.staged(folder) as staging:
-        old, model.config.dtype = model.config.dtype, save_dtype(trainer.args)
         model.save_pretrained(staging, state_dict=weights, max_shard_size="5GB")
-        model.config.dtype = old
+        config = utils.jload(staging / "config.json") | {"dtype": str(save_dtype(trainer.args))[6:]}
+        utils.jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
         trainer.processing_class.save_pretrained(staging)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         utils.check_weights(staging, weights)

@@ -1,4 +1,4 @@
-"""Commands of the 2023 tutorials, with only paths and process count changed: they run to the end and the model learns."""
+"""Commands of the 2023 tutorials with only paths and process count changed: they run, and the model learns."""
 
 import json
 import shlex
@@ -173,6 +173,7 @@ def test_tutorials_json_trains_after_its_scale_has_come_down(deepspeed_ready, ba
     assert f"overflow: step skipped ({skipped} so far)" in run.err
 
 
+@pytest.mark.slow
 def test_vicuna_era_command_under_the_deepspeed_launcher(deepspeed_ready, base, many_records, tokenizer, tmp_path):
     lines = [json.dumps(record) for record in json.loads(many_records.read_text())]
     data = tmp_path / "data.jsonl"

@@ -499,7 +499,7 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(heavy_bas
     run = play(run_options(heavy_base, data, tmp_path / "out", save_dtype="float16"))
     assert run.code == 2 and printed_steps(run) == []
     assert run.error() == (
-        "error: weight model.layers.0.mlp.up_proj.weight has values that torch.float16 cannot hold; "
+        "error: weight model.layers.0.mlp.up_proj.weight has values that are not finite in float16; "
         "use --save_dtype float32"
     )
     assert names_in(run.folder) == {".lock", "run.json"}
@@ -508,9 +508,8 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(heavy_bas
 def test_a_disk_without_room_is_found_before_the_first_step(runs):
     run = runs["no room"]
     assert run.code == 2 and printed_steps(run) == []
-    assert run.error().startswith(f"error: {run.folder}: cannot be written (")
-    assert "make room; no checkpoint was written yet" in run.error()
-    assert "Traceback" not in run.err
+    assert run.error().startswith("error: cannot write (") and "Traceback" not in run.err
+    assert run.error().endswith("); make room, then give the same command again")
     assert names_in(run.folder) - {".rehearsal"} == {".lock", "run.json"}
     assert not list(run.folder.rglob("*.safetensors"))
 
@@ -521,7 +520,7 @@ def test_a_final_save_that_fails_leaves_a_checkpoint_and_no_model(base, data, tm
     options = run_options(base, data, tmp_path / "out", learning_rate="1e5", max_steps=2, save_steps=1)
     run = play([*options, "--save_dtype", "float16"])
     assert run.code == 2 and printed_steps(run) == [1, 2] and "save rehearsed: " in run.err
-    assert "has values that torch.float16 cannot hold; use --save_dtype float32" in run.error()
+    assert "has values that are not finite in float16; use --save_dtype float32" in run.error()
     assert names_in(run.folder) == {".lock", "run.json", "checkpoint-1", "checkpoint-2"}
     assert run.info()["status"] == "started"
     run = play([*options, "--save_dtype", "float32"]).finished()
@@ -535,7 +534,7 @@ def test_a_disk_without_room_at_the_end_leaves_no_model(base, data, tmp_path):
     limit = (500_000, 500_000)
     run = play(options, until="step 5/", then=lambda p: psutil.Process(p.pid).rlimit(psutil.RLIMIT_FSIZE, limit))
     assert run.code == 2 and printed_steps(run)[-1] == STEPS
-    assert run.error().startswith(f"error: {run.folder}: cannot be written (") and "Traceback" not in run.err
+    assert run.error().startswith("error: cannot write (") and "Traceback" not in run.err
     assert names_in(run.folder) == {".lock", "run.json"}
 
 
@@ -544,7 +543,7 @@ def test_the_rehearsal_may_be_left_out(heavy_base, data, tmp_path):
     changes = {"save_dtype": "float16", "save_rehearsal": False, "max_steps": 2, "save_strategy": "no"}
     run = play(run_options(heavy_base, data, tmp_path / "out", **changes))
     assert run.code == 2 and printed_steps(run) == [1, 2] and "save rehearsed" not in run.err
-    assert "has values that torch.float16 cannot hold" in run.error()
+    assert "has values that are not finite in float16" in run.error()
     assert names_in(run.folder) == {".lock", "run.json"}
 
 
