@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -164,6 +165,8 @@ def write_json(obj, path):
 # Records and prompts
 # ---------------------------------------------------------------------------------------------------------------------
 
+IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
+
 # The two templates of Stanford Alpaca: a wire format, byte for byte. Nothing follows "### Response:"; the answer does.
 PROMPT_DICT = {
     "prompt_input": (
@@ -285,6 +288,42 @@ def read_records(paths):
     return records, problems
 
 
+def account(report, window):
+    """The lines that account for every record of a `SupervisedDataset.report`."""
+
+    def some(key, what):
+        names = report[key]
+        return [f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []
+
+    kept, ends = report["kept"], report["end_token_trained"]
+    share = ends / max(kept, 1)
+    advice = "warning: models that seldom see the end token do not stop; raise --model_max_length"
+    return [
+        f"data: {kept:,} kept + {report['read'] - kept:,} dropped = {report['read']:,} read",
+        *some("unreadable", "data: dropped, unreadable"),
+        *some("prompt_fills_window", f"data: dropped, the prompt fills the window of {window} tokens"),
+        *some("truncated", f"data: truncated at {window} tokens"),
+        *some("straddling", "data: a token straddles the border of prompt and answer and is masked"),
+        *some("empty_output", "data: empty output, only the end token is trained"),
+        *some("special_tokens", "warning: special tokens such as </s> stand in the text of records"),
+        f"data: the end token is trained in {ends:,} of {kept:,} rows ({share:.1%})",
+        *([advice] if share < 0.99 else []),
+    ]
+
+
+def show_examples(dataset, tokenizer, count, colour):
+    """The first `count` rows as text with what is trained marked: green on a terminal, >>> <<< otherwise."""
+    shown = []
+    for i in range(min(count, len(dataset))):
+        ids, labels = dataset.input_ids[i], dataset.labels[i]
+        border = int((labels == IGNORE_INDEX).sum())
+        text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
+        tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
+        marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
+        shown.append(f"--- {dataset.sources[i]}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+    return "\n".join(shown)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Options of 2023
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,11 +407,12 @@ def unknown_options(words, known):
 # Where converted tokenizers have been seen to differ from their SentencePiece model: runs of spaces, leading and
 # trailing space, tabs and newlines, the word mark itself, byte fallback, joined and combining characters.
 NASTY_STRINGS = [
-    "Hello world", " leading", "trailing ", "two  spaces", "   three   ", "\tif x:\n\t\treturn  1\n", "a\n\nb\r\nc",
-    "def f(x):\n    for i in range(10):\n        print(  i  )", "▁word▁mark", "x ▁ y", "1234567890.00 1,000", "...!!??;;",
-    "### Response:- one", "你好，世界。请翻译", "こんにちは 世界", "안녕하세요", "Привет мир", "مرحبا بالعالم", "שלום", "नमस्ते",
-    "🦙 emoji 👩‍👩‍👧‍👦 🇨🇳", "e\u0301 combining é", "zero\u200bwidth", "non\u00a0breaking", "\u3000ideographic\u3000", "\x00\x01\x7f",
-    "ﬁ ﬂ ligature ½ ①", "\U00020000 rare", "http://a.b/c?d=e&f=g", "CamelCase_snake-kebab", "", " ", "  ", "\n", "a" * 300,
+    "Hello world", " leading", "trailing ", "two  spaces", "   three   ", "\tif x:\n\t\treturn  1\n",
+    "a\n\nb\r\nc", "def f(x):\n    for i in range(10):\n        print(  i  )", "▁word▁mark", "x ▁ y",
+    "1234567890.00 1,000", "...!!??;;", "### Response:- one", "你好，世界。请翻译", "こんにちは 世界",
+    "안녕하세요", "Привет мир", "مرحبا بالعالم", "שלום", "नमस्ते", "🦙 emoji 👩‍👩‍👧‍👦 🇨🇳", "e\u0301 combining é",
+    "zero\u200bwidth", "non\u00a0breaking", "\u3000ideographic\u3000", "\x00\x01\x7f", "ﬁ ﬂ ligature ½ ①",
+    "\U00020000 rare", "http://a.b/c?d=e&f=g", "CamelCase_snake-kebab", "", " ", "  ", "\n", "a" * 300,
 ]  # fmt: skip
 
 
@@ -710,6 +750,54 @@ def check_weights(folder, expected, may_lack=()):
     return len(seen)
 
 
+def save_dtype(args):
+    """The dtype of the final model: --save_dtype, else what the run computes in."""
+    import torch
+
+    chosen = getattr(args, "save_dtype", None)
+    return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
+
+
+def gather_weights(trainer, dtype):
+    """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
+
+    A tensor tied to an earlier one is left out.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    names, first = {}, {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = {}
+    for name in list(state) if trainer.args.should_save else []:
+        tensor = state.pop(name)  # so that host memory holds each tensor once
+        if names.get(name, name) == name:
+            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    return weights
+
+
+def write_model(trainer, weights, folder):
+    """Write weights, config and tokenizer into `folder`, read the weights back and compare; see `staged`.
+
+    Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
+    """
+    import torch
+
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
+            raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
+    with staged(folder) as staging:
+        model.save_pretrained(staging, state_dict=weights, max_shard_size="5GB")
+        config = jload(staging / "config.json") | {"dtype": str(save_dtype(trainer.args))[6:]}
+        jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
+        trainer.processing_class.save_pretrained(staging)
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        check_weights(staging, weights)
+        return sorted(path.name for path in staging.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # run.json: what a run was made of
 # ---------------------------------------------------------------------------------------------------------------------
@@ -968,3 +1056,146 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
     fits = [option for name, option in ENGINE_OPTIONS.items() if not lack(name)]
     advice = f"what fits here: {' or '.join(fits)}" if fits else "no engine fits here: more devices, or a smaller model"
     return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
+
+
+def engine_name(args):
+    """The engine that the arguments ask for: single process, DDP, FSDP, ZeRO-2 or ZeRO-3, and " with offload"."""
+    if args.deepspeed:
+        zero = args.deepspeed["zero_optimization"]
+        devices = [(zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")]
+        offload = devices != ["none", "none"]
+        return f"ZeRO-{zero.get('stage', 0)}" + " with offload" * offload
+    if args.fsdp:
+        return "FSDP" + " with offload" * bool(args.fsdp_config["cpu_offload"])
+    return "DDP" if args.world_size > 1 else "single process"
+
+
+def check_needs(args, dtype, num_params, steps):
+    """Refuse, before anything is loaded, a run that cannot fit in memory or on the disk. `dtype` is of the masters.
+
+    Only weights, gradients, optimizer and files are counted, so nothing that could run is refused.
+    """
+    import torch
+
+    if not args.memory_check:
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
+    half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
+    weight_bytes = getattr(torch, dtype).itemsize
+    needs = memory_needs(num_params, weight_bytes, half, adam, args.world_size, local)
+    device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
+    problem = memory_problem(engine_name(args), needs, local, free_host_memory(), device_free)
+    if problem:
+        size = f"{num_params / 1e9:.2f} billion parameters"
+        raise UserError(f"{size}: {problem}; to try all the same: --memory_check False")
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value)
+    if planned is None:
+        planned = math.ceil(steps / max(every, 1))  # the last step is saved too
+    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))
+    free = shutil.disk_usage(args.output_dir).free
+    if disk > free:
+        raise UserError(
+            f"{args.output_dir}: the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "
+            "are free; use --save_total_limit 1, --save_only_model True or --save_strategy no; "
+            "to try all the same: --memory_check False"
+        )
+
+
+def enable_fsdp2_on_cpu(trainer):
+    """Open accelerate's gate that lets FSDP run on a CPU; used only there.
+
+    AcceleratorState turns FSDP on for a list of device types that leaves out several CPU processes, and silently runs
+    DDP; everything behind the gate is device neutral. So two private dicts of shared state get what the gate would
+    have written. tests/test_engines.py says when it is no longer needed.
+    """
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    if trainer.accelerator.state.mixed_precision != "no":
+        plugin.set_mixed_precision(trainer.accelerator.state.mixed_precision)
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs an accelerator
+    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    trainer.is_fsdp_enabled = True
+
+
+def local_numel(parameter):
+    """Elements of a parameter that this process holds: a shard under FSDP2 (DTensor) and ZeRO-3 (ds_tensor)."""
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.numel()
+    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+
+
+def master_dtype(parameter):
+    """The dtype in which the optimizer updates a parameter, under ZeRO that of a copy; all processes call it."""
+    if "deepspeed" in sys.modules and hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter).dtype
+    return parameter.dtype
+
+
+def check_engine(trainer):
+    """Compare the engine that wraps the model with the one asked for. Raises UserError where they differ."""
+    import torch
+
+    wanted, model = engine_name(trainer.args), trainer.model_wrapped
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if hasattr(model, "zero_optimization_stage"):
+        found = f"ZeRO-{model.zero_optimization_stage()}"
+    elif isinstance(model, torch.distributed.fsdp.FSDPModule):
+        found = "FSDP"
+    elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        found = "DDP"
+    else:
+        found = "single process"
+    if found != wanted.removesuffix(" with offload"):
+        raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
+
+
+def probe(trainer):
+    """Flatten two examples and change the first: the second one's logits must not move by a bit.
+
+    Runs on the wrapped model of any engine, with the arguments of a training step. Returns (why the model cannot take
+    flat rows, or "", dtype that the output layer computed in).
+    """
+    import torch
+
+    model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
+    device, seen = trainer.args.device, []
+    head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    one = (torch.arange(3, 27, device=device) % vocab_size)[None]  # two examples, of 8 and of 16 tokens
+    other = one.clone()
+    other[:, :8] = (other[:, :8] + 5) % vocab_size
+    flat = {
+        "position_ids": torch.cat([torch.arange(8), torch.arange(16)])[None].to(device),
+        "logits_to_keep": torch.arange(8, 24, device=device),
+        "use_cache": False,
+    }
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
+        if logits[0].shape[1] != 16:
+            return "it does not compute selected logits", seen[-1]
+        if not torch.allclose(*logits, rtol=0, atol=0, equal_nan=True):
+            return "in a flat row its examples see each other", seen[-1]
+        return "", seen[-1]
+    except TypeError as error:
+        with torch.no_grad():
+            model(input_ids=one, use_cache=False)
+        return f"its forward takes no flat rows ({first_line(error)})", seen[-1]
+    finally:
+        hook.remove()
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                module.reshard()  # the last unit stays whole for a backward pass that a probe does not have

@@ -278,14 +278,14 @@ def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, t
     args = parse("--output_dir", tmp_path)[2]
     monkeypatch.setattr(trainer.utils, "free_host_memory", lambda: 64 * 2**30)
     with pytest.raises(UserError) as caught:
-        trainer.check_needs(args, trainer.ModelArguments(), 6_738_415_616, 10)
+        utils.check_needs(args, "float32", 6_738_415_616, 10)
     assert str(caught.value) == (
         "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
         "gradients and optimizer; no engine fits here: more devices, or a smaller model; "
         "to try all the same: --memory_check False"
     )
     args.memory_check = False
-    assert trainer.check_needs(args, trainer.ModelArguments(), 6_738_415_616, 10) is None
+    assert utils.check_needs(args, "float32", 6_738_415_616, 10) is None
 
 
 def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
@@ -293,13 +293,13 @@ def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
     usage = trainer.shutil._ntuple_diskusage(0, 0, 2**30)
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError) as caught:
-        trainer.check_needs(args, trainer.ModelArguments(), 100_000_000, 10)
+        utils.check_needs(args, "float32", 100_000_000, 10)
     assert str(caught.value) == (
         f"{tmp_path}: the model and 2 checkpoints need 2.6 GiB, 1.0 GiB are free; use --save_total_limit 1, "
         "--save_only_model True or --save_strategy no; to try all the same: --memory_check False"
     )
     args = parse("--output_dir", tmp_path, "--save_strategy", "no")[2]
-    assert trainer.check_needs(args, trainer.ModelArguments(), 100_000_000, 10) is None
+    assert utils.check_needs(args, "float32", 100_000_000, 10) is None
 
 
 def test_help_lists_the_commands_and_every_own_option():

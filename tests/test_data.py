@@ -356,7 +356,7 @@ def test_account_names_three_records_of_each_kind():
     kinds = ["unreadable", "prompt_fills_window", "truncated", "straddling", "empty_output", "special_tokens"]
     report = {key: [f"{key[0]}{i}" for i in range(count)] for count, key in enumerate(kinds, 1)}
     report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500}
-    assert train.account(report, 512) == [
+    assert utils.account(report, 512) == [
         "data: 50,000 kept + 2,002 dropped = 52,002 read",
         "data: dropped, unreadable: 1 (u0)",
         "data: dropped, the prompt fills the window of 512 tokens: 2 (p0, p1)",
@@ -367,7 +367,7 @@ def test_account_names_three_records_of_each_kind():
         "data: the end token is trained in 49,500 of 50,000 rows (99.0%)",
     ]
     report |= dict.fromkeys(kinds, []) | {"kept": 52002, "end_token_trained": 51400}
-    assert train.account(report, 512) == [
+    assert utils.account(report, 512) == [
         "data: 52,002 kept + 0 dropped = 52,002 read",
         "data: the end token is trained in 51,400 of 52,002 rows (98.8%)",
         "warning: models that seldom see the end token do not stop; raise --model_max_length",
@@ -532,16 +532,16 @@ def test_examples_are_shown_with_what_is_trained_marked(base, tokenizer, tmp_pat
         head, ids = sentencepiece_row(base / "tokenizer.model", utils.render_prompt(record), record["output"])
         titles.append(f"--- d.json[{i}]: {len(ids)} tokens, {len(ids) - len(head)} trained\n")
     assert titles[2].endswith(", 1 trained\n")
-    assert train.show_examples(dataset, tokenizer, 2, False) == (
+    assert utils.show_examples(dataset, tokenizer, 2, False) == (
         f"{titles[0]}{prompts[0]}>>>3\n</s><<<\n{titles[1]}{prompts[1]}>>>  你 🦙</s><<<"
     )
     green = "\x1b[32m{}\x1b[0m"
-    assert train.show_examples(dataset, tokenizer, 9, True) == (
+    assert utils.show_examples(dataset, tokenizer, 9, True) == (
         f"{titles[0]}{prompts[0]}{green.format('3' + chr(10) + '</s>')}\n"
         f"{titles[1]}{prompts[1]}{green.format('  你 🦙</s>')}\n"
         f"{titles[2]}{prompts[2]}{green.format('</s>')}"
     )
-    assert train.show_examples(dataset, tokenizer, 0, False) == ""
+    assert utils.show_examples(dataset, tokenizer, 0, False) == ""
 
 
 def arguments(micro_batch=1, accumulation=1, processes=1, epochs=1, max_steps=-1):

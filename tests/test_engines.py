@@ -441,7 +441,7 @@ def test_accelerate_still_has_to_be_told_to_run_fsdp_on_cpu(base, data, tmp_path
     script = tmp_path / "as_the_trainer_does.py"
     script.write_text(
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, utils\n"
-        "train.enable_fsdp2_on_cpu = lambda trainer: None\nutils.run_main(train.train)\n",
+        "utils.enable_fsdp2_on_cpu = lambda trainer: None\nutils.run_main(train.train)\n",
         encoding="utf-8",
     )
     options = run_options(base, data, tmp_path / "out", 2, {"fsdp": FSDP[1]})
