@@ -61,7 +61,7 @@ def test_early_llama_folder_is_repaired_line_by_line_and_trains(early_llama, dat
     assert 0 < half < 1e-2  # the same weights, once rounded to fp16, and the same ids
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
-    assert (model.generation_config.eos_token_id, model.generation_config.do_sample) == (2, True)
+    assert model.generation_config.eos_token_id in (2, [2]) and model.generation_config.do_sample  # older ones list it
     assert model.config.architectures == ["LlamaForCausalLM"] and model.dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.eos_token == "</s>" and tokenizer("a  b").input_ids[0] == 1
