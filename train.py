@@ -799,7 +799,9 @@ def train():
         if checkpoint is None and trainer.num_applied == 0:
             raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
         finish(trainer, run)
-    except Exception as error:
+    except UserError:
+        raise
+    except Exception as error:  # of the libraries that write checkpoints
         if not utils.is_disk_full(error):
             raise
         what = utils.first_line(error)
