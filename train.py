@@ -146,6 +146,8 @@ class TrainingArguments(transformers.TrainingArguments):
             return
         devices = 0 if self.use_cpu else torch.cuda.device_count()
         command = f"torchrun --standalone --nproc_per_node={max(devices, 1 if devices else 2)} train.py ..."
+        if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():  # on a CPU it starts one process for all
+            raise UserError(f"accelerate launch has started one process in place of several; use {command}")
         if self.fsdp or self.deepspeed:
             raise UserError(f"--{'fsdp' if self.fsdp else 'deepspeed'} needs a launcher: {command}")
         if devices > 1:
@@ -574,6 +576,10 @@ class SFTTrainer(Trainer):
         return f"last good checkpoint: {whole[-1]}" if whole else "no checkpoint was written yet"
 
 
+class AlreadyTrained(Exception):
+    """Leaves the Trainer's loop when the checkpoint resumed from is that of the last step."""
+
+
 class RunCallback(TrainerCallback):
     """What happens around the steps: proofs before the first, signals between them, markers behind checkpoints."""
 
@@ -612,6 +618,19 @@ class RunCallback(TrainerCallback):
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
                 self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals
+
+        if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
+            schedule = self.trainer.lr_scheduler
+            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+                rates = [args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+                base = {"base_lrs": [args.learning_rate] * len(rates), "_last_lr": rates}
+                schedule.load_state_dict(schedule.state_dict() | base)
+                for group, rate in zip(self.trainer.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
+            raise AlreadyTrained
 
     def note_signal(self, number, frame):
         self.signal = number
@@ -771,6 +790,7 @@ def train():
         "versions": utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
         "git_commit": utils.git_commit(),
         "seed": args.seed,
+        "files": (utils.read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
     }
     if utils.rank() == 0:
         utils.write_json(run, Path(args.output_dir, "run.json"))
@@ -792,7 +812,8 @@ def train():
     trainer.add_callback(watch)
     trainer.add_callback(ProgressLine())
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with contextlib.suppress(AlreadyTrained):
+            trainer.train(resume_from_checkpoint=checkpoint)
         if watch.signal:
             say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
             sys.exit(128 + signal.SIGTERM)

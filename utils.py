@@ -767,8 +767,16 @@ def gather_weights(trainer, dtype):
     names, first = {}, {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[name] = first.setdefault(id(parameter), name)
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     weights = {}
+    if hasattr(trainer.model_wrapped, "zero_optimization_stage") and dtype != next(model.parameters()).dtype:
+        from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits
+
+        for name, parameter in model.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            if trainer.args.should_save:
+                weights[name] = whole.to("cpu", dtype, copy=True)
+        return weights
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     for name in list(state) if trainer.args.should_save else []:
         tensor = state.pop(name)  # so that host memory holds each tensor once
         if names.get(name, name) == name:
