@@ -483,7 +483,8 @@ def fix_layer_class(args, model):
     for i, name in enumerate(wanted):
         match = next((c for c in classes if c.lower() == name.lower()), None)
         if match is None:
-            layers = ", ".join(getattr(model, "_no_split_modules", None) or classes)
+            lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+            layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
             raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
         if match != name:
             say(f"FSDP layer class {name} is {match} in this model")
@@ -596,7 +597,7 @@ class RunCallback(TrainerCallback):
             sum(map(utils.local_numel, parameters)),
             sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
         )
-        dtypes = [{p.dtype for p in parameters}, {utils.master_dtype(p) for p in parameters[-1:]}]
+        dtypes = [{p.dtype for p in parameters}, {utils.master_dtype(trainer, p) for p in parameters[-1:]}]
         reason, compute = utils.probe(trainer)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"

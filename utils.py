@@ -1140,9 +1140,9 @@ def local_numel(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
 
 
-def master_dtype(parameter):
+def master_dtype(trainer, parameter):
     """The dtype in which the optimizer updates a parameter, under ZeRO that of a copy; all processes call it."""
-    if "deepspeed" in sys.modules and hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+    if hasattr(trainer.model_wrapped, "zero_optimization_stage"):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).dtype

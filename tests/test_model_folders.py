@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import utils
-from conftest import basic_options, train
+from conftest import FSDP, ZERO3, basic_options, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
@@ -159,9 +159,15 @@ def test_fp16_files_give_fp32_masters_unless_asked_otherwise(early_llama, tmp_pa
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-def test_pad_token_add_gives_a_row_with_the_mean_of_the_old(base, data, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "engine"),
+    [(1, ()), pytest.param(2, FSDP, marks=pytest.mark.slow), pytest.param(2, ZERO3, marks=pytest.mark.slow)],
+    ids=["single", "fsdp", "zero3"],
+)
+@pytest.mark.usefixtures("deepspeed_ready")
+def test_pad_token_add_gives_a_row_with_the_mean_of_the_old(processes, engine, base, data, tmp_path):
     options = basic_options(base, data, tmp_path / "out", pad_token="add", max_steps=1, learning_rate=0)
-    run = train(options).finished()
+    run = train([*options, *engine], processes).finished()
     before, after = load_file(base / "model.safetensors"), run.weights()
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         assert after[name].shape == (1001, 64)
@@ -176,7 +182,8 @@ def test_tied_model_is_saved_once_and_loads(base, data, tmp_path):
     folder = tmp_path / "model"
     config = OPTConfig(
         vocab_size=1000, hidden_size=64, ffn_dim=128, num_hidden_layers=2, num_attention_heads=4,
-        word_embed_proj_dim=64, max_position_embeddings=512, dropout=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        word_embed_proj_dim=64, max_position_embeddings=512, dropout=0.0, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
