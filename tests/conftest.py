@@ -26,6 +26,8 @@ def environment():
     outer = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "TORCHELASTIC", "ACCELERATE_", "FSDP_", "CRIA_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     bin_dir = str(Path(sys.executable).parent)  # not resolved: the environment's own torchrun and deepspeed
+    if os.access(sys.prefix, os.W_OK):  # each environment's operators beside it: one cache for two builds them in turn
+        kept.setdefault("TORCH_EXTENSIONS_DIR", os.path.join(sys.prefix, "torch_extensions"))
     return kept | {
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
