@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import json
 import logging
 import math
@@ -546,6 +547,13 @@ class SFTTrainer(Trainer):
             self.step_rows.clear(), self.step_losses.clear()
         super().log(logs, start_time)
 
+    def count_steps_of(self, state):
+        """Take over the counts of applied and skipped steps from the state of the checkpoint resumed from."""
+        skipped = [entry.get("skipped_steps", 0) for entry in state.log_history if "loss" in entry]
+        self.num_skipped = max(skipped, default=0)
+        self.num_applied = state.global_step - self.num_skipped
+        self.skipped_in_a_row = len(list(itertools.takewhile(bool, reversed(skipped))))
+
     def check_step(self, logs):
         """Stop the run at a step that went wrong; a step that fp16's loss scaling skipped is counted instead."""
         loss, norm = logs["loss"], logs.get("grad_norm")
@@ -614,6 +622,9 @@ class RunCallback(TrainerCallback):
             f"x accumulation {args.gradient_accumulation_steps} x processes {args.world_size} "
             f"= global batch {global_batch(args)}, {state.max_steps:,} steps"
         )
+        trainer.count_steps_of(state)
+        if args.should_save:
+            utils.unmark_checkpoints_after(state.global_step, args.output_dir)
         if args.save_rehearsal:
             rehearse_save(trainer)
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -818,7 +829,7 @@ def train():
         if watch.signal:
             say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
             sys.exit(128 + signal.SIGTERM)
-        if checkpoint is None and trainer.num_applied == 0:
+        if trainer.num_applied == 0:
             raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
         finish(trainer, run)
     except UserError:

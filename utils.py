@@ -898,6 +898,14 @@ def mark_checkpoint(folder, **facts):
     write_json({**facts, "files": files}, folder / COMPLETE)
 
 
+def unmark_checkpoints_after(step, folder):
+    """Let the checkpoints behind `step` count no more: these steps are trained anew and will write over them."""
+    for path in find_checkpoints(folder)[0]:
+        if int(path.name[11:]) > step:
+            (path / COMPLETE).unlink()
+            say(f"{path}: of steps that are trained anew, no longer used")
+
+
 def delete_checkpoint(path):
     """Remove a checkpoint; the marker goes first, so that a kill in between leaves nothing that counts."""
     (path / COMPLETE).unlink(missing_ok=True)
@@ -932,21 +940,36 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
         run = None
     for hidden in (".saving", ".rehearsal"):  # of a run that was killed
         shutil.rmtree(folder / hidden, ignore_errors=True)
-    if wanted.lower() not in ("", "true", "false"):
-        if not Path(wanted, "trainer_state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there (it lacks trainer_state.json)")
-        return False, wanted
-    if run is None:
+    named = None if wanted.lower() in ("", "true", "false") else Path(wanted)
+    owner = None if named is None else read_run(named.resolve().parent)  # the run of ours that wrote the checkpoint
+    if named and not (named / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {named}: no checkpoint there (it lacks trainer_state.json)")
+    if owner is not None:
+        usable = [path for path in find_checkpoints(named.resolve().parent)[0] if is_resumable(path)]
+        if named.resolve() not in usable:
+            raise UserError(
+                f"--resume_from_checkpoint {named}: it is unfinished or holds no optimizer; "
+                f"whole ones there: {', '.join(path.name for path in usable) or 'none'}"
+            )
+    if run is None and named is None:
         if wanted.lower() == "true":
             raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
         return False, None
-    old = run["settings"]
-    changed = [f"{key} was {old.get(key)} and is {value}" for key, value in settings.items() if old.get(key) != value]
+    olds = [old["settings"] for old in (run, owner) if old is not None]
+    changed = [
+        f"{key} was {old.get(key)} and is {value}"
+        for old in olds
+        for key, value in settings.items()
+        if old.get(key) != value
+    ]
     if changed and not anyway:
         raise UserError(
-            f"{folder}: its run had other settings: {'; '.join(changed)}; choose another --output_dir, start afresh "
+            f"{folder if run is not None else named.resolve().parent}: its run had other settings: "
+            f"{'; '.join(dict.fromkeys(changed))}; choose another --output_dir, start afresh "
             "with --overwrite_output_dir, or go on all the same with --resume_anyway True"
         )
+    if named is not None:
+        return False, str(named)
     if wanted.lower() == "false":
         raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
     if run["status"] == "finished" and not changed:

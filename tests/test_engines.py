@@ -8,6 +8,7 @@ import json
 import re
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -361,8 +362,9 @@ def old_config(folder):
     return path
 
 
-def train_fp16(base, data, folder, config, epochs):
-    return train(run_options(base, data, folder, 2, {"deepspeed": config, "fp16": True, "num_train_epochs": epochs}), 2)
+def train_fp16(base, data, folder, config, epochs, **more):
+    options = {"deepspeed": config, "fp16": True, "num_train_epochs": epochs, **more}
+    return train(run_options(base, data, folder, 2, options), 2)
 
 
 @slow
@@ -391,10 +393,24 @@ def test_the_steps_that_a_loss_scale_of_2023_skips_are_counted(base, data, tmp_p
 
 @slow
 def test_a_run_of_skipped_steps_alone_leaves_no_model(base, data, tmp_path, deepspeed_ready):
-    run = train_fp16(base, data, tmp_path / "out", old_config(tmp_path), 1)
-    assert run.error() == "error: none of 9 steps was applied, all overflowed in fp16; use --bf16 True"
-    assert {path.name for path in run.folder.iterdir()} == {".lock", "run.json"}
-    assert run.info()["status"] == "started"
+    saves = {"save_strategy": "steps", "save_steps": 4}
+    for resumed in (False, True):  # a resumed run has not forgotten what was skipped before
+        run = train_fp16(base, data, tmp_path / "out", old_config(tmp_path), 1, **saves)
+        assert (f"resuming from {tmp_path}/out/checkpoint-9\n" in run.err) == resumed
+        assert run.error() == "error: none of 9 steps was applied, all overflowed in fp16; use --bf16 True"
+        names = {".lock", "run.json", "checkpoint-4", "checkpoint-8", "checkpoint-9"}
+        assert {path.name for path in run.folder.iterdir()} == names
+        assert run.info()["status"] == "started"
+
+
+@pytest.mark.parametrize(("skips", "counts"), [([], (7, 0, 0)), ([1, 2, 0, 3, 4], (3, 4, 2)), ([1, 0], (6, 1, 0))])
+def test_a_resumed_run_takes_over_the_counts_of_its_steps(skips, counts):
+    from train import SFTTrainer
+
+    history = [{"loss": 1.0} | ({"skipped_steps": count} if count else {}) for count in skips]
+    state, trainer = SimpleNamespace(global_step=7, log_history=[{"eval_loss": 1.0}, *history]), SimpleNamespace()
+    SFTTrainer.count_steps_of(trainer, state)
+    assert (trainer.num_applied, trainer.num_skipped, trainer.skipped_in_a_row) == counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -449,6 +449,19 @@ def test_a_checkpoint_of_another_folder_may_be_named(runs, base, data, tmp_path)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
+@slow
+def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_that_counts(runs, base, data, tmp_path):
+    folder = copied(runs["unbroken"], tmp_path / "out")
+    back = run_options(base, data, folder, resume_from_checkpoint=folder / "checkpoint-8")
+    seen = []
+    run = play(back, until="step 10/", then=lambda process: (seen.append(checkpoints(folder)), kill(process)))
+    assert f"{folder}/checkpoint-12: of steps that are trained anew, no longer used\n" in run.err
+    assert seen[0] == ([4, 8], [12, 16, 18])
+    run = play(run_options(base, data, folder, resume_anyway=True)).finished()
+    assert printed_steps(run) == list(range(9, STEPS + 1)) and checkpoints(folder) == ([4, 8, 12, 16, 18], [])
+    assert rows_of(run) == rows_of(runs["unbroken"])
+
+
 def refusal(*arguments, **keywords):
     with pytest.raises(utils.UserError) as caught:
         utils.resume_point(*arguments, **keywords)

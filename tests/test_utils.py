@@ -747,6 +747,45 @@ def test_a_named_checkpoint_is_taken_where_it_is_one(tmp_path):
     assert utils.resume_point(tmp_path, SETTINGS, wanted=str(path)) == (False, str(path))
 
 
+@pytest.mark.parametrize("keywords", [{"mark": False}, {"resumable": False}], ids=["unmarked", "no optimizer"])
+def test_a_named_checkpoint_of_a_run_of_ours_counts_only_when_whole(keywords, tmp_path):
+    make_run(tmp_path)
+    make_checkpoint(tmp_path, 2)
+    path = make_checkpoint(tmp_path, 4, **keywords)
+    (path / "trainer_state.json").write_text("{}")
+    for folder in (tmp_path, tmp_path / "another"):
+        assert refusal(utils.resume_point, folder, SETTINGS, wanted=str(path)) == (
+            f"--resume_from_checkpoint {path}: it is unfinished or holds no optimizer; whole ones there: checkpoint-2"
+        )
+
+
+def test_a_named_checkpoint_does_not_excuse_other_settings(tmp_path):
+    make_run(tmp_path / "old")
+    path = make_checkpoint(tmp_path / "old", 4)
+    (path / "trainer_state.json").write_text("{}")
+    for folder in (tmp_path / "old", tmp_path / "new"):
+        assert refusal(utils.resume_point, folder, SETTINGS | {"seed": 1}, wanted=str(path)) == (
+            f"{tmp_path}/old: its run had other settings: seed was 42 and is 1; "
+            "choose another --output_dir, start afresh with --overwrite_output_dir, "
+            "or go on all the same with --resume_anyway True"
+        )
+        assert utils.resume_point(folder, SETTINGS | {"seed": 1}, str(path), anyway=True) == (False, str(path))
+        assert utils.resume_point(folder, SETTINGS, str(path)) == (False, str(path))
+
+
+def test_checkpoints_behind_the_step_resumed_from_count_no_more(tmp_path, capsys):
+    for step in (2, 4, 6, 10):
+        make_checkpoint(tmp_path, step)
+    utils.unmark_checkpoints_after(4, tmp_path)
+    assert [[path.name for path in group] for group in utils.find_checkpoints(tmp_path)] == [
+        ["checkpoint-2", "checkpoint-4"],
+        ["checkpoint-6", "checkpoint-10"],
+    ]
+    assert capsys.readouterr().err == "".join(
+        f"{tmp_path}/checkpoint-{step}: of steps that are trained anew, no longer used\n" for step in (6, 10)
+    )
+
+
 def test_changed_settings_are_refused_and_named(tmp_path, capsys):
     make_run(tmp_path, settings=SETTINGS | {"gone": 1})
     changed = {"learning_rate": 0.2, "seed": 42, "bf16": True}
