@@ -197,6 +197,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self.deepspeed, notices = utils.complete_ds_config(config)
         for notice in notices:
             say(f"{path}: {notice}")
+        fp16 = self.deepspeed["fp16"]
+        asked = self.fp16 or fp16.get("enabled") is True
+        if asked and self.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
+            say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
+            self.fp16, fp16["enabled"] = False, "auto"
 
 
 def parse_arguments(words):

@@ -142,6 +142,19 @@ def deepspeed_ready(request):
     assert code == 0, f"DeepSpeed's CPU operators do not build here: {log.read()[-2000:]}"
 
 
+def computes_fp16():
+    """Whether DeepSpeed trains in fp16 on this CPU (one with AVX512-FP16 or AMX-FP16); else train.py takes float32."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    return bool(CPU_Accelerator().is_fp16_supported())
+
+
+@pytest.fixture(scope="session")
+def needs_fp16(deepspeed_ready):
+    if not computes_fp16():
+        pytest.skip("DeepSpeed has no fp16 on this CPU")
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A tiny random LLaMA with its tokenizer: 227,136 parameters, vocabulary 1,000."""

@@ -9,8 +9,9 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 import utils
-from conftest import ROOT, basic_options, environment, field, finish, make_records, start, train
+from conftest import ROOT, basic_options, environment, field, finish, make_records, needs_deepspeed, start, train
 from utils import UserError
 
 import train as trainer
@@ -149,6 +150,25 @@ def test_options_that_a_cpu_cannot_honour_are_dropped_with_a_line(capsys):
         "--tf32 needs a GPU of the Ampere generation or newer; ignored here",
         "--fp16 needs a GPU, or --deepspeed; computing in float32 here",
     ]
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("supported", [True, False, None])
+@pytest.mark.parametrize("enabled", ["auto", True])
+def test_fp16_under_deepspeed_is_for_cpus_that_compute_in_it(supported, enabled, monkeypatch, tmp_path, capsys):
+    from deepspeed.accelerator import cpu_accelerator
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cpu_accelerator.CPU_Accelerator, "is_fp16_supported", lambda self: supported)
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **options: None)
+    monkeypatch.setattr(transformers.TrainingArguments, "__post_init__", lambda self: None)
+    config = json.loads((ROOT / "ds_config.json").read_text())
+    config["fp16"]["enabled"] = enabled
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    args = parse("--deepspeed", tmp_path / "ds.json", "--fp16", "True")[2]
+    assert (args.fp16, args.deepspeed["fp16"]["enabled"]) == ((True, enabled) if supported else (False, "auto"))
+    line = "fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here\n"
+    assert capsys.readouterr().err == ("" if supported else line)
 
 
 def test_run_json_brings_its_arguments_and_later_options_win(tmp_path):

@@ -368,7 +368,7 @@ def train_fp16(base, data, folder, config, epochs, **more):
 
 
 @slow
-def test_fp16_under_zero3_trains(base, data, tmp_path, runs, deepspeed_ready):
+def test_fp16_under_zero3_trains(base, data, tmp_path, runs, needs_fp16):
     run = train_fp16(base, data, tmp_path / "out", ROOT / "ds_config.json", 2).finished()
     assert "weights float16, masters float32, compute float16, micro-batch 4 flat" in run.err
     applied = [skipped is None for skipped in column(run, "skipped_steps")]
@@ -378,7 +378,7 @@ def test_fp16_under_zero3_trains(base, data, tmp_path, runs, deepspeed_ready):
 
 
 @slow
-def test_the_steps_that_a_loss_scale_of_2023_skips_are_counted(base, data, tmp_path, deepspeed_ready):
+def test_the_steps_that_a_loss_scale_of_2023_skips_are_counted(base, data, tmp_path, needs_fp16):
     run = train_fp16(base, data, tmp_path / "out", old_config(tmp_path), 3).finished()
     assert 'added gradient_accumulation_steps, gradient_clipping, bf16 as "auto"\n' in run.err
     rows = rows_of(run)
@@ -392,7 +392,7 @@ def test_the_steps_that_a_loss_scale_of_2023_skips_are_counted(base, data, tmp_p
 
 
 @slow
-def test_a_run_of_skipped_steps_alone_leaves_no_model(base, data, tmp_path, deepspeed_ready):
+def test_a_run_of_skipped_steps_alone_leaves_no_model(base, data, tmp_path, needs_fp16):
     saves = {"save_strategy": "steps", "save_steps": 4}
     for resumed in (False, True):  # a resumed run has not forgotten what was skipped before
         run = train_fp16(base, data, tmp_path / "out", old_config(tmp_path), 1, **saves)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import ROOT, launcher, make_records, train
+from conftest import ROOT, computes_fp16, launcher, make_records, train
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -151,7 +151,11 @@ def test_deepspeed_command_with_our_json(deepspeed_ready, base, many_records, to
     )
     check_learned(run, base, many_records, tokenizer)
     assert "engine: ZeRO-3 with offload, 2 processes on cpu, 113,568 of 227,136 parameters here" in run.err
-    assert "weights float16, masters float32, compute float16" in run.err
+    if computes_fp16():
+        assert "weights float16, masters float32, compute float16" in run.err
+    else:
+        assert "fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here" in run.err
+        assert "weights float32, masters float32, compute float32" in run.err
     assert run.info()["results"]["skipped_steps"] == 0
 
 
@@ -169,8 +173,11 @@ def test_tutorials_json_trains_after_its_scale_has_come_down(deepspeed_ready, ba
     check_learned(run, base, many_records, tokenizer)
     assert f'{config}: added gradient_accumulation_steps, gradient_clipping, bf16 as "auto"' in run.err
     skipped = run.info()["results"]["skipped_steps"]
-    assert 10 <= skipped <= 20  # from 2^32 down to where fp16 holds the gradients
-    assert f"overflow: step skipped ({skipped} so far)" in run.err
+    if computes_fp16():
+        assert 10 <= skipped <= 20  # from 2^32 down to where fp16 holds the gradients
+        assert f"overflow: step skipped ({skipped} so far)" in run.err
+    else:
+        assert skipped == 0
 
 
 @pytest.mark.slow
