@@ -149,7 +149,7 @@ def computes_fp16():
     return bool(CPU_Accelerator().is_fp16_supported())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def needs_fp16(deepspeed_ready):
     if not computes_fp16():
         pytest.skip("DeepSpeed has no fp16 on this CPU")
