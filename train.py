@@ -100,12 +100,12 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 are both set; keep one of them")
-        self._fit_device()
-        self._check_launcher()
+        utils.fit_device(self)
+        utils.check_launcher(self)
         if self.fsdp:
-            self._configure_fsdp()
+            utils.configure_fsdp(self)
         if self.deepspeed:
-            self._configure_deepspeed()
+            utils.configure_deepspeed(self)
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.tensorboard_dir:
@@ -121,87 +121,6 @@ class TrainingArguments(transformers.TrainingArguments):
 
             with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
                 deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-    def _fit_device(self):
-        """Drop, with a line, what this device cannot honour; a command for a cluster can be rehearsed on a laptop."""
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.use_cpu:
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
-        if self.tf32 and (self.use_cpu or not transformers.utils.is_torch_tf32_available()):
-            say("--tf32 needs a GPU of the Ampere generation or newer; ignored here")
-            self.tf32 = None
-        if self.fp16 and self.use_cpu and not self.deepspeed:
-            say("--fp16 needs a GPU, or --deepspeed; computing in float32 here")
-            self.fp16 = False
-        if self.fp16 and not self.deepspeed and self.optim == "adamw_torch_fused":
-            self.optim = "adamw_torch"  # the fused one skips overflowed steps itself and tells nobody
-        if self.bf16 and not self.use_cpu and not transformers.utils.is_torch_bf16_gpu_available():
-            raise UserError("--bf16 needs a GPU of the Ampere generation or newer; use --fp16 True here")
-
-    def _check_launcher(self):
-        """Plain `python` runs one process on one device: refuse or say what needs a launcher, never DataParallel."""
-        for engine, option in (("FSDP", self.fsdp), ("DEEPSPEED", self.deepspeed)):
-            if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" and not option:
-                raise UserError(f"the launcher asks for {engine} and the options do not; give --{engine.lower()} here")
-        if "WORLD_SIZE" in os.environ:
-            return
-        devices = 0 if self.use_cpu else torch.cuda.device_count()
-        command = f"torchrun --standalone --nproc_per_node={max(devices, 1 if devices else 2)} train.py ..."
-        if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():  # on a CPU it starts one process for all
-            raise UserError(f"accelerate launch has started one process in place of several; use {command}")
-        if self.fsdp or self.deepspeed:
-            raise UserError(f"--{'fsdp' if self.fsdp else 'deepspeed'} needs a launcher: {command}")
-        if devices > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible
-            say(f"using GPU {visible} of {devices}; for all of them: {command}")
-
-    def _configure_fsdp(self):
-        """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
-        words = self.fsdp.lower().split() if isinstance(self.fsdp, str) else []
-        known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}
-        if not known.issuperset(words):
-            raise UserError(f"--fsdp {self.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
-        config = self.fsdp_config or {}
-        if isinstance(config, str):
-            config = json.loads(config) if config.lstrip().startswith("{") else utils.jload(config)
-        config = {key.removeprefix("fsdp_"): value for key, value in config.items()}
-        config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
-        config.setdefault("cpu_offload", "offload" in words)
-        config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
-        if config.get("min_num_params"):
-            config["min_num_params"] = int(config["min_num_params"])
-            config.setdefault("auto_wrap_policy", "SIZE_BASED_WRAP")
-        if self.gradient_checkpointing:  # FSDP's own form saves the Trainer's extra gather in the backward pass
-            config.setdefault("activation_checkpointing", True)
-            self.gradient_checkpointing = False
-        self.fsdp, self.fsdp_config = True, config
-        # accelerate reads these when the process group is made: with them CPU tensors get a gloo group beside NCCL.
-        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
-
-    def _configure_deepspeed(self):
-        try:
-            import deepspeed
-        except ImportError:
-            raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
-        deepspeed.utils.logger.setLevel("ERROR")
-        path, config = "DeepSpeed configuration", self.deepspeed
-        if isinstance(config, str):
-            try:
-                path = config
-                config = json.loads(utils.read_text(path))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{path}: holds no JSON object; ds_config.json is a whole one")
-        self.deepspeed, notices = utils.complete_ds_config(config)
-        for notice in notices:
-            say(f"{path}: {notice}")
-        fp16 = self.deepspeed["fp16"]
-        asked = self.fp16 or fp16.get("enabled") is True
-        if asked and self.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
-            say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
-            self.fp16, fp16["enabled"] = False, "auto"
 
 
 def parse_arguments(words):
@@ -480,23 +399,6 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
         if num_new and embedding is not None:
             with _gathered([embedding.weight]), torch.no_grad():
                 embedding.weight[first : len(tokenizer)] = embedding.weight[:first].mean(dim=0, keepdim=True)
-
-
-def fix_layer_class(args, model):
-    """Correct the case of FSDP's layer class, or refuse it; without one the model's own choice is used."""
-    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
-    classes = sorted({type(module).__name__ for module in model.modules()})
-    for i, name in enumerate(wanted):
-        match = next((c for c in classes if c.lower() == name.lower()), None)
-        if match is None:
-            lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-            layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
-            raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
-        if match != name:
-            say(f"FSDP layer class {name} is {match} in this model")
-            wanted[i] = match
-    if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
-        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
 
 
 def load_model(model_args, args, config, tokenizer):
@@ -790,7 +692,7 @@ def train():
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     bones = utils.skeleton(config)
     num_params, steps = sum(p.numel() for p in bones.parameters()), num_steps(len(dataset), args)
-    fix_layer_class(args, bones)
+    utils.fix_layer_class(args, bones)
     os.makedirs(args.output_dir, exist_ok=True)
     utils.check_needs(args, model_args.dtype, num_params, steps)
     filled = FilledDataset(dataset, global_batch(args), tokenizer.eos_token_id)

@@ -1010,6 +1010,116 @@ ENGINE_OPTIONS = {
 }
 
 
+def fit_device(args):
+    """Drop, with a line, what this device cannot honour; a command for a cluster can be rehearsed on a laptop."""
+    import torch
+    import transformers
+
+    args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    if args.use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
+    if args.tf32 and (args.use_cpu or not transformers.utils.is_torch_tf32_available()):
+        say("--tf32 needs a GPU of the Ampere generation or newer; ignored here")
+        args.tf32 = None
+    if args.fp16 and args.use_cpu and not args.deepspeed:
+        say("--fp16 needs a GPU, or --deepspeed; computing in float32 here")
+        args.fp16 = False
+    if args.fp16 and not args.deepspeed and args.optim == "adamw_torch_fused":
+        args.optim = "adamw_torch"  # the fused one skips overflowed steps itself and tells nobody
+    if args.bf16 and not args.use_cpu and not transformers.utils.is_torch_bf16_gpu_available():
+        raise UserError("--bf16 needs a GPU of the Ampere generation or newer; use --fp16 True here")
+
+
+def check_launcher(args):
+    """Plain `python` runs one process on one device: refuse or say what needs a launcher, never DataParallel."""
+    import torch
+
+    for engine, option in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" and not option:
+            raise UserError(f"the launcher asks for {engine} and the options do not; give --{engine.lower()} here")
+    if "WORLD_SIZE" in os.environ:
+        return
+    devices = 0 if args.use_cpu else torch.cuda.device_count()
+    command = f"torchrun --standalone --nproc_per_node={max(devices, 1 if devices else 2)} train.py ..."
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():  # on a CPU it starts one process for all
+        raise UserError(f"accelerate launch has started one process in place of several; use {command}")
+    if args.fsdp or args.deepspeed:
+        raise UserError(f"--{'fsdp' if args.fsdp else 'deepspeed'} needs a launcher: {command}")
+    if devices > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        say(f"using GPU {visible} of {devices}; for all of them: {command}")
+
+
+def configure_fsdp(args):
+    """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
+    words = args.fsdp.lower().split() if isinstance(args.fsdp, str) else []
+    known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}
+    if not known.issuperset(words):
+        raise UserError(f"--fsdp {args.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
+    config = args.fsdp_config or {}
+    if isinstance(config, str):
+        config = json.loads(config) if config.lstrip().startswith("{") else jload(config)
+    config = {key.removeprefix("fsdp_"): value for key, value in config.items()}
+    config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
+    config.setdefault("cpu_offload", "offload" in words)
+    config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
+    if config.get("min_num_params"):
+        config["min_num_params"] = int(config["min_num_params"])
+        config.setdefault("auto_wrap_policy", "SIZE_BASED_WRAP")
+    if args.gradient_checkpointing:  # FSDP's own form saves the Trainer's extra gather in the backward pass
+        config.setdefault("activation_checkpointing", True)
+        args.gradient_checkpointing = False
+    args.fsdp, args.fsdp_config = True, config
+    # accelerate reads these when the process group is made: with them CPU tensors get a gloo group beside NCCL.
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+
+
+def configure_deepspeed(args):
+    """Read --deepspeed, a path or a dict, and complete it; see `complete_ds_config`."""
+    try:
+        import deepspeed
+    except ImportError:
+        raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
+    deepspeed.utils.logger.setLevel("ERROR")
+    path, config = "DeepSpeed configuration", args.deepspeed
+    if isinstance(config, str):
+        try:
+            path = config
+            config = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: holds no JSON object; ds_config.json is a whole one")
+    args.deepspeed, notices = complete_ds_config(config)
+    for notice in notices:
+        say(f"{path}: {notice}")
+    fp16 = args.deepspeed["fp16"]
+    asked = args.fp16 or fp16.get("enabled") is True
+    if asked and args.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
+        say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
+        args.fp16, fp16["enabled"] = False, "auto"
+
+
+def fix_layer_class(args, model):
+    """Correct the case of FSDP's layer class, or refuse it; without one the model's own choice is used."""
+    import torch
+
+    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    classes = sorted({type(module).__name__ for module in model.modules()})
+    for i, name in enumerate(wanted):
+        match = next((c for c in classes if c.lower() == name.lower()), None)
+        if match is None:
+            lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+            layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
+            raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
+        if match != name:
+            say(f"FSDP layer class {name} is {match} in this model")
+            wanted[i] = match
+    if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
+
+
 def complete_ds_config(config):
     """Fill in what a DeepSpeed JSON of 2023 leaves out. Returns (config, notices); `config` itself is not changed."""
     config, notices = copy.deepcopy(config), []
