@@ -344,14 +344,18 @@ PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna
 # train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {0} is a message, {1} the answer to it.
 VICUNA_TURNS = {
     "vicuna_v0": (
-        "A chat between a curious human and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n",
+        (
+            "A chat between a curious human and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"
+        ),
         "### Human: {0}\n### Assistant:",
         " {1}\n",
     ),
     "vicuna_v1.1": (
-        "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        (
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        ),
         "USER: {0} ASSISTANT:",
         " {1}</s>",
     ),
