@@ -38,7 +38,7 @@ def parse_arguments(words):
     add("--instruction", help="Answer this once and end.")
     add("--input", default="", help="What the instruction is about.")
     add("--data_path", help="A file of questions: lines of text, JSON Lines or a JSON list; - is standard input.")
-    add("--prompt_style", choices=PROMPT_STYLES, help="By default what the model's run.json says, else alpaca.")
+    add("--prompt_style", help=f"{', '.join(PROMPT_STYLES)}; by default what the model's run.json says, else alpaca.")
     add("--max_new_tokens", type=int, default=512, help="Longest answer (default: 512).")
     add("--do_sample", type=_truth, nargs="?", const=True, help="Sample; implied by the next three. Default: greedy.")
     add("--temperature", type=float, help="1.0 where sampling and not given; 0 is greedy.")
@@ -53,7 +53,9 @@ def parse_arguments(words):
     if rest:
         raise utils.unknown_options(rest, [name for name in parser._option_string_actions if name.startswith("--")])
     drawn = [name for name in ("temperature", "top_p", "top_k") if getattr(args, name)]
+    known = ", ".join(PROMPT_STYLES)
     wrong = [
+        (args.prompt_style not in (None, *PROMPT_STYLES), f"--prompt_style {args.prompt_style} is none of {known}"),
         (args.instruction is not None and args.data_path, "--instruction and --data_path exclude each other"),
         (args.instruction is not None and not args.instruction.strip(), "--instruction is empty"),
         (args.input and args.instruction is None, "--input needs an --instruction"),

@@ -274,7 +274,7 @@ def parse_records(text, name, required=("instruction", "output")):
                 problems.append(f"{source}: {problem}")
             else:
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
-                others = {key: value for key, value in example.items() if key not in fields}
+                others = {k: v for k, v in {**value, **example}.items() if k not in (*fields, "instances")}
                 kept = {} if "output" in required else {"others": others}
                 records.append({**fields, "source": source, **kept})
     return records, problems
