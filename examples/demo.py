@@ -30,9 +30,9 @@ LEARNING_RATE = 1.5e-3  # with Adam's second beta at 0.95; at 3e-3 it learns not
 MEANING = """
 This is memorising: the model was asked what it had been taught, word for word,
 and knows nothing else. It proves that prompts, masks, training, saving and
-stopping fit together. A 7B model tuned on 52,000 records should do what this one
-cannot: answer instructions it has never seen, mostly right, in its own words, and
-stop. Exact copies of its training data would be a bad sign there.
+stopping fit together. A 7B model tuned on 52,000 records should do what this
+one cannot: answer instructions that it has never seen, mostly right, in its own
+words, and stop. Exact copies of its records would be a bad sign there.
 
 Talk to it:  {python} chat.py --model_name_or_path {tuned}"""
 
@@ -130,8 +130,8 @@ def main():
     os.chdir(ROOT)  # where the commands are to be typed
     with contextlib.suppress(ValueError):
         folder = folder.relative_to(ROOT)
-    tell("A small model of random weights learns the seed tasks by heart; then you see it answer.")
-    tell("All of it runs here, without network, in at most five minutes on two cores.")
+    tell("A small model of random weights learns the seed tasks by heart; then you see it")
+    tell("answer. All of it runs here, without network, in five minutes on two cores.")
     heading(1, "A model of random weights, which has read nothing")
     tasks, texts = choose_tasks(args.tasks, folder)
     base = make_base(folder, texts, args.preset)
@@ -143,7 +143,7 @@ def main():
     exact, stopped = compare(answers)
     heading(5, "What this shows")
     total, seconds = len(answers), time.perf_counter() - start
-    tell(f"{exact} of {total} answers are reproduced exactly, {stopped} stopped by themselves; {seconds:.0f} s in all.")
+    tell(f"{exact} of {total} answers are reproduced exactly, {stopped} stopped by themselves; {seconds:.0f} s")
     tell(MEANING.format(python=PYTHON, tuned=tuned))
     if min(exact, stopped) < PASS * total:
         raise UserError(
