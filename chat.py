@@ -303,7 +303,7 @@ def load_chat(args):
     config = utils.load_config(name, args.cache_dir)
     tokenizer = utils.load_tokenizer(name, cache_dir=args.cache_dir)
     if style == "alpaca" and not args.prompt_style and tokenizer.chat_template and "run.json names" in reason:
-        reason += "; the tokenizer has a chat_template"
+        reason += "; the tokenizer has a chat template"
     say(f"prompt style: {style} ({reason})")
     on_gpu = torch.cuda.is_available()
     num_params = sum(parameter.numel() for parameter in utils.skeleton(config).parameters())
@@ -312,7 +312,8 @@ def load_chat(args):
     dtype, reason = choose_dtype(args.dtype, stored, num_params, free_memory)
     # "sequential": the first GPU, the next where it is full, the host's memory where all are
     model = utils.load_weights(name, config, dtype, args.cache_dir, device_map="sequential" if on_gpu else None)
-    say(f"model: {name}, {num_params:,} parameters, {str(model.dtype)[6:]} on {model.device} ({reason})")
+    devices = ", ".join(sorted({str(parameter.device) for parameter in model.parameters()}))
+    say(f"model: {name}, {num_params:,} parameters, {str(model.dtype)[6:]} on {devices} ({reason})")
     ends = {tokenizer.eos_token_id}  # and those of the generation config, of which chat models have several
     more = model.generation_config.eos_token_id
     ends.update(more if isinstance(more, list) else [more] if more is not None else [])
@@ -360,7 +361,10 @@ def pad_left(rows):
 
 
 def generate(chat, prompts, answers):
-    """Let the model write each of `answers` behind its prompt, a list of ids; all end as their own rules say."""
+    """Let the model write each of `answers` behind its prompt, a list of ids; each ends as its own rules say.
+
+    Raises UserError where the GPU's memory does not hold them.
+    """
     import torch
     import transformers
 
@@ -374,12 +378,15 @@ def generate(chat, prompts, answers):
     # The model's own generation config is replaced whole: its sampling, penalties and lengths must not leak in.
     config = transformers.GenerationConfig(max_new_tokens=longest, pad_token_id=0, **chat.options)
     chat.model.generation_config = config
-    chat.model.generate(
-        input_ids=ids.to(chat.model.device),
-        attention_mask=mask.to(chat.model.device),
-        generation_config=config,
-        stopping_criteria=transformers.StoppingCriteriaList([watch]),
-    )
+    try:
+        chat.model.generate(
+            input_ids=ids.to(chat.model.device),
+            attention_mask=mask.to(chat.model.device),
+            generation_config=config,
+            stopping_criteria=transformers.StoppingCriteriaList([watch]),
+        )
+    except torch.OutOfMemoryError:
+        raise UserError("the GPU's memory is full; use a smaller --batch_size or a shorter --max_new_tokens") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,10 +451,11 @@ def converse(chat, args):
             if problem:
                 raise UserError(problem)
             turns = [] if chat.style == "alpaca" else turns
-            ids, dropped = fit(chat, [*turns, unwrap({"instruction": text, "input": ""})], args.max_new_tokens)
+            asked = [*turns, unwrap({"instruction": text, "input": ""})]
+            ids, dropped = fit(chat, asked, args.max_new_tokens)
             if dropped:
                 say(f"(forgotten, as the window of {chat.window:,} tokens is full: {name_turns(dropped)})")
-            turns = [*turns[len(dropped) :], unwrap({"instruction": text, "input": ""})]
+            turns = asked[len(dropped) :]
             answer = make_answer(chat, ids, args.max_new_tokens, show)
             try:
                 generate(chat, [ids], [answer])
@@ -460,9 +468,10 @@ def converse(chat, args):
             say(f"error: {error}")
         except KeyboardInterrupt:
             say("\n(Ctrl-D ends)")
-            turns = [turn for turn in turns if "output" in turn]
         except EOFError:
-            return print()
+            print()
+            return
+        turns = [turn for turn in turns if "output" in turn]  # what was not answered was not said
 
 
 def name_turns(turns):
@@ -529,7 +538,7 @@ def answered(record, answer):
 
 
 def main():
-    for stream in (sys.stdin, sys.stdout):
+    for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parse_arguments(sys.argv[1:])
     check_folder(args.model_name_or_path)

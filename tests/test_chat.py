@@ -220,6 +220,17 @@ def test_the_prompt_of_a_pasted_template_is_the_template(base):
     assert utils.render_conversation("alpaca", [chat.unwrap({"instruction": prompt})]) == prompt
 
 
+def test_a_tokenizer_that_transformers_would_misread_is_built_anew(base, tmp_path, capsys):
+    for path in base.iterdir():
+        if path.name != "tokenizer.json":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    record = {"instruction": f"two  spaces\n    four {ZH}"}
+    found = chat.encode_prompt(load(tmp_path), [record])
+    assert "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked" in capsys.readouterr().err
+    (expected,) = utils.sentencepiece_ids(base / "tokenizer.model", [utils.render_prompt(record)])
+    assert found == [1, *expected]
+
+
 # --- The style, the type, the folder ---------------------------------------------------------------------------------
 
 
@@ -241,6 +252,35 @@ def test_the_style_is_read_from_run_json(tmp_path):
     )
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")  # somebody else's
     assert chat.prompt_style(None, tmp_path)[0] == "alpaca"
+
+
+def test_a_chat_template_is_pointed_at_where_nothing_names_the_style(base, tmp_path, capsys):
+    for path in base.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    assert load(tmp_path).style == "alpaca"
+    assert capsys.readouterr().err.splitlines()[-2] == (
+        "prompt style: alpaca (no run.json names one; --prompt_style chooses another; "
+        "the tokenizer has a chat template)"
+    )
+
+
+def test_a_name_that_is_no_model_is_refused(tmp_path):
+    assert refusal(load, tmp_path / "nowhere").endswith(
+        "; --model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    )
+
+
+def test_a_full_gpu_is_an_error_for_people(base, monkeypatch):
+    def generate(*arguments, **keywords):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    loaded = load(base)
+    answer = chat.make_answer(loaded, [1, 5], 9)
+    assert refusal(chat.generate, loaded, [[1, 5]], [answer]) == (
+        "the GPU's memory is full; use a smaller --batch_size or a shorter --max_new_tokens"
+    )
 
 
 def test_the_style_that_train_py_writes_is_known():
@@ -443,6 +483,18 @@ def test_an_answer_without_end_says_why_it_is_cut(endless, ask):
     out, err = ask("--model_name_or_path", endless, "--instruction", "Go.")
     assert out == ("a the" * room)[: (room // 2) * 5 + room % 2] + "\n"
     assert err.splitlines()[-1] == f"(cut after {room} tokens: the model's window is full)"
+
+
+def test_a_prompt_may_fill_the_window_but_for_one_token(endless):
+    loaded = load(endless)
+    loaded.window = len(chat.encode_prompt(loaded, [{"instruction": "Go."}])) + 1
+    ids = chat.encode_prompt(loaded, [{"instruction": "Go."}])
+    answer = chat.make_answer(loaded, ids, 9)
+    chat.generate(loaded, [ids], [answer])
+    assert (answer.text, answer.num_tokens, answer.finish_reason) == ("a", 1, "window")
+    loaded.window -= 1
+    message = refusal(chat.encode_prompt, loaded, [{"instruction": "Go."}])
+    assert message == f"the prompt has {len(ids)} tokens and the model's window is {len(ids)}; shorten it"
 
 
 def test_a_bfloat16_model_answers_on_a_cpu(chinese, ask, tmp_path):
