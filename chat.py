@@ -538,6 +538,7 @@ def answered(record, answer):
 
 
 def main():
+    """Parse the command line, read the questions, load the model, answer; see the module's docstring."""
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parse_arguments(sys.argv[1:])
