@@ -1,3 +1,4 @@
+# make demo      see a small model learn and answer, in five minutes on two cores, without network
 # make test      the tests, without those marked slow
 # make test-all  all of them
 # make clean     remove the environment that this file made, and caches
@@ -9,13 +10,16 @@ PYTHON ?= python3
 VENV ?= .venv
 RELEASES := tests/requirements-tested.txt
 
-.PHONY: test test-all clean
+.PHONY: test test-all demo clean
 
 test: $(VENV)/.built
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 test-all: $(VENV)/.built
 	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
+
+demo: $(VENV)/.built
+	$(VENV)/bin/python examples/demo.py
 
 # torch goes first and alone, so that no other requirement draws in another build of it, which can be gigabytes.
 $(VENV)/.built: $(RELEASES)

@@ -188,19 +188,19 @@ def render_prompt(record):
     return template.format_map(record)
 
 
-def check_record(record):
-    """What is wrong with a record, as words; "" where nothing is."""
+def check_record(record, required=("instruction", "output")):
+    """What is wrong with a record, as words; "" where nothing is. Keys that are not `required` may be null."""
     if not isinstance(record, dict):
         return f"a {type(record).__name__}, expected an object with the keys instruction, input (optional), output"
-    missing = [key for key in ("instruction", "output") if key not in record]
+    missing = [key for key in required if key not in record]
     if missing:
         return (
             f"no {' and no '.join(missing)}; keys found: {', '.join(map(str, record)) or 'none'}; "
-            "keys expected: instruction, input (optional), output"
+            f"keys expected: instruction, input (optional), output{'' if 'output' in required else ' (optional)'}"
         )
     for key in ("instruction", "input", "output"):
         value = record.get(key)
-        if not isinstance(value, str) and not (key == "input" and value is None):
+        if not isinstance(value, str) and not (key not in required and value is None):
             return f"{key} is a {type(value).__name__}, expected text"
         try:
             (value or "").encode("utf-8")
@@ -215,6 +215,11 @@ def read_text(path, hint=""):
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}{hint}") from None
+    return decode_text(data, path)
+
+
+def decode_text(data, path):
+    """The text in the bytes of `path`, without a byte order mark. Raises UserError where they are not UTF-8."""
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -230,11 +235,12 @@ def _json_problem(error):
     return f"not valid JSON, {where}"
 
 
-def parse_records(text, name):
+def parse_records(text, name, required=("instruction", "output")):
     """Parse a JSON list, JSON Lines or Self-Instruct seed tasks; `name` stands in messages for the file.
 
     Returns (records, problems): records as {instruction, input, output, source}, where source is "name[index]" in a
-    list and "name:line" in JSON Lines; problems as one line of text each. Raises UserError for text that is no JSON.
+    list and "name:line" in JSON Lines; problems as one line of text each. Where no output is `required`, the other
+    keys of a record are kept in `others`. Raises UserError for text that is no JSON.
     """
     rows, problems = [], []  # rows: (source, value)
     if text.lstrip().startswith("["):
@@ -263,12 +269,14 @@ def parse_records(text, name):
             if not examples:
                 problems.append(f"{source}: a seed task without instances")
         for example in examples:
-            problem = check_record(example)
+            problem = check_record(example, required)
             if problem:
                 problems.append(f"{source}: {problem}")
             else:
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
-                records.append({**fields, "source": source})
+                others = {k: v for k, v in {**value, **example}.items() if k not in (*fields, "instances")}
+                kept = {} if "output" in required else {"others": others}
+                records.append({**fields, "source": source, **kept})
     return records, problems
 
 
@@ -322,6 +330,59 @@ def show_examples(dataset, tokenizer, count, colour):
         marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
         shown.append(f"--- {dataset.sources[i]}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
     return "\n".join(shown)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompt styles: how a conversation is put to a model, and what ends its answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+# "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
+# token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in v1.1's.
+PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna_v1.1": ("</s>",), "chat_template": ()}
+
+# What Vicuna was trained with, a wire format byte for byte: FastChat's docs/vicuna_weights_version.md; for v0 as its
+# train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {0} is a message, {1} the answer to it.
+VICUNA_TURNS = {
+    "vicuna_v0": (
+        (
+            "A chat between a curious human and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"
+        ),
+        "### Human: {0}\n### Assistant:",
+        " {1}\n",
+    ),
+    "vicuna_v1.1": (
+        (
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        ),
+        "USER: {0} ASSISTANT:",
+        " {1}</s>",
+    ),
+}
+
+
+def render_conversation(style, turns, tokenizer=None):
+    """The prompt that asks for the answer to the last of `turns`, records {instruction, input, output}.
+
+    Alpaca's prompt has no place for earlier turns, so they are left out; it is `render_prompt` of the last. In the
+    other styles an input follows its instruction after an empty line. `tokenizer` holds the template of
+    "chat_template"; raises UserError where it holds none.
+    """
+    if style == "alpaca":
+        return render_prompt(turns[-1])
+    texts = ["\n\n".join(filter(None, (turn["instruction"], turn.get("input")))) for turn in turns]
+    answers = [turn["output"] for turn in turns[:-1]]
+    if style == "chat_template":
+        if not tokenizer.chat_template:
+            others = ", ".join(name for name in PROMPT_STYLES if name != style)
+            raise UserError(f"the tokenizer has no chat template; choose another --prompt_style: {others}")
+        said = [text for pair in zip(texts, [*answers, None], strict=True) for text in pair][:-1]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    system, question, reply = VICUNA_TURNS[style]
+    earlier = [(question + reply).format(*pair) for pair in zip(texts[:-1], answers, strict=True)]
+    return system + "".join(earlier) + question.format(texts[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,7 +663,7 @@ def empty_model(config, dtype):
     return model
 
 
-def load_weights(name_or_path, config, dtype, cache_dir=None):
+def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
     """Load a model whole. Raises UserError where weights are missing, damaged or of another shape."""
     import transformers
 
@@ -612,6 +673,7 @@ def load_weights(name_or_path, config, dtype, cache_dir=None):
             config=config,
             cache_dir=cache_dir,
             dtype=dtype,
+            device_map=device_map,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that they are named, below
         )

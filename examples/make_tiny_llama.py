@@ -17,10 +17,10 @@ import utils
 CORPUS = Path(__file__).resolve().with_name("tiny_corpus.txt")
 LENGTH = 2048  # tokens: the longest sequence, that of the first LLaMA
 
-# Parameters in all: tiny 227,136, small 2,606,336. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
+# Parameters in all: tiny 227,136, small 3,630,336. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
 PRESETS = {
     "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4},
-    "small": {"vocab_size": 2000, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4},
+    "small": {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4},
 }
 
 
@@ -112,7 +112,7 @@ def main():
     )
     parser.add_argument("--output_dir", required=True, help="the folder to write; must not hold a config.json")
     parser.add_argument(
-        "--preset", choices=PRESETS, default="tiny", help="0.2 or 2.6 million parameters (default: tiny)"
+        "--preset", choices=PRESETS, default="tiny", help="0.2 or 3.6 million parameters (default: tiny)"
     )
     parser.add_argument("--seed", type=int, default=0, help="decides the weights (default: 0)")
     parser.add_argument(
