@@ -19,6 +19,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -444,25 +445,35 @@ def sentencepiece_ids(model_path, texts):
 def differs_from_sentencepiece(tokenizer, model_path):
     """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
 
-    Pieces that the model's maker defined by hand split the text around them, so each stands in a string of its own.
+    `tokenizer` is one of transformers or of tokenizers. Pieces that the model's maker defined by hand split the text around them, so each stands in a string of its own.
     """
     pieces = sentencepiece_proto(model_path).pieces
     texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
     expected = sentencepiece_ids(model_path, texts)
-    found = tokenizer(texts, add_special_tokens=False).input_ids
+    if hasattr(tokenizer, "encode_batch"):
+        found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    else:
+        found = tokenizer(texts, add_special_tokens=False).input_ids
     return next((text for text, a, b in zip(texts, expected, found, strict=True) if a != b), None)
 
 
 def tokenizer_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False, **kwargs):
+    """`build_from_sentencepiece` as a tokenizer of transformers; `kwargs` go to it."""
+    from transformers import PreTrainedTokenizerFast
+
+    built, names = build_from_sentencepiece(model_path, add_bos_token, add_eos_token)
+    return PreTrainedTokenizerFast(tokenizer_object=built, **{**names, **kwargs})
+
+
+def build_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False):
     """Build a fast tokenizer that gives exactly the ids of a SentencePiece BPE model such as LLaMA's.
 
     transformers 5.x converts a folder that holds only `tokenizer.model` with the merges in the order of their ids;
     SentencePiece merges by score, and LLaMA's runs of spaces have high ids and the lowest scores. So the merges here
-    are sorted by score, and the leading word mark is there or not as the model says. `kwargs` go to the tokenizer.
-    Raises UserError for a model that is not BPE.
+    are sorted by score, and the leading word mark is there or not as the model says. Returns a tokenizers.Tokenizer
+    and the entries of its tokenizer_config.json; torch is not imported. Raises UserError for a model that is not BPE.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import generate_merges
 
     proto = sentencepiece_proto(model_path)
@@ -493,8 +504,7 @@ def tokenizer_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=F
             pair=[*head, "$A", *tail, *second],
             special_tokens=[(token, vocab[token]) for token in {*head, *tail}],
         )
-    names = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "clean_up_tokenization_spaces": False}
-    return PreTrainedTokenizerFast(tokenizer_object=built, **{**names, **kwargs})
+    return built, {"bos_token": bos, "eos_token": eos, "unk_token": unk, "clean_up_tokenization_spaces": False}
 
 
 def find_sentencepiece(name_or_path, cache_dir=None):
@@ -1202,6 +1212,33 @@ def close_weights(tensors):
         file.finish()
 
 
+def split_plan(plan, max_shard_size=SHARD_SIZE):
+    """A plan as files of at most `max_shard_size` bytes: {file name: plan}; a larger tensor has a file of its own."""
+    shards, sizes = [{}], [0]
+    for name, entry in plan.items():
+        size = plan_size({name: entry})
+        if shards[-1] and sizes[-1] + size > max_shard_size:
+            shards.append({}), sizes.append(0)
+        shards[-1][name], sizes[-1] = entry, sizes[-1] + size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+
+
+def weight_file_names(plan, max_shard_size=SHARD_SIZE):
+    """The names of the files that a WeightWriter writes for a plan."""
+    files = list(split_plan(plan, max_shard_size))
+    return files + ["model.safetensors.index.json"] * (len(files) > 1)
+
+
+def parse_size(text):
+    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
 class WeightWriter:
     """Writes safetensors: one file, or shards of at most `max_shard_size` bytes with their index.
 
@@ -1211,22 +1248,13 @@ class WeightWriter:
     """
 
     def __init__(self, folder, plan, max_shard_size=SHARD_SIZE, metadata=None):
-        self.folder, self.plan, self.places, self.handles = Path(folder), plan, {}, []
-        shards, sizes = [{}], [0]
-        for name, entry in plan.items():
-            size = plan_size({name: entry})
-            if shards[-1] and sizes[-1] + size > max_shard_size:
-                shards.append({}), sizes.append(0)
-            shards[-1][name], sizes[-1] = entry, sizes[-1] + size
-        count = len(shards)
-        names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        names = names if count > 1 else ["model.safetensors"]
-        self.files = names + ["model.safetensors.index.json"] * (count > 1)
+        self.folder, self.places, self.handles = Path(folder), {}, []
+        self.files, shards = weight_file_names(plan, max_shard_size), split_plan(plan, max_shard_size)
         self.index = {
-            "metadata": {"total_size": sum(sizes), **(metadata or {})},
-            "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+            "metadata": {"total_size": plan_size(plan), **(metadata or {})},
+            "weight_map": {name: file for file, shard in shards.items() for name in shard},
         }
-        for file, shard in zip(names, shards, strict=True):
+        for file, shard in shards.items():
             # Wide elements go first, so that every tensor starts at a multiple of its element's size.
             order = sorted(shard.items(), key=lambda item: -DTYPES[item[1][0]][1])
             header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
