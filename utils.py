@@ -445,7 +445,8 @@ def sentencepiece_ids(model_path, texts):
 def differs_from_sentencepiece(tokenizer, model_path):
     """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
 
-    `tokenizer` is one of transformers or of tokenizers. Pieces that the model's maker defined by hand split the text around them, so each stands in a string of its own.
+    `tokenizer` is one of transformers or of tokenizers. Pieces that the model's maker defined by hand split the text
+    around them, so each stands in a string of its own.
     """
     pieces = sentencepiece_proto(model_path).pieces
     texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
@@ -981,8 +982,8 @@ class WeightFile:
                 entries = archive.infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
             raise UserError(
-                f"{self.path}: truncated: {self.size:,} bytes without the table of contents that ends such a file; "
-                "copy or download it again"
+                f"{self.path}: truncated: it has {self.size:,} bytes{self._needed()} and lacks the table of contents "
+                "that ends such a file; copy or download it again"
             ) from None
         starts, records = {}, {}
         has_crc = any(entry.CRC for entry in entries)  # torch.serialization.set_crc32_options(False) writes zeros
@@ -1009,6 +1010,18 @@ class WeightFile:
             if not sane or numel * size > room or (0 not in shape and last >= numel):
                 raise UserError(f"{self.path}: damaged: tensor {name} {list(shape)} reaches past its record")
             self.tensors[name] = StoredTensor(self, name, dtype, shape, strides, start + offset * size)
+
+    def _needed(self):
+        """What a zip whose end is lost should hold, as words: the sum of its list of tensors, which torch puts first."""
+        try:
+            local = self._pread(0, 30)
+            start = 30 + int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
+            pickled = self._pread(start, min(MAX_HEADER, self.size - start)).tobytes()
+            found = _Unpickler(self, io.BytesIO(pickled)).read()
+            records = {record: numel * DTYPES[dtype][1] for dtype, record, numel, *_ in found.values()}
+            return f", its tensors alone need {sum(records.values()):,},"
+        except Exception:  # then so much is lost that nothing can be said
+            return ""
 
     def _pread(self, offset, size):
         """`size` bytes from `offset` as an array of uint8; keeps the CRC-32 of a record that is read in order."""
@@ -1154,11 +1167,11 @@ def row_blocks(shape, dtype, multiple=1, block=None):
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def check_finite(block, dtype, where):
+def check_finite(block, dtype, where, advice="the weights are damaged"):
     """Raise UserError, naming `where`, for bits that stand for an infinite value or for no number (NaN)."""
     exponent = DTYPES[dtype][2]
     if exponent and block.size and int((block & block.dtype.type(exponent)).max()) == exponent:
-        raise UserError(f"{where}: holds values that are not finite (infinite or NaN); the weights are damaged")
+        raise UserError(f"{where}: holds values that are not finite (infinite or NaN); {advice}")
 
 
 def open_weights(path):
