@@ -1012,7 +1012,7 @@ class WeightFile:
             self.tensors[name] = StoredTensor(self, name, dtype, shape, strides, start + offset * size)
 
     def _needed(self):
-        """What a zip whose end is lost should hold, as words: the sum of its list of tensors, which torch puts first."""
+        """What a zip whose end is lost should hold, as words: by its list of tensors, which torch puts first."""
         try:
             local = self._pread(0, 30)
             start = 30 + int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
