@@ -1628,6 +1628,8 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     """
     folder, wanted = Path(folder), str(wanted or "").strip()
     run = read_run(folder)
+    if run is not None and "settings" not in run:  # a model that another script of ours wrote
+        raise UserError(f"{folder}: holds what {run.get('script')} wrote; choose another --output_dir")
     foreign = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern)) if run is None else []
     if foreign:
         raise UserError(f"{folder}: holds {foreign[0]}, which is not of a run of ours; choose another --output_dir")
