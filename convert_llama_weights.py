@@ -902,13 +902,12 @@ def convert(args):
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
             verify(target, paths, params, llama, args.dtype)
-    dropped = [name for name in shards[0] if ROTARY.search(name)] + ["output.weight"] * (
-        llama.tied and "output.weight" in shards[0]
-    )
-    reasons = f" ({', '.join(dropped[:3])}: computed anew, or tied)" if dropped else ""
+    dropped = [f"{name}, computed anew" for name in shards[0] if ROTARY.search(name)]
+    dropped += ["output.weight, tied"] if llama.tied and "output.weight" in shards[0] else []
+    reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
     say(
         f"{args.output_dir}: {len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each "
-        f"shard; {size / 1e9:.2f} GB of {dtype} in {sum(name.endswith('.safetensors') for name in files)} files"
+        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(utils.split_plan(plan, args.max_shard_size))} files"
     )
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 

@@ -20,6 +20,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -553,8 +554,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
         elif (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
             problem = f"its tokenizer.json reads {text!r} otherwise than its tokenizer.model"
     if problem and model_path is None:
-        hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
-        raise UserError(f"{name_or_path}: {problem}; {hint}")
+        raise UserError(f"{name_or_path}: {problem}; {layout_hint(name_or_path, for_tokenizer=True)}")
     if problem:
         config = Path(name_or_path, "tokenizer_config.json")
         config = json.loads(read_text(config)) if config.is_file() else {}
@@ -584,11 +584,32 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def layout_hint(name_or_path, for_tokenizer=False):
+    """What to do about a model that does not load, by what lies around it.
+
+    The first converters wrote OUT/llama-7b and OUT/tokenizer, and tutorials name those; today's write one flat folder.
+    """
+    folder = Path(name_or_path)
+    near = [folder.parent, folder.parent / "tokenizer"]
+    tokenizers = [path for path in near if any((path / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))]
+    if for_tokenizer and folder.is_dir() and tokenizers:
+        source, target = shlex.quote(f"{tokenizers[-1]}/"), shlex.quote(f"{folder}/")
+        return f"{tokenizers[-1]} has one: cp {source}*token* {target}"
+    inside = list(folder.iterdir()) if folder.is_dir() else []
+    models = [path for path in (folder.parent, *inside) if (path / "config.json").is_file()]
+    if not (folder / "config.json").is_file() and len(models) == 1:
+        return f"the model is in {models[0]}: give --model_name_or_path {shlex.quote(str(models[0]))}"
+    if any((path / "params.json").is_file() for path in (folder, *inside)):
+        command = f"python convert_llama_weights.py --input_dir {shlex.quote(str(folder))} --output_dir NEW"
+        return f"it holds raw weights; convert them first: {command}"
+    return "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+
+
 def load_config(name_or_path, cache_dir=None):
     """The config of a causal language model. Raises UserError for a path or name that is none."""
     import transformers
 
-    hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    hint = layout_hint(name_or_path)
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError) as error:
