@@ -166,7 +166,7 @@ def read_params(folder):
         if key not in params and key in ("n_heads", "norm_eps"):
             raise UserError(f"{path}: {key} is missing, and the tensors do not tell it; download the file again")
         value, kinds = params.get(key, 1), (int,) if key in INTEGERS else (int, float)
-        if type(value) not in kinds or (value <= 0 and (key, value) != ("vocab_size", -1)):
+        if type(value) not in kinds or not (0 < value < math.inf or (key, value) == ("vocab_size", -1)):
             raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0; download the file again")
     return params
 
@@ -223,8 +223,10 @@ def describe(shards, params, folder):
         raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
     table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
     if dim % num_heads or (table is not None and math.prod(table.shape) * 2 != dim // num_heads):
-        found = f"rope.freqs has {math.prod(table.shape)} values, so n_heads is {dim // math.prod(table.shape) // 2}"
-        found = found if table is not None else f"{dim} rows of wq do not divide by it"
+        found = f"{dim} rows of wq do not divide by it"
+        if table is not None:
+            size = math.prod(table.shape)
+            found = f"rope.freqs has {size} values, so n_heads is {dim // max(2 * size, 1)}"
         raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {found}; correct params.json")
     if table is None:
         say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")

@@ -890,6 +890,7 @@ STORAGE_DTYPES = {  # of torch's pickles
 MAX_HEADER = 100 * 2**20  # bytes of a safetensors header or of a pickle: enough for a million tensors
 LEGACY_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
+UNFINISHED = "unfinished"  # a file in a hidden folder that says that it is ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1444,8 +1445,11 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
     check_output(target, inputs, overwrite, writes, option)
     final = Path(target).resolve()
     hidden = final.with_name(f".{final.name}.unfinished")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    lock = _claim_hidden(hidden, final)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim_hidden(hidden, final)
+    except OSError as error:
+        raise UserError(f"{option} {target}: {error.strerror}; choose another folder") from None
     free = shutil.disk_usage(hidden).free
     try:
         if size > free:
@@ -1455,6 +1459,7 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
             )
         with _signals_raise():
             yield hidden
+            (hidden / UNFINISHED).unlink()
             for path in [*hidden.iterdir(), hidden]:
                 _sync(path)
             if final.is_dir() and any(final.iterdir()):
@@ -1490,12 +1495,16 @@ def _claim_hidden(hidden, final):
     if not hidden.exists() or os.fstat(lock).st_ino != hidden.stat().st_ino:  # the other run has just ended
         os.close(lock)
         raise busy
-    if left:
+    there = list(hidden.iterdir()) if left else []
+    if there and not (hidden / UNFINISHED).exists():
+        os.close(lock)
+        raise UserError(f"{hidden}: holds {min(there).name}, which no run of ours left behind; move that folder away")
+    if there:
         size = sum(path.stat().st_size for path in hidden.rglob("*") if path.is_file())
-        count = sum(1 for _ in hidden.iterdir())
-        say(f"{hidden}: left by a run that did not finish ({count} files, {size / 1e9:.2f} GB); removed")
-        for path in hidden.iterdir():
+        say(f"{hidden}: left by a run that did not finish ({len(there) - 1} files, {size / 1e9:.2f} GB); removed")
+        for path in there:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (hidden / UNFINISHED).touch()
     return lock
 
 
