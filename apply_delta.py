@@ -336,18 +336,15 @@ def dtypes_of(tensors):
     return sorted({tensor.dtype for tensor in tensors.values()})
 
 
-def kind_of(folder):
-    """What a delta folder holds: "lora", "exact" or "weights". Raises UserError where it could be two of them."""
+def is_adapter(folder):
+    """Whether a delta folder holds a LoRA adapter, not weights. Raises UserError where it may be either."""
     if not (folder / "adapter_config.json").is_file():
-        return record_of(folder).get("delta", {}).get("format", "weights")
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        for found in (name, f"{name}.index.json"):
-            if (folder / found).is_file():
-                raise UserError(
-                    f"{folder}: adapter_config.json says that it is an adapter, {found} that it is a model; move the "
-                    "files of one of them elsewhere"
-                )
-    return "lora"
+        return False
+    kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in (name for name in kinds if (folder / name).is_file()):
+        what = f"adapter_config.json says that it is an adapter and {name} that it is a model"
+        raise UserError(f"{folder}: {what}; move the files of one of them elsewhere")
+    return True
 
 
 def compare(base, other, base_config, other_config, names=("base", "delta"), exact=False):
@@ -430,8 +427,7 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     if exact and (dtype or new_rows or any_base):
         raise UserError(f"{folder}: an exact delta gives one result; leave --dtype, --new_rows and --any_base out")
     grown = compare(base, delta, *configs, exact=exact)
-    changed = [name for name, sha256 in record.get("tokenizer", {}).items() if not is_file_of(folder / name, sha256)]
-    refuse([f"{name} is not the file that its run.json names" for name in changed], f"{folder}: tokenizer")
+    check_record(record, delta, folder)
     if not exact and not any_base:
         check_is_delta(base, delta, folder)
     rule, words = new_rows_rule(grown, found, new_rows, record.get("new_rows"))
@@ -448,9 +444,16 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     ], rule
 
 
-def is_file_of(path, sha256):
-    """Whether a file is there and has this SHA-256."""
-    return path.is_file() and utils.sha256_of(path) == sha256
+def check_record(record, delta, folder):
+    """Refuse a delta that is not the one its run.json describes: by the names of its tensors, and its tokenizer."""
+    wrong = ["its tensors"] if record and set(record["tensors"]) != set(delta) else []
+    for name, sha256 in record.get("tokenizer", {}).items():
+        if not (folder / name).is_file() or utils.sha256_of(folder / name) != sha256:
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"{folder}: its run.json describes other files: {', '.join(wrong)}; copy the whole folder again"
+        )
 
 
 def check_base(parts, record, folder):
@@ -529,6 +532,8 @@ def match_adapter(base, adapter, config):
     """
     halves, embeddings, replaced, problems = {}, set(), {}, []
     for key, tensor in adapter.items():
+        if ".original_module." in key:  # the weight that another one replaces; peft saves it where rows were added
+            continue
         name = key.removeprefix("base_model.model.")
         lora = re.fullmatch(r"(.+)\.lora_(?:(embedding_[AB])|([AB])\.weight)", name)
         weight = f"{lora[1]}.weight" if lora else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
@@ -537,7 +542,7 @@ def match_adapter(base, adapter, config):
         elif lora:
             halves.setdefault(weight, {})[(lora[2] or lora[3])[-1]] = tensor
             embeddings |= {weight} if lora[2] else set()
-        else:
+        elif ".modules_to_save." not in key or weight not in replaced:  # then it is saved twice
             replaced[weight] = tensor
     if config["target_modules"] != "all-linear":
         targets = {
@@ -570,7 +575,7 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
     if len({sources[name].shape[0] for name in vocabulary}) > 1:
         problems.append(f"not all of {', '.join(vocabulary)} get the same number of rows")
     tied, touched = base_config.get("tie_word_embeddings"), set(vocabulary) & {*halves, *replaced}
-    if tied and touched and (len(vocabulary) > 1 or touched & {*replaced}):
+    if tied and touched and (len(vocabulary) > 1 or touched & ({*replaced} - {*halves})):
         problems.append("it parts the output layer from the embeddings, which are tied in the base; merge it with peft")
     refuse(problems, f"{folder}: adapter and base do not fit together")
     if not replaced and not any(read_rows(lora.b).any() for lora in loras.values()):
@@ -607,15 +612,15 @@ def plan_of(parts):
     return {part.name: (part.dtype, part.shape) for part in parts}
 
 
-def copy_files(folder, right, other, parts):
-    """Copy config and tokenizer of `right`, or where it has none of `other`, into `folder`.
+def copy_files(folder, config_from, tokenizer_from, parts):
+    """Copy config and tokenizer into `folder`, each from the first of two folders that has one.
 
     The config's dtype and vocabulary become those of the tensors. Raises UserError where neither has a config.
     """
-    sources = [path for path in (right, other) if (path / "config.json").is_file()]
-    if not sources:
-        raise UserError(f"{right}: has no config.json, nor has {other}; copy it there")
-    config, dtypes = config_of(sources[0]), {part.dtype for part in parts if is_float(part.dtype)}
+    source = next((path for path in config_from if (path / "config.json").is_file()), None)
+    if source is None:
+        raise UserError(f"{config_from[0]}: has no config.json, nor has {config_from[1]}; copy it there")
+    config, dtypes = config_of(source), {part.dtype for part in parts if is_float(part.dtype)}
     changes = {"dtype" if "dtype" in config else "torch_dtype": dtype for dtype in dtypes if len(dtypes) == 1}
     rows = [part.shape[0] for part in parts if part.name.endswith("embed_tokens.weight")]
     changes |= {"vocab_size": rows[0]} if rows else {}
@@ -624,13 +629,13 @@ def copy_files(folder, right, other, parts):
         if key in config and config[key] != value:
             say(f"config: {key} {config[key]} -> {value}")
     utils.write_json(config | changes, folder / "config.json")
-    if (sources[0] / "generation_config.json").is_file():
-        shutil.copyfile(sources[0] / "generation_config.json", folder / "generation_config.json")
-    vocabularies = ("tokenizer.model", "tokenizer.json", "vocab.json")
-    found = [path for path in (right, other) if any((path / name).is_file() for name in vocabularies)][:1]
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    kinds = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    found = [path for path in tokenizer_from if any((path / name).is_file() for name in kinds)][:1]
     for file in (file for path in found for file in tokenizer_files(path)):
         shutil.copyfile(file, folder / file.name)
-    say(f"config from {sources[0]}, tokenizer {f'from {found[0]}' if found else 'missing in both; copy one there'}")
+    say(f"config from {source}, tokenizer {f'from {found[0]}' if found else 'missing in both; copy one there'}")
 
 
 def tokenizer_files(folder):
@@ -643,7 +648,8 @@ def write_run(folder, **facts):
     about = {"made_by": "cria", "script": "apply_delta.py", "status": "finished"}
     about |= {key: value for key, value in facts.items() if value is not None}
     about |= {"versions": utils.versions("torch"), "git_commit": utils.git_commit()}
-    utils.write_json(about | {"files": sorted(path.name for path in folder.iterdir())}, folder / "run.json")
+    files = sorted(path.name for path in folder.iterdir() if path.name != utils.UNFINISHED)
+    utils.write_json(about | {"files": files}, folder / "run.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -661,8 +667,10 @@ def apply_delta(
     the inputs do not fit together, the target exists, or the result is not the one that the delta's record names.
     """
     base_path, delta_path = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
-    lora, run, rule, found, total = kind_of(delta_path) == "lora", record_of(delta_path), None, Fingerprint(), [0.0]
-    record, configs = run.get("delta", {}), [config_of(path) for path in (base_path, delta_path)]
+    lora, run, configs = is_adapter(delta_path), record_of(delta_path), [config_of(base_path), config_of(delta_path)]
+    record, rule, found, total = run.get("delta", {}), None, Fingerprint(), [0.0]
+    if lora and (new_rows or any_base):
+        raise UserError(f"{delta_path}: a LoRA adapter; leave --new_rows and --any_base out")
     base, delta = open_model(base_path), open_adapter(delta_path) if lora else open_model(delta_path)
     if lora:
         parts = lora_parts(base, delta, configs[0], delta_path, dtype)
@@ -685,12 +693,12 @@ def apply_delta(
     inputs = (base_path, delta_path)
     with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
         write_weights(folder, parts, rows_of, "applying")
-        utils.close_weights(base | delta)
+        utils.close_weights(base), utils.close_weights(delta)
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
         if check_sum:
             check_alpaca_sum(total[0], configs[0])
-        copy_files(folder, *((base_path, delta_path) if lora else (delta_path, base_path)), parts)
+        copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts)
         style = run.get("prompt_style") if run or lora else STYLES.get((rule, *dtypes_of(delta)))
         write_run(folder, base=str(base_model_path), delta_path=str(delta_path), new_rows=rule, prompt_style=style)
     if is_recorded:
@@ -743,8 +751,8 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
     size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
     with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
         write_weights(folder, parts, rows_of, "making")
-        utils.close_weights(base | target)
-        copy_files(folder, target_path, base_path, parts)
+        utils.close_weights(base), utils.close_weights(target)
+        copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {
             "format": "exact" if exact else "weights",
             "new_rows": rule,
