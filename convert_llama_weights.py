@@ -933,7 +933,7 @@ def parse_arguments(words):
     parser.add_argument("--verify", action="store_true", help="compare logits with those of the raw shards")
     parser.add_argument("--overwrite", action="store_true", help="replace files of the names that are written")
     parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
-    parser.add_argument("--num_shards", type=int, default=1, help="shards that --reverse writes (default: 1)")
+    parser.add_argument("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
     old = parser.add_argument_group("options of older converters, accepted and without meaning")
     for name in ("--llama_version", "--safe_serialization"):
         old.add_argument(name, nargs="?", const="", help=argparse.SUPPRESS)
@@ -952,8 +952,10 @@ def parse_arguments(words):
 def main(words=None):
     args = parse_arguments(sys.argv[1:] if words is None else words)
     if args.reverse:
-        reverse(args.input_dir, args.output_dir, args.num_shards, args.overwrite)
+        reverse(args.input_dir, args.output_dir, args.num_shards or 1, args.overwrite)
     else:
+        if args.num_shards:
+            say("--num_shards has a meaning with --reverse only: shards that are there are counted")
         convert(args)
 
 
