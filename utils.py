@@ -890,6 +890,7 @@ STORAGE_DTYPES = {  # of torch's pickles
 MAX_HEADER = 100 * 2**20  # bytes of a safetensors header or of a pickle: enough for a million tensors
 LEGACY_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 UNFINISHED = "unfinished"  # a file in a hidden folder that says that it is ours
 
 
@@ -1356,7 +1357,10 @@ class Meter:
         return self
 
     def __exit__(self, kind, error, trace):
-        say(self.line()) if kind is None else say("") if sys.stderr.isatty() else None
+        if kind is None:
+            say(self.line())
+        elif sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
@@ -1392,16 +1396,12 @@ def same_place(one, other):
     if not (one.exists() and other.exists()):
         return False
 
-    def files(path):
-        found = [entry.stat() for entry in ([path] if path.is_file() else path.iterdir()) if entry.is_file()]
-        return {(status.st_dev, status.st_ino) for status in found if status.st_size}
+    def weights(path):  # a tokenizer or a licence that both share does no harm
+        files = path.iterdir() if path.is_dir() else [path]
+        found = [file.stat() for file in files if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+        return {(status.st_dev, status.st_ino) for status in found}
 
-    weights = (".safetensors", ".bin", ".pth", ".pt")  # a shared tokenizer or licence does no harm
-    shared = files(one) & files(other) if one.is_dir() == other.is_dir() else set()
-    if shared and one.is_dir():
-        names = [entry for entry in one.iterdir() if entry.suffix in weights and entry.is_file()]
-        shared &= {(entry.stat().st_dev, entry.stat().st_ino) for entry in names}
-    return one.samefile(other) or bool(shared)
+    return one.samefile(other) or not weights(one).isdisjoint(weights(other))
 
 
 def check_output(target, inputs=(), overwrite=False, writes=(), option="--output_dir"):

@@ -682,3 +682,54 @@ def test_make_tiny_llama_writes_the_raw_layout(tmp_path):
     with pytest.raises(utils.UserError, match="^2 key-value heads must divide the 4 heads, and --num_shards 4 "):
         make_tiny_raw(tmp_path / "other", num_shards=4, num_key_value_heads=2)
     assert not Path(tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts in utils.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_row_blocks_cover_every_row_once_in_whole_heads():
+    assert list(utils.row_blocks((10, 4), "float16", block=24)) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert list(utils.row_blocks((8, 4), "float16", 4, block=60)) == [(0, 4), (4, 8)]
+    assert list(utils.row_blocks((8, 4), "float16", 4, block=1)) == [(0, 4), (4, 8)]  # a head is never split
+    assert list(utils.row_blocks((), "float32")) == [(0, 1)] and list(utils.row_blocks((0, 3), "float32")) == []
+
+
+def test_a_plan_is_split_where_transformers_would():
+    plan = {name: ("float16", (rows, 10)) for name, rows in {"a": 10, "b": 30, "c": 1, "d": 4}.items()}
+    assert utils.split_plan(plan, 10**6) == {"model.safetensors": plan}
+    parts = utils.split_plan(plan, 240)
+    assert [list(part) for part in parts.values()] == [["a"], ["b"], ["c", "d"]]  # b alone is larger than a shard
+    assert list(parts) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert utils.weight_file_names(plan, 240) == [*parts, "model.safetensors.index.json"]
+
+
+def test_progress_on_a_terminal_and_elsewhere(capsys, monkeypatch):
+    clock = iter([100.0, 102.0, 102.0, 104.0, 104.0, 104.0])
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with utils.Meter("weights", 4 * 10**9) as meter:
+        meter.add(10**9)
+        meter.add(3 * 10**9)
+    bars = capsys.readouterr().err.split("\r\x1b[K")[1:]
+    assert bars == [
+        f"[{'#' * 7}{'.' * 23}] weights: 1.00 of 4.00 GB, 0.50 GB/s, 6 s left",
+        f"[{'#' * 30}] weights: 4.00 of 4.00 GB, 1.00 GB/s, 4 s",
+        "weights: 4.00 of 4.00 GB, 1.00 GB/s, 4 s\n",
+    ]
+
+
+def test_same_place_sees_through_links(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        for file in ("model.safetensors", "tokenizer.json"):
+            (tmp_path / name / file).write_text(name)
+    os.remove(tmp_path / "b" / "tokenizer.json")
+    os.link(tmp_path / "a" / "tokenizer.json", tmp_path / "b" / "tokenizer.json")
+    os.remove(tmp_path / "c" / "model.safetensors")
+    os.link(tmp_path / "a" / "model.safetensors", tmp_path / "c" / "model.safetensors")
+    (tmp_path / "link").symlink_to("a")
+    places = {name: utils.same_place(tmp_path / "a", tmp_path / name) for name in ("a", "b", "c", "link", "gone")}
+    assert places == {"a": True, "b": False, "c": True, "link": True, "gone": False}
+    assert utils.same_place(tmp_path / "gone", tmp_path / "b" / ".." / "gone")
