@@ -273,7 +273,7 @@ def merged_rows(part):
 
 def check_rows(rows, part, start, stop):
     """Raise UserError for rows of a result that are not finite, naming the file to blame or the dtype."""
-    if torch.isfinite(rows).all():
+    if rows.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(rows)):  # NaN is passed on
         return
     lora = isinstance(part.change, Lora)
     for tensor in (part.base, *((part.change.a, part.change.b) if lora else [part.change] if part.change else [])):
@@ -422,7 +422,7 @@ def check_is_delta(base, delta, folder):
 def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None, any_base=False):
     """Plan the sum of base and delta. Returns (Parts of the result, rule for new rows). Raises UserError."""
     exact, found = record.get("format") == "exact", " and ".join(dtypes_of(delta))
-    if not exact and found in ("int16", "int32"):
+    if not exact and not any(is_float(tensor.dtype) for tensor in delta.values()):
         raise UserError(f"{folder}: holds integers, as an exact delta does, and no run.json; copy the whole folder")
     if exact and (dtype or new_rows or any_base):
         raise UserError(f"{folder}: an exact delta gives one result; leave --dtype, --new_rows and --any_base out")
@@ -666,7 +666,8 @@ def apply_delta(
     Paths are folders or names on the hub; the other arguments are those of the command line. Raises UserError where
     the inputs do not fit together, the target exists, or the result is not the one that the delta's record names.
     """
-    base_path, delta_path = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
+    delta_name = delta_path
+    base_path, delta_path = inputs = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
     lora, run, configs = is_adapter(delta_path), record_of(delta_path), [config_of(base_path), config_of(delta_path)]
     record, rule, found, total = run.get("delta", {}), None, Fingerprint(), [0.0]
     if lora and (new_rows or any_base):
@@ -678,7 +679,7 @@ def apply_delta(
         parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
     is_recorded = bool(record) and not any_base and dtype is None
     size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
-    utils.check_output(target_model_path, (base_path, delta_path), overwrite, files, "--target")
+    utils.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:
         check_base(parts, record, base_path)
 
@@ -690,7 +691,6 @@ def apply_delta(
                 total[0] += rows.double().sum().item()
             yield start, stop, rows
 
-    inputs = (base_path, delta_path)
     with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
         write_weights(folder, parts, rows_of, "applying")
         utils.close_weights(base), utils.close_weights(delta)
@@ -700,7 +700,14 @@ def apply_delta(
             check_alpaca_sum(total[0], configs[0])
         copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts)
         style = run.get("prompt_style") if run or lora else STYLES.get((rule, *dtypes_of(delta)))
-        write_run(folder, base=str(base_model_path), delta_path=str(delta_path), new_rows=rule, prompt_style=style)
+        given = {
+            "base": base_model_path,
+            "delta": delta_name,
+            "dtype": dtype,
+            "new_rows": new_rows,
+            "any_base": any_base,
+        }
+        write_run(folder, arguments=given, new_rows=rule, prompt_style=style)
     if is_recorded:
         say("result: its sha256 is the one that the delta's run.json names")
     say(f"prompt style: {style or 'not known; give chat.py --prompt_style'}")
@@ -745,7 +752,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
                 result = add(base, rows, working, stored)
             of_base.add(part.name, base[: max((*part.base.shape, 1)[0] - start, 0)])
             of_result.add(part.name, result)
-            differing[0] += int((result.double() != target.double()).sum())
+            differing[0] += int((result != target).sum())
             yield start, stop, rows
 
     size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))

@@ -286,7 +286,7 @@ def test_what_run_json_says(tmp_path, base, delta):
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     run = utils.read_run(tmp_path / "out")
     assert run["prompt_style"] == "vicuna_v1.1" and run["status"] == "finished"
-    assert (run["base"], run["delta_path"]) == (str(base), str(delta))
+    assert (run["arguments"]["base"], run["arguments"]["delta"]) == (str(base), str(delta))
     assert set(run["files"]) == names_in(tmp_path / "out") - {"run.json"}
     utils.write_json({"made_by": "cria", "prompt_style": "alpaca"}, delta / "run.json")
     script.apply_delta(str(base), str(tmp_path / "styled"), str(delta))
@@ -1094,4 +1094,4 @@ def test_names_on_the_hub(tmp_path, base, delta, monkeypatch):
     assert all({"*.json", "*.safetensors", "*.bin", "tokenizer*"} <= set(patterns) for _, patterns in asked)
     change = weights(delta)
     assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(base).items()})
-    assert read(tmp_path / "out" / "run.json")["base"] == "huggyllama/llama-7b"
+    assert read(tmp_path / "out" / "run.json")["arguments"]["base"] == "huggyllama/llama-7b"
