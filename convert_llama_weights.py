@@ -287,7 +287,7 @@ def check_tensors(llama, shards, folder):
         for i, shard in enumerate(shards):
             if i % copies and not are_equal(shards[i - i % copies][raw], shard[raw]):
                 one, other = shards[i - i % copies][raw].file.path.name, shard[raw].file.path.name
-                raise UserError(f"{folder}: tensor {raw} differs between {one} and {other}, where it must be the same")
+                raise UserError(f"{folder}: tensor {raw} differs between {one} and {other}; download both again")
 
 
 def are_equal(one, other):

@@ -1,5 +1,6 @@
 """convert_llama_weights.py: the same bits, the same logits, the same ids, for every family and layout, and back."""
 
+import collections
 import json
 import os
 import re
@@ -371,6 +372,8 @@ def test_views_of_shared_storage_transposed_and_wrapped(pieces, tmp_path):
     views["layers.0.feed_forward.w2.weight"] = wide[:, 10:182]
     views["norm.weight"] = torch.nn.Parameter(weights["norm.weight"])
     source = make_raw(tmp_path / "raw", pieces, weights)
+    views = collections.OrderedDict(views)
+    views._metadata = {"": {"version": 1}}  # as state_dict() has it
     torch.save({"model": views}, source / "consolidated.00.pth")
     assert os.path.getsize(source / "consolidated.00.pth") < 2.5 * storage.nbytes
     run(source, tmp_path / "out")
