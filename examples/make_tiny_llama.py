@@ -4,10 +4,12 @@ Nothing is downloaded. The tokenizer is a SentencePiece BPE model trained here, 
 yours; the folder loads with AutoTokenizer and AutoModelForCausalLM. Same texts, seed and libraries: same bytes.
 
     python examples/make_tiny_llama.py --output_dir out/tiny-llama
+    python examples/make_tiny_llama.py --output_dir out/raw --raw --num_shards 2     # as Meta ships it, to be converted
 """
 
 import argparse
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -22,6 +24,12 @@ PRESETS = {
     "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4},
     "small": {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4},
 }
+
+
+MULTIPLE_OF = {"tiny": 4, "small": 16}  # in Meta's rule for intermediate_size: 8/3 of dim, up to such a multiple
+
+# Along which dimension Meta's model parallel layout splits a tensor; norms and the rotary table are in every shard.
+SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "tok_embeddings": 1, "output": 0}
 
 
 def train_sentencepiece(texts, vocab_size):
@@ -105,6 +113,71 @@ def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
     return model.num_parameters()
 
 
+def raw_weights(sizes, num_layers, num_key_value_heads, seed, std=0.02):
+    """Random weights under Meta's names, {name: float32 tensor}; `sizes` is a preset. Norms are 1, matrices normal."""
+    import torch
+
+    dim, ffn, vocab = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    head_dim = dim // sizes["num_attention_heads"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator) * std
+
+    weights = {"tok_embeddings.weight": normal(vocab, dim)}
+    for i in range(num_layers):
+        rows = {"wq": dim, "wk": num_key_value_heads * head_dim, "wv": num_key_value_heads * head_dim, "wo": dim}
+        weights |= {f"layers.{i}.attention.{name}.weight": normal(count, dim) for name, count in rows.items()}
+        weights |= {f"layers.{i}.feed_forward.{name}.weight": normal(ffn, dim) for name in ("w1", "w3")}
+        weights[f"layers.{i}.feed_forward.w2.weight"] = normal(dim, ffn)
+        weights |= {f"layers.{i}.{name}.weight": torch.ones(dim) for name in ("attention_norm", "ffn_norm")}
+    weights |= {"norm.weight": torch.ones(dim), "output.weight": normal(vocab, dim)}
+    return weights | {"rope.freqs": 1.0 / 10000 ** (torch.arange(0, head_dim, 2).float() / head_dim)}
+
+
+def write_raw(folder, weights, params, num_shards=1, **split):
+    """Write Meta's layout: consolidated.NN.pth and params.json; `split` changes entries of SPLIT."""
+    import torch
+
+    split = SPLIT | split
+    for shard in range(num_shards):
+        axes = {name: split.get(name.split(".")[-2]) for name in weights}
+        parts = {
+            name: weights[name] if axis is None else weights[name].chunk(num_shards, axis)[shard].clone()
+            for name, axis in axes.items()
+        }
+        torch.save(parts, folder / f"consolidated.{shard:02}.pth")
+    (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
+
+
+def make_tiny_raw(output_dir, preset="tiny", seed=0, texts=(), num_shards=1, num_key_value_heads=None):
+    """Write a random LLaMA as Meta ships it, in float16: `output_dir`/`preset` with the shards, and tokenizer.model.
+
+    Returns the number of parameters; see `make_tiny_llama` for the rest. Raises UserError where the folder exists, or
+    where heads do not divide by the shards.
+    """
+    folder, sizes = Path(output_dir, preset), PRESETS[preset]
+    if folder.exists():
+        raise utils.UserError(f"--output_dir {output_dir}: there is a {preset} already; choose another folder")
+    heads = num_key_value_heads or sizes["num_attention_heads"]
+    if sizes["num_attention_heads"] % heads or heads % num_shards:
+        raise utils.UserError(f"{heads} key-value heads must divide the {sizes['num_attention_heads']} heads, and "
+                              f"--num_shards {num_shards} must divide them; choose other numbers")  # fmt: skip
+    texts = [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()]
+    pieces = train_sentencepiece(texts, sizes["vocab_size"])
+    weights = raw_weights(sizes, 2, heads, seed)
+    count = sum(tensor.numel() for name, tensor in weights.items() if name != "rope.freqs")
+    params = {"dim": sizes["hidden_size"], "multiple_of": MULTIPLE_OF[preset], "n_heads": sizes["num_attention_heads"],
+              "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}  # fmt: skip
+    if num_key_value_heads:
+        params["n_kv_heads"] = heads
+    with utils.staged(output_dir) as staging:
+        (staging / preset).mkdir()
+        write_raw(staging / preset, {name: tensor.half() for name, tensor in weights.items()}, params, num_shards)
+        (staging / "tokenizer.model").write_bytes(pieces)
+    return count
+
+
 def main():
     parser = argparse.ArgumentParser(
         description="Make a small LLaMA of random weights, with its tokenizer; nothing is downloaded.",
@@ -118,8 +191,17 @@ def main():
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="FILE", help="train the tokenizer on these, not on tiny_corpus.txt"
     )
+    parser.add_argument("--raw", action="store_true", help="as Meta ships it: input of convert_llama_weights.py")
+    parser.add_argument("--num_shards", type=int, default=1, choices=(1, 2, 4), help="shards of --raw (default: 1)")
+    parser.add_argument("--num_key_value_heads", type=int, choices=(1, 2, 4), help="of --raw (default: 4, as heads)")
     args = parser.parse_args()
-    count = make_tiny_llama(args.output_dir, args.preset, args.seed, args.text)
+    if args.raw:
+        options = (args.num_shards, args.num_key_value_heads)
+        count = make_tiny_raw(args.output_dir, args.preset, args.seed, args.text, *options)
+    elif args.num_shards > 1 or args.num_key_value_heads:
+        raise utils.UserError("--num_shards and --num_key_value_heads belong to --raw; add it")
+    else:
+        count = make_tiny_llama(args.output_dir, args.preset, args.seed, args.text)
     utils.say(
         f"{args.output_dir}: LLaMA with {count:,} random parameters, vocabulary {PRESETS[args.preset]['vocab_size']:,}"
     )

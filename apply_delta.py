@@ -1,0 +1,793 @@
+"""Turn a base model and a delta into a tuned model, or two models into a delta, in half a gigabyte of memory.
+
+    python -m apply_delta --base BASE --delta DELTA --target TARGET            # what DELTA is, is read from the folder
+    python -m apply_delta --make --base BASE --target TUNED --delta DELTA [--exact]
+
+A delta is one of three: weights that were subtracted (Vicuna's, Stanford Alpaca's, anybody's made with --make), an
+exact delta (made with --make --exact: gives every bit back), or a LoRA adapter of peft. Folders and names on the hub
+are taken alike, as .safetensors or .bin; safetensors are written. Everything is compared before the first byte is
+written, and TARGET appears at the end, whole. The command and the public names are those of FastChat's apply_delta.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+import utils
+from utils import DTYPES, StoredTensor, UserError, row_blocks, say
+
+ALPACA_SUM = 50637.1836  # of all numbers of Stanford Alpaca 7B; from its weight_diff.py
+RULES = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
+STYLES = {  # of the prompt, by rule for new rows and dtype of the delta: the three families of deltas without a record
+    ("zero", "float16"): "vicuna_v0", (None, "float16"): "vicuna_v1.1", ("mean", "float32"): "alpaca",
+}  # fmt: skip
+PRODUCT = 96 * 2**20  # bytes of a LoRA product, or of the columns of a mean, that are held at once
+PRODUCT_ROWS = 256  # the least: products of fewer rows are summed in another order by BLAS
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
+FILES = ("*.json", "*.safetensors", "*.bin", *TOKENIZER)  # wanted from the hub
+
+
+MORE_THAN_LORA = (  # options of peft that change what an adapter adds, or to what
+    "use_dora", "lora_bias", "fan_in_fan_out", "target_parameters", "layer_replication", "trainable_token_indices",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "enable_lora",
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Add a delta or merge a LoRA adapter: TARGET = BASE + DELTA. With --make: DELTA = TARGET - BASE.",
+        epilog="example: python -m apply_delta --base llama-7b --delta lmsys/vicuna-7b-delta-v1.1 --target vicuna-7b",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    spellings = {  # ours, FastChat's, Stanford's
+        "base": ("--base", "--base-model-path", "--base_model_path", "--path_raw"),
+        "delta": ("--delta", "--delta-path", "--delta_path", "--path_diff"),
+        "target": ("--target", "--target-model-path", "--target_model_path", "--path_tuned"),
+    }
+    for name, words in spellings.items():
+        add(*words, dest=name, required=True, metavar="DIR", help=f"The {name} model: a folder, or a name on the hub.")
+    add("--make", action="store_true", help="Make the delta instead: of --target, which is read, and --base.")
+    add("--exact", action="store_true", help="With --make: a delta of the same size that gives every bit back.")
+    dtypes = ("float16", "bfloat16", "float32")
+    add("--dtype", choices=dtypes, help="Of the result. By default the delta's, for an adapter the base's.")
+    add("--new_rows", choices=("zero", "mean"), help="What rows that the base lacks are taken to be in it.")
+    add("--any_base", action="store_true", help="Skip the checks that base and delta belong together.")
+    add("--overwrite", action="store_true", help="Write into a folder that exists; only namesakes are replaced.")
+    truth = {"type": lambda word: word.lower() in ("true", "1"), "nargs": "?", "const": True, "metavar": "True|False"}
+    add("--check_integrity_naively", **truth, help=f"Stanford Alpaca 7B: the sum of all numbers must be {ALPACA_SUM}.")
+    add("--low-cpu-mem", "--low_cpu_mem", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def working_dtype(delta_dtype, result_dtype):
+    """float16 for a float16 delta with a float16 result, as FastChat adds them; else float32, to be rounded once."""
+    return "float16" if delta_dtype == result_dtype == "float16" else "float32"
+
+
+def add(base, delta, working, dtype):
+    """base + delta, both cast to the dtype `working` first, rounded to `dtype`."""
+    return (base.to(working) + delta.to(working)).to(dtype)
+
+
+def subtract(target, base, working, dtype):
+    """target - base, both cast to the dtype `working` first, rounded to `dtype`."""
+    return (target.to(working) - base.to(working)).to(dtype)
+
+
+def bits(tensor):
+    """The bit patterns of a floating-point tensor as signed integers of the same width."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def bit_difference(target, base):
+    """An exact delta: the difference, modulo 2^width, of the bit patterns of `target` and of `base` in its dtype."""
+    return bits(target) - bits(base.to(target.dtype))
+
+
+def bit_sum(base, delta, dtype):
+    """The inverse of `bit_difference`: the target, bit for bit, as a tensor of `dtype`."""
+    return (bits(base.to(dtype)) + delta).view(dtype)
+
+
+def lora_product(lora_a, lora_b, scaling, embedding=False):
+    """scaling * B A, in float32: what an adapter adds to a weight of shape [out, in].
+
+    `lora_a` is [rank, in], `lora_b` [out, rank]; for an embedding [rank, rows] and [columns, rank], transposed.
+    Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
+    """
+    product = lora_b.float() @ lora_a.float()
+    return (product.T if embedding else product).mul_(scaling)
+
+
+def merge(base, product, embedding=False):
+    """base + product in the dtype of `base`, rounded as peft's merge_and_unload(safe_merge=False) does it.
+
+    The sum is computed in float32 and rounded once; for an embedding the product is rounded before.
+    """
+    return base + product.to(base.dtype) if embedding else (base + product).to(base.dtype)
+
+
+def lora_scaling(config, module):
+    """(rank, scaling) of an adapter's module: alpha / rank, or alpha / sqrt(rank) for rslora; patterns go first.
+
+    Source of rslora: https://arxiv.org/abs/2312.03732.
+    """
+
+    def pick(patterns, default):
+        return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+    rank = pick(config.get("rank_pattern"), config["r"])
+    alpha = pick(config.get("alpha_pattern"), config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def is_target(config, module):
+    """Whether an adapter's config names `module`, such as model.layers.0.self_attn.q_proj, as peft reads it."""
+
+    def named(words):
+        if isinstance(words, str):
+            return re.fullmatch(words, module) is not None
+        return any(f".{module}".endswith(f".{word}") for word in words or ())
+
+    if named(config.get("exclude_modules")) or not named(config["target_modules"]):
+        return False
+    layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
+    if layers in (None, []) or isinstance(config["target_modules"], str):
+        return True
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+class Fingerprint:
+    """SHA-256 of a set of tensors, in whatever files and order they lie.
+
+    It is taken over one line `name dtype shape sha256` for each tensor, sorted.
+    """
+
+    def __init__(self):
+        self.tensors = {}  # name: [digest, dtype, rows so far, shape of a row]
+
+    def add(self, name, rows):
+        """The next rows of a tensor."""
+        entry = self.tensors.setdefault(name, [hashlib.sha256(), str(rows.dtype)[6:], 0, list(rows.shape[1:])])
+        entry[0].update(array(rows))
+        entry[2] += len(rows)
+
+    def shapes(self):
+        """{name: "dtype shape"} of all tensors."""
+        return {name: f"{dtype} {[rows, *rest]}" for name, (_, dtype, rows, rest) in sorted(self.tensors.items())}
+
+    def hexdigest(self):
+        lines = [f"{name} {shape} {self.tensors[name][0].hexdigest()}\n" for name, shape in self.shapes().items()]
+        return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of tensors in files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(tensor, start=0, stop=None, dtype=None, fill=None):
+    """Rows of a StoredTensor, cast to `dtype`; those beyond its last are `fill`, a row that broadcasts."""
+    rows = tensor.shape[0] if tensor.shape else 1
+    stop = rows if stop is None else stop
+    block = torch.from_numpy(tensor.read(min(start, rows), min(stop, rows))).view(getattr(torch, tensor.dtype))
+    block = block if dtype is None else block.to(dtype)
+    missing = stop - max(start, rows)
+    if missing <= 0:
+        return block
+    return torch.cat([block, fill.to(block.dtype).expand(missing, *block.shape[1:])])
+
+
+def array(rows):
+    """The bits of a contiguous tensor as a numpy array, without a copy."""
+    return rows.contiguous().view(torch.uint8).numpy()
+
+
+def mean_row(tensor):
+    """The mean of all rows of a StoredTensor, in float32, bit-equal with torch's mean of the whole.
+
+    Column by column torch sums in the same order whether it sees all columns or some, if they are a multiple of 64.
+    """
+    rows, columns = tensor.shape
+    step = max(PRODUCT // (4 * rows) // 64, 1) * 64
+    slices = []
+    for first in range(0, columns, step):
+        part = torch.empty(rows, min(step, columns - first), dtype=torch.float32)
+        for start, stop in row_blocks(tensor.shape, tensor.dtype):
+            part[start:stop] = read_rows(tensor, start, stop)[:, first : first + step]
+        slices.append(part.mean(dim=0))
+    return torch.cat(slices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """The adapter of one weight; shapes as in `lora_product`."""
+
+    a: StoredTensor
+    b: StoredTensor
+    scaling: float
+    embedding: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora or None.
+
+    `fill` is the row that stands for those which `base` lacks; see `read_rows`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple
+    base: StoredTensor
+    change: object = None
+    fill: object = None
+
+
+def sum_rows(part):
+    """The rows of base + delta, block by block; an integer delta is an exact one."""
+    dtype, change = getattr(torch, part.dtype), part.change
+    exact = not is_float(change.dtype)
+    working = dtype if exact else getattr(torch, working_dtype(change.dtype, part.dtype))
+    for start, stop in row_blocks(part.shape, part.dtype):
+        base, delta = read_rows(part.base, start, stop, working, part.fill), read_rows(change, start, stop)
+        yield start, stop, bit_sum(base, delta, dtype) if exact else add(base, delta, working, dtype)
+
+
+def merged_rows(part):
+    """The rows of a weight with its adapter merged in, block by block."""
+    dtype, lora, rows = getattr(torch, part.dtype), part.change, part.shape[0] if part.shape else 1
+    if lora is None:
+        for start, stop in row_blocks(part.shape, part.dtype):
+            yield start, stop, read_rows(part.base, start, stop, dtype)
+        return
+    a, b = read_rows(lora.a), read_rows(lora.b)
+    borders = [start for start, _ in row_blocks(part.shape, "float32", PRODUCT_ROWS, PRODUCT)]
+    if len(borders) > 1 and rows - borders[-1] < PRODUCT_ROWS:
+        borders.pop()
+    for first, last in zip(borders, [*borders[1:], rows], strict=True):
+        some = (a[:, first:last], b) if lora.embedding else (a, b[first:last])
+        product = lora_product(*some, lora.scaling, lora.embedding)
+        for start, stop in row_blocks((last - first, *part.shape[1:]), "float32"):
+            base = read_rows(part.base, first + start, first + stop, dtype)
+            yield first + start, first + stop, merge(base, product[start:stop], lora.embedding)
+
+
+def check_rows(rows, part, start, stop):
+    """Raise UserError for rows of a result that are not finite, naming the file to blame or the dtype."""
+    if rows.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(rows)):  # NaN is passed on
+        return
+    lora = isinstance(part.change, Lora)
+    for tensor in (part.base, *((part.change.a, part.change.b) if lora else [part.change] if part.change else [])):
+        number = (*tensor.shape, 1)[0]
+        first, last = (0, number) if lora and tensor is not part.base else (min(start, number), min(stop, number))
+        utils.check_finite(tensor.read(first, last), tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
+    wider = "float32 or bfloat16" if part.dtype == "float16" else "float32"
+    raise UserError(f"tensor {part.name}: the result is too large for {part.dtype}; give --dtype {wider}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input: models and deltas
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def open_inputs(output, option, **paths):
+    """The folders of two inputs, {option: path or name on the hub}; `output` must be outside of both, they apart."""
+    folders = [utils.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
+    if utils.same_place(*folders):
+        (one, first), (two, second) = paths.items()
+        raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
+    for folder in folders:
+        if Path(output).resolve().is_relative_to(folder.resolve()) and Path(output).resolve() != folder.resolve():
+            raise UserError(f"{option} {output}: inside {folder}, which is read; choose a folder elsewhere")
+    return folders
+
+
+def config_of(folder, name="config.json"):
+    """A JSON object of a folder, {} where there is no such file. Raises UserError where it is something else."""
+    if not (folder / name).is_file():
+        return {}
+    with contextlib.suppress(ValueError):
+        config = json.loads(utils.read_text(folder / name))
+        if isinstance(config, dict):
+            return config
+    raise UserError(f"{folder / name}: not a JSON object; copy or download it again")
+
+
+def record_of(folder):
+    """The run.json that a script of ours left in a folder; {} where there is none, or somebody else's."""
+    try:
+        return utils.read_run(folder) or {}
+    except UserError:
+        return {}
+
+
+def open_model(path):
+    """The tensors of a model, without the rotary frequencies that early releases of transformers stored."""
+    tensors = utils.open_weights(path)
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def is_float(dtype):
+    """Whether a dtype, by its name, is one of floating-point numbers."""
+    return DTYPES[dtype][2] != 0
+
+
+def dtypes_of(tensors):
+    """The dtypes of stored tensors, sorted."""
+    return sorted({tensor.dtype for tensor in tensors.values()})
+
+
+def is_adapter(folder):
+    """Whether a delta folder holds a LoRA adapter, not weights. Raises UserError where it may be either."""
+    if not (folder / "adapter_config.json").is_file():
+        return False
+    kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in (name for name in kinds if (folder / name).is_file()):
+        what = f"adapter_config.json says that it is an adapter and {name} that it is a model"
+        raise UserError(f"{folder}: {what}; move the files of one of them elsewhere")
+    return True
+
+
+def compare(base, other, base_config, other_config, names=("base", "delta"), exact=False):
+    """Compare two sets of tensors. Returns (rows of the vocabulary in base, in other) where other has more, else None.
+
+    `base` and `other` are {name: StoredTensor}; an exact delta holds integers. Raises UserError that lists what is
+    missing, extra or different.
+    """
+    problems = [f"{name} is missing from the {names[1]}" for name in base if name not in other]
+    problems += [f"{name} is not in the {names[0]}" for name in other if name not in base]
+    grown, rows = set(), base_config.get("vocab_size")
+    for name in (name for name in base if name in other):
+        old, new = base[name].shape, other[name].shape
+        if len(old) == len(new) == 2 and old[1] == new[1] and old[0] < new[0] and old[0] == (rows or old[0]):
+            grown.add((old[0], new[0]))
+        elif old != new:
+            problems.append(f"{name} is {list(old)} in the {names[0]} and {list(new)} in the {names[1]}")
+    if len(grown) > 1:
+        problems.append(f"rows are added in several ways: {sorted(grown)}")
+    for tensors, what, integers in ((base, names[0], False), (other, names[1], exact)):
+        odd = {name: tensor.dtype for name, tensor in tensors.items() if is_float(tensor.dtype) == integers}
+        problems += [f"{name} is {dtype} in the {what}" for name, dtype in odd.items()]
+    for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
+        one, two = base_config.get(key), other_config.get(key)
+        if None not in (one, two) and one != two:
+            problems.append(f"{key} is {one} in the {names[0]}'s config and {two} in the {names[1]}'s")
+    refuse(problems, f"{names[0]} and {names[1]} do not fit together")
+    return grown.pop() if grown else None
+
+
+def refuse(problems, what):
+    """Raise UserError for a list of problems, if there are any; the first six are named."""
+    if problems:
+        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise UserError(f"{what}: {'; '.join(problems[:6])}{more}; check that both are of the same model")
+
+
+def new_rows_rule(grown, dtype, asked=None, recorded=None):
+    """The rule for rows that the base lacks and the words for it: (None, "zero" or "mean", words).
+
+    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by RULES.
+    """
+    if grown is None:
+        return None, "none, the vocabularies are the same"
+    rule = asked or recorded or RULES.get(dtype)
+    if rule is None:
+        raise UserError(
+            f"the base has {grown[0]:,} rows of vocabulary and the other {grown[1]:,}; no rule says what a {dtype} "
+            "delta takes the missing ones to be; give --new_rows zero (FastChat's rule) or mean (Stanford Alpaca's)"
+        )
+    whose = f"{'FastChat' if rule == 'zero' else 'Stanford Alpaca'}'s rule for {dtype} deltas"
+    whose = "as asked" if asked else "as the delta's run.json says" if recorded else whose
+    value = "zero" if rule == "zero" else "the mean of the old ones"
+    return rule, f"{grown[0]:,} -> {grown[1]:,}, those that the base lacks are {value} in it ({whose})"
+
+
+def fill_row(rule, tensor, shape):
+    """What stands for the rows of `shape` that a tensor of the base lacks; None where it lacks none."""
+    if tensor.shape == shape:
+        return None
+    return torch.zeros(tensor.shape[1]) if rule == "zero" else mean_row(tensor)
+
+
+def check_is_delta(base, delta, folder):
+    """Refuse a whole model in place of a delta: its norm weights are nearly the base's, and a delta's are near 0."""
+    for name in [name for name, tensor in base.items() if len(tensor.shape) == 1 and "norm" in name][-1:]:
+        one, two = read_rows(base[name]).double(), read_rows(delta[name]).double()
+        if (two - one).norm() < 0.5 * two.norm():
+            raise UserError(
+                f"{folder}: a whole model, it seems, and no delta: its {name} is nearly the base's; use it as it is, "
+                "or if it is a delta all the same, give --any_base"
+            )
+
+
+def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None, any_base=False):
+    """Plan the sum of base and delta. Returns (Parts of the result, rule for new rows). Raises UserError."""
+    exact, found = record.get("format") == "exact", " and ".join(dtypes_of(delta))
+    if not exact and not any(is_float(tensor.dtype) for tensor in delta.values()):
+        raise UserError(f"{folder}: holds integers, as an exact delta does, and no run.json; copy the whole folder")
+    if exact and (dtype or new_rows or any_base):
+        raise UserError(f"{folder}: an exact delta gives one result; leave --dtype, --new_rows and --any_base out")
+    grown = compare(base, delta, *configs, exact=exact)
+    check_record(record, delta, folder)
+    if not exact and not any_base:
+        check_is_delta(base, delta, folder)
+    rule, words = new_rows_rule(grown, found, new_rows, record.get("new_rows"))
+    kinds = {
+        name: record["tensors"][name].split()[0] if exact else dtype or tensor.dtype for name, tensor in delta.items()
+    }
+    as_fastchat = all(working_dtype(tensor.dtype, kinds[name]) == "float16" for name, tensor in delta.items())
+    plain = "float16(base) + delta, as FastChat" if as_fastchat else "base + delta in float32, rounded once"
+    say(f"delta: {folder} is {'an exact delta' if exact else f'a weight delta in {found}'}; new rows: {words}")
+    say(f"arithmetic: {'sum of bit patterns' if exact else plain}; result in {' and '.join(sorted({*kinds.values()}))}")
+    return [
+        Part(name, kinds[name], delta[name].shape, tensor, delta[name], fill_row(rule, tensor, delta[name].shape))
+        for name, tensor in base.items()
+    ], rule
+
+
+def check_record(record, delta, folder):
+    """Refuse a delta that is not the one its run.json describes: by the names of its tensors, and its tokenizer."""
+    wrong = ["its tensors"] if record and set(record["tensors"]) != set(delta) else []
+    for name, sha256 in record.get("tokenizer", {}).items():
+        if not (folder / name).is_file() or utils.sha256_of(folder / name) != sha256:
+            wrong.append(name)
+    if wrong:
+        raise UserError(
+            f"{folder}: its run.json describes other files: {', '.join(wrong)}; copy the whole folder again"
+        )
+
+
+def check_base(parts, record, folder):
+    """Refuse a base other than the one that the delta was made from; it is read as the delta sees it."""
+    found = Fingerprint()
+    with utils.Meter("checking the base", sum(part.base.nbytes for part in parts)) as meter:
+        for part in parts:
+            seen = part.change.dtype if is_float(part.change.dtype) else part.dtype
+            working = getattr(torch, working_dtype(seen, seen) if is_float(part.change.dtype) else seen)
+            for start, stop in row_blocks(part.base.shape, part.base.dtype):
+                found.add(part.name, read_rows(part.base, start, stop, working))
+            meter.add(part.base.nbytes)
+    if found.hexdigest() != record["base"]["sha256"]:
+        way = "give that one" if record["format"] == "exact" else "give that one, or for any base --any_base"
+        raise UserError(
+            f"{folder}: not the base that this delta was made from: its tensors have sha256 {found.hexdigest()[:12]}, "
+            f"those of {record['base']['path']} had {record['base']['sha256'][:12]}; {way}"
+        )
+
+
+def check_alpaca_sum(total, config):
+    """Compare the sum of all numbers of a result with the one that Stanford published for Alpaca 7B.
+
+    Theirs was summed in float32, in which 291 sums wander by about 0.02, and by a release of transformers that counted
+    the rotary frequencies among the weights; with and without them is accepted.
+    """
+    width = config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    rotary = sum(10000 ** (-2 * i / width) for i in range(width // 2)) * config.get("num_hidden_layers", 0)
+    if min(abs(total - ALPACA_SUM), abs(total + rotary - ALPACA_SUM)) > 0.05:
+        raise UserError(
+            f"--check_integrity_naively: the sum of all numbers is {total:.4f}, with rotary frequencies "
+            f"{total + rotary:.4f}, and Stanford Alpaca 7B's is {ALPACA_SUM}; for any other model leave the option out"
+        )
+    say(f"integrity: the sum of all numbers is Stanford Alpaca 7B's, {ALPACA_SUM}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA adapters
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_adapter_config(config, path):
+    """Refuse, with a way round, the kinds of adapter that are more than base + scaling * B A."""
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged here")
+    found = [key for key in MORE_THAN_LORA if config.get(key)]
+    found += ["bias"] if config.get("bias") not in (None, "none") else []
+    if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
+        found.append("init_lora_weights")  # the others change the base's weights first
+    if found:
+        raise UserError(
+            f"{path}: {found[0]} is {json.dumps(config[found[0]])}, which is more than a plain LoRA; merge it with "
+            "peft: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+        )
+    numbers = [config.get("r"), config.get("lora_alpha")]
+    numbers += [v for key in ("rank_pattern", "alpha_pattern") for v in (config.get(key) or {}).values()]
+    if not all(type(n) in (int, float) and n > 0 for n in numbers) or not config.get("target_modules"):
+        raise UserError(f"{path}: r, lora_alpha and target_modules must be there; copy the adapter again")
+
+
+def open_adapter(folder):
+    """The tensors of an adapter's folder. Raises UserError where there are none."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            if tensors := utils.open_weights(folder / name):
+                return tensors
+            raise UserError(f"{folder / name}: holds not one tensor; the run that saved it saved nothing, train again")
+    raise UserError(f"{folder}: has adapter_config.json and neither adapter_model.safetensors nor adapter_model.bin")
+
+
+def match_adapter(base, adapter, config):
+    """Which tensors of an adapter belong to which weight of the base.
+
+    Returns ({weight: {"A": tensor, "B": tensor}}, names of embeddings among them, {weight: tensor that replaces it
+    whole}, problems as words).
+    """
+    halves, embeddings, replaced, problems = {}, set(), {}, []
+    for key, tensor in adapter.items():
+        if ".original_module." in key:  # the weight that another one replaces; peft saves it where rows were added
+            continue
+        name = key.removeprefix("base_model.model.")
+        lora = re.fullmatch(r"(.+)\.lora_(?:(embedding_[AB])|([AB])\.weight)", name)
+        weight = f"{lora[1]}.weight" if lora else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        if weight not in base or len(base[weight].shape) != 2 and lora:
+            problems.append(f"{key} has no counterpart in the base")
+        elif lora:
+            halves.setdefault(weight, {})[(lora[2] or lora[3])[-1]] = tensor
+            embeddings |= {weight} if lora[2] else set()
+        elif ".modules_to_save." not in key or weight not in replaced:  # then it is saved twice
+            replaced[weight] = tensor
+    if config["target_modules"] != "all-linear":
+        targets = {
+            name for name in base if is_target(config, name.removesuffix(".weight")) and name.endswith(".weight")
+        }
+        problems += [f"{name} is a target by its config and not in it" for name in targets - {*halves, *replaced}]
+        problems += [f"{name} is in it and by its config no target" for name in {*halves} - targets]
+    problems += [f"{name} has one of lora_A and lora_B only" for name, pair in halves.items() if len(pair) < 2]
+    return halves, embeddings, replaced, sorted(problems)
+
+
+def lora_parts(base, adapter, base_config, folder, dtype=None):
+    """Plan the merge of a LoRA adapter: the Parts of the result. Raises UserError where something does not fit."""
+    config = config_of(folder, "adapter_config.json")
+    check_adapter_config(config, folder / "adapter_config.json")
+    halves, embeddings, replaced, problems = match_adapter(base, adapter, config)
+    sources, loras = base | replaced, {}
+    for name, pair in halves.items():
+        rank, scaling = lora_scaling(config, name.removesuffix(".weight"))
+        (rows, columns), shapes = sources[name].shape, [tensor.shape for _, tensor in sorted(pair.items())]
+        wanted = [(rank, rows), (columns, rank)] if name in embeddings else [(rank, columns), (rows, rank)]
+        if len(pair) == 2 and shapes != wanted:
+            what = " and ".join(str(list(shape)) for shape in shapes)
+            problems.append(f"{name} is [{rows}, {columns}], its adapter {what}, of rank {rank} by its config")
+        loras[name] = Lora(pair.get("A"), pair.get("B"), scaling, name in embeddings)
+    vocabulary = [name for name in base if re.search(r"(^|\.)(embed_tokens|lm_head)\.weight$", name)]
+    for name, tensor in replaced.items():
+        if tensor.shape != base[name].shape and (name not in vocabulary or tensor.shape[1:] != base[name].shape[1:]):
+            problems.append(f"{name} is {list(base[name].shape)} in the base and {list(tensor.shape)} in the adapter")
+    if len({sources[name].shape[0] for name in vocabulary}) > 1:
+        problems.append(f"not all of {', '.join(vocabulary)} get the same number of rows")
+    tied, touched = base_config.get("tie_word_embeddings"), set(vocabulary) & {*halves, *replaced}
+    if tied and touched and (len(vocabulary) > 1 or touched & ({*replaced} - {*halves})):
+        problems.append("it parts the output layer from the embeddings, which are tied in the base; merge it with peft")
+    refuse(problems, f"{folder}: adapter and base do not fit together")
+    if not replaced and not any(read_rows(lora.b).any() for lora in loras.values()):
+        say(f"warning: every lora_B of {folder} is zero, so it changes nothing; was it saved before it was trained?")
+    ranks, rslora = sorted({lora.a.shape[0] for lora in loras.values()}), config.get("use_rslora")
+    say(
+        f"delta: {folder} is a LoRA adapter, rank {', '.join(map(str, ranks))}{' (rslora)' if rslora else ''}: "
+        f"{len(loras)} weights are changed, {len(replaced)} replaced, {len(base) - len({*loras, *replaced})} kept"
+    )
+    say("arithmetic: base + scaling * B A in float32, rounded once, as peft's merge_and_unload(safe_merge=False)")
+    return [
+        Part(name, dtype or base[name].dtype, source.shape, source, loras.get(name)) for name, source in sources.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_weights(folder, parts, rows_of, what):
+    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows)."""
+    plan = plan_of(parts)
+    with utils.WeightWriter(folder, plan) as writer, utils.Meter(what, utils.plan_size(plan)) as meter:
+        for part in parts:
+            for start, stop, rows in rows_of(part):
+                check_rows(rows, part, start, stop)
+                writer.append(part.name, array(rows))
+                meter.add(rows.nbytes)
+
+
+def plan_of(parts):
+    """The Parts as a plan of utils.WeightWriter."""
+    return {part.name: (part.dtype, part.shape) for part in parts}
+
+
+def copy_files(folder, config_from, tokenizer_from, parts):
+    """Copy config and tokenizer into `folder`, each from the first of two folders that has one.
+
+    The config's dtype and vocabulary become those of the tensors. Raises UserError where neither has a config.
+    """
+    source = next((path for path in config_from if (path / "config.json").is_file()), None)
+    if source is None:
+        raise UserError(f"{config_from[0]}: has no config.json, nor has {config_from[1]}; copy it there")
+    config, dtypes = config_of(source), {part.dtype for part in parts if is_float(part.dtype)}
+    changes = {"dtype" if "dtype" in config else "torch_dtype": dtype for dtype in dtypes if len(dtypes) == 1}
+    rows = [part.shape[0] for part in parts if part.name.endswith("embed_tokens.weight")]
+    changes |= {"vocab_size": rows[0]} if rows else {}
+    changes |= {"pad_token_id": None} if config.get("pad_token_id") == -1 else {}  # no row has it: it would not load
+    for key, value in changes.items():
+        if key in config and config[key] != value:
+            say(f"config: {key} {config[key]} -> {value}")
+    utils.write_json(config | changes, folder / "config.json")
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    kinds = ("tokenizer.model", "tokenizer.json", "vocab.json")
+    found = [path for path in tokenizer_from if any((path / name).is_file() for name in kinds)][:1]
+    for file in (file for path in found for file in tokenizer_files(path)):
+        shutil.copyfile(file, folder / file.name)
+    say(f"config from {source}, tokenizer {f'from {found[0]}' if found else 'missing in both; copy one there'}")
+
+
+def tokenizer_files(folder):
+    """The tokenizer's files in a model folder, sorted."""
+    return sorted(path for pattern in TOKENIZER for path in Path(folder).glob(pattern) if path.is_file())
+
+
+def write_run(folder, **facts):
+    """Write run.json into a folder that is whole otherwise; facts that are None are left out."""
+    about = {"made_by": "cria", "script": "apply_delta.py", "status": "finished"}
+    about |= {key: value for key, value in facts.items() if value is not None}
+    about |= {"versions": utils.versions("torch"), "git_commit": utils.git_commit()}
+    files = sorted(path.name for path in folder.iterdir() if path.name != utils.UNFINISHED)
+    utils.write_json(about | {"files": files}, folder / "run.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Apply and make
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def apply_delta(
+    base_model_path, target_model_path, delta_path,
+    dtype=None, new_rows=None, any_base=False, overwrite=False, check_sum=False,
+):  # fmt: skip
+    """Write base + delta, or base with a LoRA adapter merged in, to `target_model_path`; see the head of this file.
+
+    Paths are folders or names on the hub; the other arguments are those of the command line. Raises UserError where
+    the inputs do not fit together, the target exists, or the result is not the one that the delta's record names.
+    """
+    delta_name = delta_path
+    base_path, delta_path = inputs = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
+    lora, run, configs = is_adapter(delta_path), record_of(delta_path), [config_of(base_path), config_of(delta_path)]
+    record, rule, found, total = run.get("delta", {}), None, Fingerprint(), [0.0]
+    if lora and (new_rows or any_base):
+        raise UserError(f"{delta_path}: a LoRA adapter; leave --new_rows and --any_base out")
+    base, delta = open_model(base_path), open_adapter(delta_path) if lora else open_model(delta_path)
+    if lora:
+        parts = lora_parts(base, delta, configs[0], delta_path, dtype)
+    else:
+        parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
+    is_recorded = bool(record) and not any_base and dtype is None
+    size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
+    utils.check_output(target_model_path, inputs, overwrite, files, "--target")
+    if record and not any_base:
+        check_base(parts, record, base_path)
+
+    def rows_of(part):
+        for start, stop, rows in (merged_rows if lora else sum_rows)(part):
+            if is_recorded:
+                found.add(part.name, rows)
+            if check_sum:
+                total[0] += rows.double().sum().item()
+            yield start, stop, rows
+
+    with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
+        write_weights(folder, parts, rows_of, "applying")
+        utils.close_weights(base), utils.close_weights(delta)
+        if is_recorded and found.hexdigest() != record["sha256"]:
+            raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
+        if check_sum:
+            check_alpaca_sum(total[0], configs[0])
+        copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts)
+        style = run.get("prompt_style") if run or lora else STYLES.get((rule, *dtypes_of(delta)))
+        given = {
+            "base": base_model_path,
+            "delta": delta_name,
+            "dtype": dtype,
+            "new_rows": new_rows,
+            "any_base": any_base,
+        }
+        write_run(folder, arguments=given, new_rows=rule, prompt_style=style)
+    if is_recorded:
+        say("result: its sha256 is the one that the delta's run.json names")
+    say(f"prompt style: {style or 'not known; give chat.py --prompt_style'}")
+    print(f"{target_model_path}: {len(parts)} tensors, {size / 1e9:.2f} GB", flush=True)
+
+
+apply_delta_low_cpu_mem = apply_delta  # FastChat's other name
+
+
+def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtype=None, new_rows=None, overwrite=False):
+    """Write target - base to `delta_path`, in FastChat's format or an exact one, with a record of base and result.
+
+    Raises UserError where the models do not fit together or the delta exists.
+    """
+    base_path, target_path = open_inputs(delta_path, "--delta", base=base_model_path, target=target_model_path)
+    if exact and (dtype or new_rows):
+        raise UserError("--exact has the target's dtype, and new rows do not matter to it; leave both options out")
+    base, target = open_model(base_path), open_model(target_path)
+    grown = compare(base, target, config_of(base_path), config_of(target_path), ("base", "target"))
+    dtype = dtype or "float16"
+    rule, words = new_rows_rule(grown, dtype, "zero" if exact else new_rows)
+    integers = {2: "int16", 4: "int32", 8: "int64"}
+    parts = [
+        Part(name, integers[DTYPES[there.dtype][1]] if exact else dtype, there.shape, here, there, fill)
+        for name, here, there in ((name, base[name], target[name]) for name in target)
+        for fill in [fill_row(rule, here, there.shape)]
+    ]
+    say(f"delta: {'exact, bit patterns' if exact else dtype}; new rows: {words}")
+    of_base, of_result, differing = Fingerprint(), Fingerprint(), [0]
+
+    def rows_of(part):
+        stored = getattr(torch, part.dtype)
+        working = getattr(torch, part.change.dtype if exact else working_dtype(part.dtype, part.dtype))
+        for start, stop in row_blocks(part.shape, part.change.dtype):
+            target, base = read_rows(part.change, start, stop), read_rows(part.base, start, stop, working, part.fill)
+            if exact:
+                check_rows(target, part, start, stop)
+                rows = bit_difference(target, base)
+                result = bit_sum(base, rows, working)
+            else:
+                rows = subtract(target, base, working, stored)
+                result = add(base, rows, working, stored)
+            of_base.add(part.name, base[: max((*part.base.shape, 1)[0] - start, 0)])
+            of_result.add(part.name, result)
+            differing[0] += int((result != target).sum())
+            yield start, stop, rows
+
+    size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
+    with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
+        write_weights(folder, parts, rows_of, "making")
+        utils.close_weights(base), utils.close_weights(target)
+        copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
+        record = {
+            "format": "exact" if exact else "weights",
+            "new_rows": rule,
+            "base": {"path": str(base_model_path), "sha256": of_base.hexdigest()},
+            "sha256": of_result.hexdigest(),  # of what applying this delta gives
+            "tensors": of_result.shapes(),
+            "tokenizer": {path.name: utils.sha256_of(path) for path in tokenizer_files(folder)},
+        }
+        write_run(folder, prompt_style=record_of(target_path).get("prompt_style"), delta=record)
+    count = sum(math.prod(part.shape) for part in parts)
+    hint = "" if exact else "; --exact gives every bit back"
+    say(f"applying it gives {differing[0]:,} of {count:,} numbers rounded otherwise ({differing[0] / count:.2%}){hint}")
+    print(f"{delta_path}: {len(parts)} tensors, {size / 1e9:.2f} GB", flush=True)
+
+
+def main():
+    args = parse_args()
+    if args.low_cpu_mem:
+        say("--low-cpu-mem: it never needs more; ignored")
+    if args.exact and not args.make:
+        raise UserError("--exact goes with --make; to apply a delta, its kind is read from the folder")
+    options = {key: getattr(args, key) for key in ("dtype", "new_rows", "overwrite")}
+    if args.make:
+        make_delta(args.base, args.target, args.delta, exact=args.exact, **options)
+    else:
+        options |= {"any_base": args.any_base, "check_sum": args.check_integrity_naively}
+        apply_delta(args.base, args.target, args.delta, **options)
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,963 @@
+"""Turn raw LLaMA weights, as Meta ships them, into a Hugging Face model folder, bit for bit, or back again.
+
+    python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT
+    python convert_llama_weights.py --input_dir DIR/7B --output_dir OUT --verify     # compares logits as well
+    python convert_llama_weights.py --reverse --input_dir OUT --output_dir RAW --num_shards 2
+
+Reads consolidated.NN.pth, params.json and tokenizer.model of LLaMA 1, Llama 2, Code Llama, Llama 3, 3.1 and 3.2, in
+DIR/7B with the tokenizer in DIR, or all in one folder; DIR may be a name on the hub. Writes safetensors, config and
+tokenizer into one flat folder. Tensors stream through in blocks, so memory does not depend on the model.
+"""
+
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import pickle
+import re
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import utils
+from utils import DTYPES, UserError, say
+
+# How a tensor lies in the shards of Meta's model parallel layout: ColumnParallelLinear splits the outputs (dim 0),
+# RowParallelLinear the inputs (dim 1), norms are whole in every shard.
+COLUMNS, ROWS, WHOLE = 0, 1, None
+LAYER = {
+    "attention_norm.weight": ("input_layernorm.weight", WHOLE),
+    "attention.wq.weight": ("self_attn.q_proj.weight", COLUMNS),
+    "attention.wk.weight": ("self_attn.k_proj.weight", COLUMNS),
+    "attention.wv.weight": ("self_attn.v_proj.weight", COLUMNS),
+    "attention.wo.weight": ("self_attn.o_proj.weight", ROWS),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", COLUMNS),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS),
+}
+ROTARY = re.compile(r"(^|\.)rope\.freqs$")  # a table that both sides compute anew
+INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")  # of params.json
+FLOATS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor")
+LLAMA3_CONTEXT = 8192  # tokens that Llama 3.1 and 3.2 were trained on before their rotary tables were stretched
+LLAMA3_PATTERN = (  # how Llama 3's tokenizer cuts text before it merges bytes
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+VERIFY_TOKENS, VERIFY_TOLERANCE = 32, 1e-4  # of the largest logit, in float32
+
+
+@dataclasses.dataclass
+class Llama:
+    """What a checkpoint is, by its tensors and params.json."""
+
+    num_shards: int
+    dtype: str
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    vocab_size: int
+    norm_eps: float
+    rope_theta: float
+    rope_factor: float | None  # of Llama 3.1's stretched rotary tables
+    embedding_axis: int  # along which the shards split the embedding: ROWS up to Llama 2, COLUMNS in Llama 3
+    kv_copies: int  # neighbouring shards that hold the same key and value heads
+    tied: bool
+
+    @property
+    def head_dim(self):
+        return self.dim // self.num_heads
+
+    def tensors(self):
+        """{Meta's name: (name in transformers, how shards split it, its whole shape)}, in the order of the model."""
+        dim, key_value, ffn = self.dim, self.num_kv_heads * self.head_dim, self.ffn_dim
+        shapes = {
+            "attention.wq.weight": (dim, dim),
+            "attention.wk.weight": (key_value, dim),
+            "attention.wv.weight": (key_value, dim),
+            "attention.wo.weight": (dim, dim),
+            "feed_forward.w1.weight": (ffn, dim),
+            "feed_forward.w3.weight": (ffn, dim),
+            "feed_forward.w2.weight": (dim, ffn),
+        }
+        table = {"tok_embeddings.weight": ("model.embed_tokens.weight", self.embedding_axis, (self.vocab_size, dim))}
+        for i in range(self.num_layers):
+            for raw, (name, axis) in LAYER.items():
+                table[f"layers.{i}.{raw}"] = (f"model.layers.{i}.{name}", axis, shapes.get(raw, (dim,)))
+        table["norm.weight"] = ("model.norm.weight", WHOLE, (dim,))
+        table["output.weight"] = ("lm_head.weight", COLUMNS, (self.vocab_size, dim))
+        return table
+
+    def shard_shape(self, raw, axis, shape, num_shards):
+        """The shape of one shard's part of a tensor."""
+        if axis == WHOLE:
+            return shape
+        copies = self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
+        return tuple(n * copies // num_shards if i == axis else n for i, n in enumerate(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading a checkpoint: where it is, and what it is
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_folder(input_dir, model_size=None):
+    """The folder that holds the shards: `input_dir`, its subfolder `model_size`, or its only subfolder with shards."""
+    input_dir = utils.find_model(input_dir, ("*.pth", "*params.json", "*tokenizer.model"), "--input_dir")
+    if not input_dir.is_dir():
+        raise UserError(f"--input_dir {input_dir}: not a folder; give the one that holds params.json")
+    if model_size and (input_dir / model_size).is_dir():
+        return input_dir / model_size
+    if list(input_dir.glob("consolidated*.pth")):
+        return input_dir
+    inside = sorted({path.parent for path in input_dir.glob("*/consolidated*.pth")})
+    names = ", ".join(path.name for path in inside)
+    if model_size and inside:
+        raise UserError(f"--model_size {model_size}: {input_dir} has no such subfolder; it holds {names}")
+    if not inside:
+        hint = ""
+        if (input_dir / "config.json").is_file():
+            hint = "; it is in the format of transformers already (--reverse goes back)"
+        raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
+    if len(inside) > 1:
+        raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
+    return inside[0]
+
+
+def find_shards(folder):
+    """consolidated.NN.pth in numeric order, or the only consolidated.pth; other .pth files are named and left out."""
+    numbers = {}
+    for path in sorted(folder.glob("*.pth")):
+        match = re.fullmatch(r"consolidated(?:\.(\d+))?\.pth", path.name)
+        if not match:
+            say(f"{path}: not a shard (those are consolidated.NN.pth); left out")
+        elif (number := int(match[1] or 0)) in numbers:
+            raise UserError(f"{folder}: {numbers[number].name} and {path.name} are both shard {number}; remove one")
+        else:
+            numbers[number] = path
+    absent = sorted(set(range(max(numbers, default=0) + 1)) - set(numbers))
+    if absent:
+        found = ", ".join(str(number) for number in sorted(numbers)) or "none"
+        raise UserError(f"{folder}: shard consolidated.{absent[0]:02}.pth is missing (found: {found}); download it")
+    return [numbers[number] for number in sorted(numbers)]
+
+
+def read_params(folder):
+    """params.json, of which n_heads and norm_eps are needed. Raises UserError where it is none."""
+    path = folder / "params.json"
+    try:
+        params = json.loads(utils.read_text(path, "; it lies beside the shards on Meta's side too, download it"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON, perhaps a web page saved in its place; download it again") from None
+    if isinstance(params, dict) and isinstance(params.get("model"), dict):
+        params = params["model"]
+    if not isinstance(params, dict):
+        raise UserError(f"{path}: holds a {type(params).__name__}, expected an object with n_heads and norm_eps")
+    params = {key: value for key, value in params.items() if value is not None}
+    for key in (*INTEGERS, *FLOATS):
+        if key not in params and key in ("n_heads", "norm_eps"):
+            raise UserError(f"{path}: {key} is missing, and the tensors do not tell it; download the file again")
+        value, kinds = params.get(key, 1), (int,) if key in INTEGERS else (int, float)
+        if type(value) not in kinds or not (0 < value < math.inf or (key, value) == ("vocab_size", -1)):
+            raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0; download the file again")
+    return params
+
+
+def open_shards(paths):
+    """The tensors of each shard. Raises UserError where shards differ in names, shapes or dtypes."""
+    shards = [utils.open_weights(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        for name in sorted(set(shards[0]) ^ set(shard)):
+            holder, other = (paths[0], path) if name in shards[0] else (path, paths[0])
+            raise UserError(f"{holder} holds tensor {name} and {other.name} does not; they are not of one model")
+        for name, tensor in shard.items():
+            first = shards[0][name]
+            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                raise UserError(
+                    f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, in {paths[0].name} "
+                    f"{first.dtype} {list(first.shape)}; they are not of one model"
+                )
+    return shards
+
+
+def describe(shards, params, folder):
+    """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
+    first, count = shards[0], len(shards)
+    layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in first) if match]
+    num_layers = max(layers, default=-1) + 1
+    needed = ["tok_embeddings.weight", "norm.weight"]
+    needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(first))) for name in LAYER]
+    missing = [name for name in needed if name not in first]
+    unknown = [name for name in first if name not in {*needed, "output.weight"} and not ROTARY.search(name)]
+    for names, what in ((missing, "is missing"), (unknown, "is not of a LLaMA")):
+        if names:
+            raise UserError(f"{folder}: tensor {names[0]} {what} ({len(names)} such); nothing is converted by halves")
+    if not num_layers:
+        raise UserError(f"{folder}: the shards hold no layers")
+
+    def rows(name):
+        return first[name].shape[0] if first[name].shape else 0
+
+    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
+        if len(first[name].shape) != 2:
+            raise UserError(f"{folder}: tensor {name} is {list(first[name].shape)}, expected a matrix")
+    dim, num_heads = rows("norm.weight"), params["n_heads"]
+    num_kv_heads = params.get("n_kv_heads", num_heads)
+    for key, value in (("dim", dim), ("n_layers", num_layers)):
+        if params.get(key, value) != value:
+            what = f"params.json says {key} {params[key]}, the tensors {value}"
+            raise UserError(f"{folder}: {what}; one of them is of another model")
+    query = rows("layers.0.attention.wq.weight")
+    if query * count != dim:
+        whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
+        if query and query * count < dim and dim % query == 0:
+            raise UserError(f"{folder}: found {count} of {dim // query} shards: {whole}; download the others")
+        raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
+    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
+    if dim % num_heads or (table is not None and math.prod(table.shape) * 2 != dim // num_heads):
+        found = f"{dim} rows of wq do not divide by it"
+        if table is not None:
+            size = math.prod(table.shape)
+            found = f"rope.freqs has {size} values, so n_heads is {dim // max(2 * size, 1)}"
+        raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {found}; correct params.json")
+    if table is None:
+        say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")
+    key_value, wanted = rows("layers.0.attention.wk.weight") * count, num_kv_heads * (dim // num_heads)
+    copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
+    if key_value != wanted * copies:
+        raise UserError(
+            f"{folder}: wk has {key_value} rows in {count} shards, n_kv_heads {num_kv_heads} * head_dim "
+            f"{dim // num_heads} is {wanted}; a shard is missing or params.json is of another model"
+        )
+    embedding = first["tok_embeddings.weight"].shape
+    axis = COLUMNS if embedding[1] == dim else ROWS
+    vocab_size = embedding[0] * (count if axis == COLUMNS else 1)
+    ffn_dim = rows("layers.0.feed_forward.w1.weight") * count
+    tied = "output.weight" not in first or (
+        count == 1
+        and first["output.weight"].shape == embedding
+        and are_equal(first["output.weight"], first["tok_embeddings.weight"])
+    )
+    factor = None
+    if params.get("use_scaled_rope"):
+        factor = float(params.get("rope_scaling_factor", 32 if tied else 8))
+    llama = Llama(
+        num_shards=count,
+        dtype=first["layers.0.attention.wq.weight"].dtype,
+        dim=dim,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        ffn_dim=ffn_dim,
+        vocab_size=vocab_size,
+        norm_eps=params["norm_eps"],
+        rope_theta=float(params.get("rope_theta", 10000)),
+        rope_factor=factor,
+        embedding_axis=axis,
+        kv_copies=copies,
+        tied=tied,
+    )
+    for key, value in (("vocab_size", vocab_size), ("multiple_of", params.get("multiple_of"))):
+        if key == "multiple_of" and value and ffn_dim != ffn_size(dim, value, params.get("ffn_dim_multiplier")):
+            say(f"{folder}: multiple_of {value} of params.json does not give w1's {ffn_dim} rows; the tensors count")
+        if key == "vocab_size" and params.get(key, -1) not in (-1, value):
+            say(f"{folder}: params.json says vocab_size {params[key]}, the tensors {value}; the tensors count")
+    return llama
+
+
+def check_tensors(llama, shards, folder):
+    """Refuse shards whose tensors do not have the shapes of `llama`, or whose replicated tensors differ."""
+    for raw, (_, axis, shape) in llama.tensors().items():
+        if raw not in shards[0]:
+            continue  # output.weight of a tied model
+        wanted, tensor = llama.shard_shape(raw, axis, shape, len(shards)), shards[0][raw]
+        if tensor.shape != wanted:
+            raise UserError(f"{folder}: tensor {raw} is {list(tensor.shape)} in each shard, expected {list(wanted)}")
+        if not DTYPES[tensor.dtype][2]:
+            raise UserError(f"{folder}: tensor {raw} is {tensor.dtype}; quantized weights are not converted")
+        copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else len(shards) if axis == WHOLE else 1
+        for i, shard in enumerate(shards):
+            if i % copies and not are_equal(shards[i - i % copies][raw], shard[raw]):
+                one, other = shards[i - i % copies][raw].file.path.name, shard[raw].file.path.name
+                raise UserError(f"{folder}: tensor {raw} differs between {one} and {other}; download both again")
+
+
+def are_equal(one, other):
+    """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
+    if (one.file, one.offset, one.strides) == (other.file, other.offset, other.strides):
+        return True
+    blocks = utils.row_blocks(one.shape, one.dtype)
+    return all((one.read(start, stop) == other.read(start, stop)).all() for start, stop in blocks)
+
+
+def ffn_size(dim, multiple_of, multiplier=None):
+    """Rows of w1 by Meta's rule: two thirds of 4 * dim, times the multiplier, up to a multiple of `multiple_of`."""
+    hidden = int(2 * 4 * dim / 3)
+    hidden = int(multiplier * hidden) if multiplier else hidden
+    return multiple_of * -(-hidden // multiple_of)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing the model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def permute(rows, head_dim):
+    """Reorder whole heads of wq or wk, (heads * head_dim, dim), from adjacent rotary pairs to halves.
+
+    Meta rotates rows 2i and 2i + 1 of a head together, transformers rows i and i + head_dim / 2: rows 0 1 2 3 of a
+    head of 4 come in the order 0 2 1 3.
+    """
+    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows, head_dim):
+    """The inverse of `permute`."""
+    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    return heads.swapaxes(1, 2).reshape(rows.shape)
+
+
+def joined(parts, axis, multiple=1):
+    """The rows of a tensor in blocks: part after part (COLUMNS), parts side by side (ROWS), or the first (WHOLE)."""
+    import numpy as np
+
+    if axis == ROWS:
+        shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
+        for start, stop in utils.row_blocks(shape, parts[0].dtype):
+            yield np.concatenate([part.read(start, stop) for part in parts], axis=1)
+        return
+    for part in parts if axis == COLUMNS else parts[:1]:
+        for start, stop in utils.row_blocks(part.shape, part.dtype, multiple):
+            yield part.read(start, stop)
+
+
+def cast(block, old, new, name):
+    """A block's bits in another dtype, rounded once. Raises UserError where a value has no place in it."""
+    import torch
+
+    numbers = torch.from_numpy(block).view(getattr(torch, old)).to(getattr(torch, new))
+    bits = numbers.view(getattr(torch, f"uint{8 * numbers.itemsize}")).numpy()
+    utils.check_finite(bits, new, f"tensor {name}: cast to {new} it", "choose another --dtype")
+    return bits
+
+
+def model_plan(llama, shards, dtype=None):
+    """{name in transformers: (dtype, shape)} of what is written; a tied output layer is the embedding."""
+    return {
+        name: (dtype or shards[0][raw].dtype, shape)
+        for raw, (name, _, shape) in llama.tensors().items()
+        if raw in shards[0] and not (raw == "output.weight" and llama.tied)
+    }
+
+
+def write_model(llama, shards, folder, plan, max_shard_size):
+    """Stream all tensors into safetensors in `folder`; every value is finite and every checksum of the source holds."""
+    meter = utils.Meter("weights", utils.plan_size(plan))
+    with utils.WeightWriter(folder, plan, max_shard_size) as writer, meter:
+        for raw, (name, axis, _) in llama.tensors().items():
+            if name not in plan:
+                continue
+            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+            copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
+            old, new = shards[0][raw].dtype, plan[name][0]
+            for block in joined([shard[raw] for shard in shards[::copies]], axis, llama.head_dim if is_rotated else 1):
+                utils.check_finite(block, old, f"{shards[0][raw].file.path.parent}: tensor {raw}")
+                block = permute(block, llama.head_dim) if is_rotated else block
+                block = block if old == new else cast(block, old, new, raw)
+                writer.append(name, block)
+                meter.add(block.nbytes)
+    for shard in shards:
+        utils.close_weights(shard)
+    written = utils.open_weights(folder)
+    assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
+    utils.close_weights(written)
+
+
+def context_length(llama):
+    """(tokens, why): what the model was trained on, which no file of Meta's says."""
+    if llama.rope_factor:
+        return 131072, "Llama 3.1 and 3.2, by use_scaled_rope"
+    known = {500000.0: (8192, "Llama 3"), 1000000.0: (16384, "Code Llama")}
+    if llama.rope_theta in known:
+        tokens, family = known[llama.rope_theta]
+        return tokens, f"{family}, by rope_theta {llama.rope_theta:.0f}"
+    return (4096, "Llama 2, by bfloat16") if llama.dtype == "bfloat16" else (2048, f"LLaMA 1, by {llama.dtype}")
+
+
+def model_config(llama, dtype, context, special):
+    """config.json, in the words of transformers 4, which 5 reads too. `special`: {bos_token_id: ..., ...}."""
+    scaling = {
+        "rope_type": "llama3",
+        "factor": llama.rope_factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": llama.vocab_size,
+        "hidden_size": llama.dim,
+        "intermediate_size": llama.ffn_dim,
+        "num_hidden_layers": llama.num_layers,
+        "num_attention_heads": llama.num_heads,
+        "num_key_value_heads": llama.num_kv_heads,
+        "head_dim": llama.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": llama.norm_eps,
+        "rope_theta": llama.rope_theta,
+        "rope_scaling": scaling if llama.rope_factor else None,
+        "max_position_embeddings": context,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": llama.tied,
+        "use_cache": True,
+        **special,
+        "torch_dtype": dtype,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_tokenizer(folder, chosen=None):
+    """The tokenizer.model of a checkpoint: `chosen`, beside the shards, or one folder up; None for "none"."""
+    if chosen:
+        if chosen != "none" and not Path(chosen).is_file():
+            raise UserError(f"--tokenizer {chosen}: no such file; give a tokenizer.model, or none to convert without")
+        return None if chosen == "none" else Path(chosen)
+    places = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{places[0]}: missing, and so is {places[1]}; download it, or name it with --tokenizer FILE "
+            "(--tokenizer none converts without)"
+        )
+    return found
+
+
+def read_tiktoken(path):
+    """{bytes of a token: id} of a file of base64 words and ranks, as Llama 3 has it; None where it is none."""
+    data = path.read_bytes()
+    if not re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data):
+        return None
+    try:
+        ranks = {base64.b64decode(word, validate=True): int(rank) for word, rank in map(bytes.split, data.splitlines())}
+    except ValueError:
+        ranks = {}
+    if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([i]) for i in range(256)} <= set(ranks):
+        raise UserError(f"{path}: begins like a tiktoken file and is damaged; download it again")
+    return ranks
+
+
+def llama3_special_tokens(count, newer):
+    """The `count` special tokens of Llama 3, or (`newer`) of 3.1 and 3.2, in the order of their ids."""
+    names = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+    if newer:
+        names |= {4: "finetune_right_pad_id", 8: "eom_id", 10: "python_tag"}
+    reserved = itertools.count()
+    return [f"<|{names.get(i) or f'reserved_special_token_{next(reserved)}'}|>" for i in range(count)]
+
+
+def build_from_tiktoken(ranks, special):
+    """A tokenizers.Tokenizer that gives tiktoken's ids for `ranks`, {bytes: id}; `special` tokens follow them.
+
+    tiktoken joins the two neighbours whose bytes together have the lowest rank. So every way to cut a token into two
+    tokens is a merge, in the order of ranks, and a piece of text that is a token is taken whole (ignore_merges).
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    # GPT-2's alphabet: a printable character for every byte.
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in plain)
+    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    text = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+        merges += [(text[left], text[right]) for left, right in sorted(cuts, key=lambda cut: [ranks[c] for c in cut])]
+    vocab = {text[token]: rank for token, rank in ranks.items()}
+    built = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    built.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    built.decoder = decoders.ByteLevel()
+    built.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    built.post_processor = processors.TemplateProcessing(
+        single=[special[0], "$A"],
+        pair=[special[0], "$A", f"{special[0]}:1", "$B:1"],
+        special_tokens=[(special[0], len(ranks))],
+    )
+    return built
+
+
+def load_tokenizer(path, llama, chosen=False):
+    """(kind, tokenizers.Tokenizer, entries for tokenizer_config.json) of a tokenizer.model, checked against the model.
+
+    `chosen` says that the user named the file, so that fewer tokens than the embedding has rows are accepted.
+    """
+    head = path.read_bytes()[:64]
+    if not head or head.startswith(b"version https://git-lfs") or head.lstrip().startswith((b"<", b"{")):
+        what = "a git-lfs pointer" if head.startswith(b"version") else "a web page" if head else "empty"
+        raise UserError(f"{path}: {what}, not the tokenizer itself; download it again")
+    ranks = read_tiktoken(path)
+    if ranks:
+        count = max(llama.vocab_size - len(ranks), 11)
+        special = llama3_special_tokens(count, bool(llama.rope_factor))
+        kind, size, built = "tiktoken", len(ranks) + count, build_from_tiktoken(ranks, special)
+        names = {"bos_token": special[0], "eos_token": special[1], "clean_up_tokenization_spaces": False}
+    else:
+        try:
+            kind, size = "SentencePiece", len(utils.sentencepiece_proto(path).pieces)
+        except Exception:  # protobuf's own
+            raise UserError(f"{path}: neither a SentencePiece nor a tiktoken file; download it again") from None
+        built, names = utils.build_from_sentencepiece(path)
+        text = utils.differs_from_sentencepiece(built, path)
+        if text is not None:
+            raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
+        names |= {"add_bos_token": True, "add_eos_token": False}
+    if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
+        advice = f"if it is the right one, name it: --tokenizer {path}" if size < llama.vocab_size else ""
+        advice = advice or "give the right one with --tokenizer FILE, or none"
+        what = f"{path}: {kind} with {size:,} tokens, but the embedding has {llama.vocab_size:,} rows"
+        raise UserError(f"{what}; it is of another model; {advice}")
+    return kind, built, names
+
+
+def write_tokenizer(folder, path, kind, built, names, context):
+    """Write tokenizer.json, its settings and the original file. Returns {bos_token_id, eos_token_id} and those of chat.
+
+    The class is the plain fast one: with LlamaTokenizer, and with no class, transformers 5 reads some texts otherwise.
+    """
+    built.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    utils.jdump({**settings, **names, "model_max_length": context}, folder / "tokenizer_config.json", indent=2)
+    # A tiktoken file under the name tokenizer.model would be taken for one of SentencePiece.
+    shutil.copyfile(path, folder / ("tokenizer.model" if kind == "SentencePiece" else "tokenizer.tiktoken"))
+    tokens = {key: names.get(f"{key}_token") for key in ("bos", "eos")}
+    special = {f"{key}_token_id": built.token_to_id(token) for key, token in tokens.items() if token}
+    ends = [built.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    ends = [number for number in ends if number is not None]
+    return special, {**special, "eos_token_id": ends} if ends else special
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --verify: an independent forward pass on the raw shards. It shares no code with the converter: torch's own reader,
+# rotary on adjacent pairs as in the papers, every shard on its own with its partial sums added up.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
+    """Logits, (len(ids), vocabulary), of raw shards, computed one matrix at a time in float64.
+
+    LLaMA (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, section 3.4.2), grouped queries (Ainslie et
+    al. 2023), and the stretched frequencies of Llama 3.1. `dtype` rounds the weights first, as --dtype does.
+    """
+    import numpy as np
+    import torch
+
+    shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
+    shards = [shard.get("model", shard) for shard in shards]
+
+    def weight(shard, name, rows=slice(None)):
+        tensor = shard[name][rows]
+        return (tensor.to(getattr(torch, dtype)) if dtype else tensor).to(torch.float64).numpy()
+
+    def normed(x, name):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + params["norm_eps"]) * weight(shards[0], name)
+
+    dim, count = len(shards[0]["norm.weight"]), len(ids)
+    size = dim // params["n_heads"]  # of a head
+    frequencies = params.get("rope_theta", 10000.0) ** (-np.arange(0, size, 2) / size)
+    if rope_factor:  # waves longer than the old context are slowed down, those in between by degrees
+        turns = 8192 * frequencies / (2 * np.pi)
+        share = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+        frequencies = frequencies * (share + (1 - share) / rope_factor)
+    turn = np.exp(1j * np.outer(np.arange(count), frequencies))[:, None]  # (tokens, 1, size / 2)
+
+    def rotated(x):  # (tokens, heads, size)
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        turned = (pairs[..., 0] + 1j * pairs[..., 1]) * turn
+        return np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+
+    rows, width = shards[0]["tok_embeddings.weight"].shape
+    if width * len(shards) == dim:
+        x = np.concatenate([weight(shard, "tok_embeddings.weight", ids) for shard in shards], -1)
+    else:  # Llama 3: each shard has rows of its own
+        x = np.stack([weight(shards[i // rows], "tok_embeddings.weight", i % rows) for i in ids])
+    future = np.triu(np.full((count, count), -np.inf), 1)
+    layer = 0
+    while f"layers.{layer}.ffn_norm.weight" in shards[0]:
+        at, y = f"layers.{layer}.attention", normed(x, f"layers.{layer}.attention_norm.weight")
+        for shard in shards:
+            q, k, v = ((y @ weight(shard, f"{at}.w{c}.weight").T).reshape(count, -1, size) for c in "qkv")
+            q, k = rotated(q), rotated(k)
+            heads = []
+            for i in range(q.shape[1]):
+                j = i // (q.shape[1] // k.shape[1])
+                scores = q[:, i] @ k[:, j].T / np.sqrt(size) + future
+                scores = np.exp(scores - scores.max(-1, keepdims=True))
+                heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, j])
+            x = x + np.concatenate(heads, -1) @ weight(shard, f"{at}.wo.weight").T
+        ffn, y = f"layers.{layer}.feed_forward", normed(x, f"layers.{layer}.ffn_norm.weight")
+        for shard in shards:
+            gate = y @ weight(shard, f"{ffn}.w1.weight").T
+            gated = gate / (1 + np.exp(-gate)) * (y @ weight(shard, f"{ffn}.w3.weight").T)
+            x = x + gated @ weight(shard, f"{ffn}.w2.weight").T
+        layer += 1
+    x = normed(x, "norm.weight")
+    output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
+    return np.concatenate([x @ weight(shard, output).T for shard in shards], -1)
+
+
+def model_logits(folder, ids):
+    """Logits, (len(ids), vocabulary), of a model folder by transformers in float32, one matrix in memory at a time."""
+    import torch
+    import transformers
+    from accelerate import init_empty_weights
+    from safetensors import safe_open
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with init_empty_weights():  # tables such as the rotary one are computed, weights are not there
+        model = transformers.LlamaForCausalLM(config)
+    model.eval()
+    places = {}
+    for path in utils.weight_files(folder):
+        file = safe_open(path, framework="pt")
+        places |= dict.fromkeys(file.keys(), file)
+
+    def fill(module, name):
+        name = "model.embed_tokens" if name == "lm_head" and config.tie_word_embeddings else name
+        weight = places[f"{name}.weight"].get_tensor(f"{name}.weight").float()
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    for name, module in model.named_modules():
+        if hasattr(module, "weight"):
+            module.register_forward_pre_hook(lambda module, _, name=name: fill(module, name))
+            module.register_forward_hook(lambda module, *_: setattr(module, "weight", None))
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].double().numpy()
+
+
+def verify(folder, paths, params, llama, dtype=None):
+    """Compare both forward passes. Raises UserError where they differ by more than VERIFY_TOLERANCE."""
+    import numpy as np
+
+    largest = max(llama.vocab_size, llama.ffn_dim) * llama.dim
+    say(f"verify: needs about {0.7 + 16 * largest / 1e9:.1f} GB of memory")
+    ids = [(i * 7919 + 11) % llama.vocab_size for i in range(VERIFY_TOKENS)]
+    wanted = reference_logits(paths, params, ids, llama.rope_factor, dtype)
+    difference = np.abs(model_logits(folder, ids) - wanted).max() / np.abs(wanted).max()
+    if not difference <= VERIFY_TOLERANCE:
+        raise UserError(
+            f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, more than "
+            f"{VERIFY_TOLERANCE:.0e}; this is a fault of the converter, please report it"
+        )
+    say(f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, {len(ids)} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --reverse: from a Hugging Face folder to Meta's layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RawShard:
+    """Writes one consolidated.NN.pth: torch's zip of a pickle and of one record per tensor, streamed.
+
+    `plan` is {name: (dtype, shape)}; `tensor` opens the next one, in the order of the plan, for its bytes.
+    """
+
+    def __init__(self, path, plan):
+        self.file = open(path, "xb")
+        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
+        self.stem, self.names = path.stem, list(plan)
+        for name, data in (("data.pkl", _pickled(plan)), ("byteorder", b"little"), ("version", b"3\n")):
+            with self._record(name) as record:
+                record.write(data)
+
+    def _record(self, name):
+        info = zipfile.ZipInfo(f"{self.stem}/{name}")
+        # torch starts records at multiples of 64 bytes, behind a padding field; zip64 sizes take 20 bytes more.
+        before = self.file.tell() + 30 + len(info.filename) + 20 + 4
+        info.extra = b"FB" + (-before % 64).to_bytes(2, "little") + bytes(-before % 64)
+        return self.archive.open(info, "w", force_zip64=True)
+
+    def tensor(self, name):
+        return self._record(f"data/{self.names.index(name)}")
+
+    def close(self):
+        self.archive.close()
+        self.file.close()
+
+
+def _pickled(plan):
+    """The pickle of a dict of tensors, each of which is the whole of the record that has its number."""
+    import torch
+
+    class Tensor:
+        def __init__(self, number, dtype, shape):
+            self.number, self.dtype, self.shape = number, dtype, shape
+
+    class Storage(Tensor):
+        pass
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, item):
+            if isinstance(item, Storage):
+                kind = next(name for name, dtype in utils.STORAGE_DTYPES.items() if dtype == item.dtype)
+                return "storage", getattr(torch, kind), str(item.number), "cpu", math.prod(item.shape)
+
+        def reducer_override(self, item):
+            if not isinstance(item, Tensor):
+                return NotImplemented
+            storage, strides = Storage(item.number, item.dtype, item.shape), utils.contiguous(item.shape)
+            arguments = (storage, 0, item.shape, strides, False, collections.OrderedDict())
+            return torch._utils._rebuild_tensor_v2, arguments
+
+    stream = io.BytesIO()
+    Pickler(stream, protocol=2).dump({name: Tensor(i, *entry) for i, (name, entry) in enumerate(plan.items())})
+    return stream.getvalue()
+
+
+def read_llama(folder, num_shards):
+    """The Llama of a transformers folder, to be split into `num_shards`. Raises UserError for another model."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(utils.read_text(path, "; --reverse takes a model folder of transformers"))
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        heads, dim = config["num_attention_heads"], config["hidden_size"]
+        scaled = rope.get("rope_type", rope.get("type", "default"))
+        llama = Llama(
+            num_shards=num_shards,
+            dtype=config.get("dtype") or config.get("torch_dtype"),
+            dim=dim,
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"],
+            norm_eps=config["rms_norm_eps"],
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000),
+            rope_factor=float(rope["factor"]) if scaled == "llama3" else None,
+            embedding_axis=COLUMNS if (folder / "tokenizer.tiktoken").is_file() else ROWS,
+            kv_copies=1,
+            tied=bool(config.get("tie_word_embeddings")),
+        )
+        odd = {
+            "model_type": config["model_type"] != "llama",
+            "rope_scaling": scaled not in ("default", "llama3"),
+            "attention_bias": bool(config.get("attention_bias")),
+            "mlp_bias": bool(config.get("mlp_bias")),
+            "head_dim": (config.get("head_dim") or llama.head_dim) != llama.head_dim,
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not the config of a LLaMA ({utils.first_line(error)})") from None
+    if any(odd.values()):
+        raise UserError(f"{path}: its {next(key for key in odd if odd[key])} is nothing that Meta's format can say")
+    for what, number in (("heads", heads), ("key-value heads", llama.num_kv_heads), ("ffn rows", llama.ffn_dim),
+                         ("rows of the vocabulary", llama.vocab_size)):  # fmt: skip
+        if number % num_shards:
+            raise UserError(f"--num_shards {num_shards}: {number} {what} do not divide by it; choose another number")
+    return llama
+
+
+def reverse(input_dir, output_dir, num_shards, overwrite):
+    """Write Meta's layout from a model folder of transformers; see `main`."""
+    import numpy as np
+
+    folder = utils.find_model(input_dir, option="--input_dir")
+    llama = read_llama(folder, num_shards)
+    found = utils.open_weights(folder)
+    sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    wanted = {name: shape for name, _, shape in llama.tensors().values()}
+    if llama.tied and "lm_head.weight" not in sources:
+        sources["lm_head.weight"] = sources.get("model.embed_tokens.weight")
+    for name in sorted(set(wanted) ^ set(sources)):
+        raise UserError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not of a LLaMA'}")
+    for name, shape in wanted.items():
+        if sources[name].shape != shape:
+            raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
+    plan = {
+        raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, num_shards))
+        for raw, (name, axis, shape) in llama.tensors().items()
+    }
+    kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
+    plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
+    names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
+    size, total = utils.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
+    with contextlib.ExitStack() as stack:
+        target = stack.enter_context(utils.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
+        shards = [RawShard(target / name, plan) for name in names]
+        for shard in shards:
+            stack.callback(shard.close)
+        meter = stack.enter_context(utils.Meter("weights", total))
+        for raw, (name, axis, shape) in llama.tensors().items():
+            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+            records = [stack.enter_context(shard.tensor(raw)) for shard in shards]
+            share = plan[raw][1][0] if axis == COLUMNS else shape[0]  # rows of a shard
+            multiple = llama.head_dim if is_rotated else 1
+            for first in range(0, shape[0], share):
+                for start, stop in utils.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
+                    block = sources[name].read(first + start, first + stop)
+                    utils.check_finite(block, plan[raw][0], f"{folder}: tensor {name}")
+                    block = unpermute(block, llama.head_dim) if is_rotated else block
+                    if axis == COLUMNS:
+                        records[first // share].write(np.ascontiguousarray(block))
+                    else:
+                        pieces = np.split(block, num_shards, axis=1) if axis == ROWS else [block] * num_shards
+                        for record, piece in zip(records, pieces, strict=True):
+                            record.write(np.ascontiguousarray(piece))
+                    meter.add(block.nbytes)
+            for record in records:
+                record.close()
+        table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
+        for shard in shards:
+            with shard.tensor("rope.freqs") as record:
+                record.write(cast(table.astype(np.float32).view(np.uint32), "float32", kind, "rope.freqs"))
+            shard.close()
+        utils.close_weights(found)
+        utils.jdump(raw_params(llama), target / "params.json", indent=None)
+        for name in ("tokenizer.model", "tokenizer.tiktoken"):
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, target / "tokenizer.model")
+    kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {num_shards} shard{'s' * (num_shards > 1)}"
+    say(f"{output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
+
+
+def raw_params(llama):
+    """params.json of a Llama, in which Meta's rule gives the rows of w1."""
+    exact = (llama.ffn_dim + 0.5) / int(8 * llama.dim / 3)
+    rules = [(256, None), (1024, 1.3), (4096, 1.3), (256, 1.5)]  # Meta's own
+    rules += [(2**i, None) for i in range(7, -1, -1)] + [(1, exact)]
+    multiple_of, multiplier = next(rule for rule in rules if ffn_size(llama.dim, *rule) == llama.ffn_dim)
+    params = {
+        "dim": llama.dim,
+        "multiple_of": multiple_of,
+        "n_heads": llama.num_heads,
+        "n_layers": llama.num_layers,
+        "norm_eps": llama.norm_eps,
+        "vocab_size": llama.vocab_size,
+    }
+    params |= {"ffn_dim_multiplier": multiplier} if multiplier else {}
+    params |= {"n_kv_heads": llama.num_kv_heads} if llama.num_kv_heads != llama.num_heads else {}
+    params |= {"rope_theta": llama.rope_theta} if llama.rope_theta != 10000 else {}
+    return params | ({"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor} if llama.rope_factor else {})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def convert(args):
+    """Convert `args.input_dir` into `args.output_dir`; see `main`."""
+    folder = find_folder(args.input_dir, args.model_size)
+    paths, params = find_shards(folder), read_params(folder)
+    shards = open_shards(paths)
+    llama = describe(shards, params, folder)
+    check_tensors(llama, shards, folder)
+    if args.rope_factor and llama.rope_factor:
+        llama.rope_factor = args.rope_factor
+    tokenizer = find_tokenizer(folder, args.tokenizer)
+    plan, dtype = model_plan(llama, shards, args.dtype), args.dtype or llama.dtype
+    size = utils.plan_size(plan)
+    count = sum(math.prod(shape) for _, shape in plan.values())
+    say(
+        f"{folder}: {len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}; "
+        f"{llama.num_layers} layers, {llama.num_heads} heads ({llama.num_kv_heads} key-value), width {llama.dim}, "
+        f"feed-forward {llama.ffn_dim}, vocabulary {llama.vocab_size:,}{', tied embeddings' * llama.tied}"
+    )
+    if args.dtype and args.dtype != llama.dtype:
+        say(f"dtype: {llama.dtype} -> {args.dtype}, as --dtype says; the result is no longer bit for bit the source")
+    context, reason = (args.context, "as --context says") if args.context else context_length(llama)
+    advice = "" if args.context else "; no file says it, --context sets it"
+    say(f"context length: {context:,} tokens ({reason}{advice})")
+    if llama.rope_factor:
+        origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
+        origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
+        say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
+    files = utils.weight_file_names(plan, args.max_shard_size)
+    special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
+    loaded = load_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
+    with utils.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
+        if loaded:
+            special, generation = write_tokenizer(target, tokenizer, *loaded, context)
+            say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
+        write_model(llama, shards, target, plan, args.max_shard_size)
+        utils.jdump(generation or special, target / "generation_config.json", indent=2)
+        utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
+        if args.verify:
+            verify(target, paths, params, llama, args.dtype)
+    dropped = [f"{name}, computed anew" for name in shards[0] if ROTARY.search(name)]
+    dropped += ["output.weight, tied"] if llama.tied and "output.weight" in shards[0] else []
+    reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
+    say(
+        f"{args.output_dir}: {len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each "
+        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(utils.split_plan(plan, args.max_shard_size))} files"
+    )
+    say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
+
+
+def parse_arguments(words):
+    parser = argparse.ArgumentParser(
+        description="Turn raw LLaMA weights into a Hugging Face model folder, bit for bit, or back again.",
+        epilog="example: python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
+    parser.add_argument("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
+    parser.add_argument("--output_dir", required=True, help="folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)"
+    )
+    parser.add_argument("--max_shard_size", type=utils.parse_size, default=utils.SHARD_SIZE, help="default: 5GB")
+    parser.add_argument("--context", type=int, help="context length in tokens; printed with its reason when left out")
+    parser.add_argument("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
+    parser.add_argument("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")
+    parser.add_argument("--verify", action="store_true", help="compare logits with those of the raw shards")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the names that are written")
+    parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
+    parser.add_argument("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
+    old = parser.add_argument_group("options of older converters, accepted and without meaning")
+    for name in ("--llama_version", "--safe_serialization"):
+        old.add_argument(name, nargs="?", const="", help=argparse.SUPPRESS)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        raise utils.unknown_options(unknown, [name for action in parser._actions for name in action.option_strings])
+    for name in ("llama_version", "safe_serialization"):
+        if getattr(args, name) is not None:
+            say(f"--{name} has no meaning any more; ignored")
+    for name in ("context", "rope_factor", "num_shards"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    return args
+
+
+def main(words=None):
+    args = parse_arguments(sys.argv[1:] if words is None else words)
+    if args.reverse:
+        reverse(args.input_dir, args.output_dir, args.num_shards or 1, args.overwrite)
+    else:
+        if args.num_shards:
+            say("--num_shards has a meaning with --reverse only: shards that are there are counted")
+        convert(args)
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,695 @@
+"""convert_llama_weights.py and damaged, mixed or malicious files, full disks, signals: refused, and nothing is left."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+
+import convert_llama_weights as convert
+import pytest
+import torch
+import utils
+from conftest import ROOT, environment
+from safetensors.torch import load_file, save_file
+from test_convert import make_raw, make_weights, pieces, run  # noqa: F401 (pieces is a fixture)
+
+COPY = "copy or download it again"
+
+
+@pytest.fixture
+def source(pieces, tmp_path):  # noqa: F811
+    """Two shards with everything beside them."""
+    return make_raw(tmp_path / "raw", pieces, shards=2)
+
+
+def refusal(source, *words, target=None):
+    """The message of a refused conversion, after which nothing stands beside the source that did not before."""
+    folder = source.parent
+    target = target or folder / "out"
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(utils.UserError) as caught:
+        run(source, target, *words)
+    assert sorted(folder.rglob("*")) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def change(path, **tensors):
+    """Replace or add tensors of a shard; None removes one."""
+    shard = torch.load(path, weights_only=True)
+    shard |= {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    torch.save({name: tensor for name, tensor in shard.items() if tensors.get(name, 0) is not None}, path)
+
+
+def set_params(source, **values):
+    path = source / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_shard(source):
+    path = source / "consolidated.01.pth"
+    data = path.read_bytes()
+    path.write_bytes(data[:100000])
+    assert refusal(source) == (
+        f"{path}: truncated: it has 100,000 bytes, its tensors alone need 227,472, and lacks the table of contents "
+        f"that ends such a file; {COPY}"
+    )
+    path.write_bytes(data[:200])  # not even the list of tensors
+    assert refusal(source) == (
+        f"{path}: truncated: it has 200 bytes and lacks the table of contents that ends such a file; {COPY}"
+    )
+    path.write_bytes(b"")
+    assert refusal(source) == f"{path}: the file is empty; {COPY}"
+
+
+@pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "tok_embeddings.weight", "norm.weight"])
+def test_flipped_bits_in_a_tensor(name, source):
+    path = source / "consolidated.01.pth"
+    found = utils.open_weights(path)[name]
+    with open(path, "r+b") as file:
+        file.seek(found.offset + found.nbytes // 2)
+        byte = file.read(1)[0] ^ 1
+        file.seek(found.offset + found.nbytes // 2)
+        file.write(bytes([byte]))
+    message = refusal(source)
+    assert message.startswith(f"{path}: damaged: the CRC-32 of tensor {name} is ") and message.endswith(f"; {COPY}")
+
+
+def test_a_record_that_no_tensor_reads_is_checked_too(source):
+    path = source / "consolidated.00.pth"
+    data = bytearray(path.read_bytes())
+    at = data.find(b"3\n", data.find(b"/version"))
+    data[at] = ord("4")
+    path.write_bytes(data)
+    assert refusal(source).startswith(f"{path}: damaged: the CRC-32 of what describes its tensors is ")
+
+
+def test_a_file_without_checksums_is_no_false_alarm(source, tmp_path, capsys):
+    torch.serialization.set_crc32_options(False)
+    try:
+        for path in source.glob("*.pth"):
+            torch.save(torch.load(path, weights_only=True), path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    run(source, tmp_path / "out", "--verify")
+    said = f"{source / 'consolidated.00.pth'}: it was written without checksums; damage cannot be noticed"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_a_missing_shard_a_gap_and_a_duplicate(source):
+    one, two = source / "consolidated.00.pth", source / "consolidated.01.pth"
+    os.rename(two, source / "consolidated.02.pth")
+    assert refusal(source) == f"{source}: shard consolidated.01.pth is missing (found: 0, 2); download it"
+    (source / "consolidated.02.pth").unlink()
+    assert refusal(source) == (
+        f"{source}: found 1 of 2 shards: wq has 32 rows in them, n_heads * head_dim is 64; download the others"
+    )
+    shutil.copy(one, source / "consolidated.0.pth")
+    assert refusal(source) == (
+        f"{source}: consolidated.0.pth and consolidated.00.pth are both shard 0; remove one"
+    )
+    (source / "consolidated.0.pth").unlink()
+    os.rename(one, two)
+    assert refusal(source) == f"{source}: shard consolidated.00.pth is missing (found: 1); download it"
+    two.unlink()
+    assert refusal(source) == f"--input_dir {source}: no consolidated.00.pth there, nor in a subfolder"
+
+
+def test_more_shards_than_belong_together(source):
+    for i in (2, 3):
+        shutil.copy(source / "consolidated.01.pth", source / f"consolidated.{i:02}.pth")
+    assert refusal(source) == (
+        f"{source}: 4 shards do not fit together: wq has 128 rows in them, n_heads * head_dim is 64"
+    )
+
+
+def test_a_stray_pth_is_named_and_left_out(source, tmp_path, capsys):
+    torch.save({"x": torch.ones(1)}, source / "optimizer.pth")
+    run(source, tmp_path / "out")
+    said = f"{source / 'optimizer.pth'}: not a shard (those are consolidated.NN.pth); left out\n"
+    assert said in capsys.readouterr().err
+
+
+def test_shards_of_different_models(source):
+    one, two = source / "consolidated.00.pth", source / "consolidated.01.pth"
+    good = two.read_bytes()
+    change(two, **{"layers.1.ffn_norm.weight": torch.ones(64).half()})
+    assert refusal(source) == (
+        f"{source}: tensor layers.1.ffn_norm.weight differs between {one.name} and {two.name}; download both "
+        "again"
+    )
+    two.write_bytes(good)
+    change(two, **{"norm.weight": torch.load(two, weights_only=True)["norm.weight"].float()})
+    assert refusal(source) == (
+        f"{two}: tensor norm.weight is float32 [64], in {one.name} float16 [64]; they are not of one model"
+    )
+    two.write_bytes(good)
+    change(two, **{"output.weight": torch.zeros(499, 64).half()})
+    assert refusal(source) == (
+        f"{two}: tensor output.weight is float16 [499, 64], in {one.name} float16 [500, 64]; they are not of one model"
+    )
+    two.write_bytes(good)
+    change(two, **{"extra": torch.zeros(1)})
+    assert refusal(source) == f"{two} holds tensor extra and {one.name} does not; they are not of one model"
+
+
+def test_key_value_copies_that_differ(pieces, tmp_path):  # noqa: F811
+    weights = make_weights(2)
+    doubled = {f"layers.{i}.attention.{w}.weight": torch.cat([weights[f"layers.{i}.attention.{w}.weight"]] * 2)
+               for i in range(2) for w in ("wk", "wv")}  # fmt: skip
+    source = make_raw(tmp_path / "raw", pieces, weights | doubled, 4, n_kv_heads=2)  # heads 0 1 0 1, not 0 0 1 1
+    assert refusal(source).startswith(f"{source}: tensor layers.0.attention.wk.weight differs between consolidated.00")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_values_that_are_not_finite(value, dtype, pieces, tmp_path):  # noqa: F811
+    weights = make_weights(dtype=dtype)
+    weights["layers.1.attention.wk.weight"][63, 63] = value
+    source = make_raw(tmp_path / "raw", pieces, weights)
+    assert refusal(source) == (
+        f"{source}: tensor layers.1.attention.wk.weight: holds values that are not finite (infinite or NaN); the "
+        "weights are damaged"
+    )
+
+
+def test_unknown_and_missing_tensors(source):
+    halves = "nothing is converted by halves"
+    good = {path: path.read_bytes() for path in source.glob("*.pth")}
+
+    def with_all(**tensors):
+        for path in good:
+            path.write_bytes(good[path])
+            change(path, **tensors)
+        return refusal(source)
+
+    assert with_all(**{"vision.weight": torch.ones(1)}) == (
+        f"{source}: tensor vision.weight is not of a LLaMA (1 such); {halves}"
+    )
+    assert with_all(**{"layers.0.attention.wq.bias": torch.ones(1)}) == (
+        f"{source}: tensor layers.0.attention.wq.bias is not of a LLaMA (1 such); {halves}"
+    )
+    assert with_all(**{"layers.1.attention.wo.weight": None}) == (
+        f"{source}: tensor layers.1.attention.wo.weight is missing (1 such); {halves}"
+    )
+    assert with_all(**{"layers.3.attention.wo.weight": torch.ones(1)}) == (
+        f"{source}: tensor layers.2.attention_norm.weight is missing (17 such); {halves}"
+    )
+    assert with_all(**{"layers.99999999.wo.weight": torch.ones(1)}).startswith(f"{source}: tensor layers.2.")
+    assert with_all(**{"layers.1.attention.wo.weight": torch.ones(64, 33).half()}) == (
+        f"{source}: tensor layers.1.attention.wo.weight is [64, 33] in each shard, expected [64, 32]"
+    )
+    assert with_all(**{"layers.1.attention.wo.weight": torch.ones(64, 32, dtype=torch.int8)}) == (
+        f"{source}: tensor layers.1.attention.wo.weight is int8; quantized weights are not converted"
+    )
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(source, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'raw' / 'was-run'}",)
+
+    path = source / "consolidated.01.pth"
+    torch.save(torch.load(path, weights_only=True) | {"x": Payload()}, path)
+    assert refusal(source) == (
+        f"{path}: its pickle asks for posix.system, which no weights need; nothing of it was run; get the weights as "
+        "safetensors, or from somebody you trust"
+    )
+    others = ("builtins", "eval"), ("torch", "load"), ("os", "system"), ("torch.storage", "_load_from_bytes")
+    for module, name in others:
+        pickled = b"\x80\x02}X\x01\x00\x00\x00ac" + f"{module}\n{name}\n".encode() + b")Rs."
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", pickled)
+        assert refusal(source).startswith(f"{path}: its pickle asks for {module}.{name}, which no weights need")
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"garbage", "damaged: its list of tensors cannot be read; download it again"),
+        (b"\x80\x02]q\x00.", "holds no dict of tensors; rewrite it with python -c"),
+        (b"\x80\x02}X\x01\x00\x00\x00aK\x01s.", "entry 'a' is no tensor, so this is no file of weights"),
+    ],
+)
+def test_pickles_that_are_no_weights(pickled, message, source):
+    path = source / "consolidated.00.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+    assert refusal(source).startswith(f"{path}: {message}")
+
+
+def test_a_tensor_that_reaches_past_its_record(source):
+    path = source / "consolidated.00.pth"
+    data = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        names = {name: archive.read(name) for name in archive.namelist()}
+    shape = struct.pack("<BHBH", ord("M"), 500, ord("K"), 64)[:3]  # the pickle says 500 rows of the output layer
+    for name, content in names.items():
+        if name.endswith("data.pkl"):
+            at = content.rindex(shape)
+            names[name] = content[:at] + struct.pack("<BH", ord("M"), 501) + content[at + 3 :]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in names.items():
+            archive.writestr(name, content)
+    assert refusal(source) == f"{path}: damaged: tensor output.weight [501, 64] reaches past its record"
+    path.write_bytes(data)
+
+
+REWRITE = (
+    "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu', weights_only=True), "
+    "'NEW')\""
+)
+
+
+def test_files_of_other_kinds(source):
+    path = source / "consolidated.00.pth"
+    shard = torch.load(path, weights_only=True)
+    torch.save(shard, path, _use_new_zipfile_serialization=False)
+    assert refusal(source) == f"{path}: the format of torch before 1.6, which cannot be read in parts; {REWRITE}"
+    command = REWRITE.removeprefix("rewrite it with python").replace("OLD", str(path)).replace("NEW", str(path))
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, env=environment())
+    run(source, source.parent / "rewritten")  # the way round
+    page = "a web page or an error message, not weights; download it again"
+    pointer = "a git-lfs pointer, not the file itself; run git lfs pull in its folder"
+    for content, message in {
+        b"<!DOCTYPE html><html>": page,
+        b'{"error": "Access denied"}': page,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n": pointer,
+        b"something": f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}",
+    }.items():
+        path.write_bytes(content)
+        assert refusal(source) == f"{path}: {message}"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/b", "c")
+    assert refusal(source) == f"{path}: a zip, but none of torch.save: {REWRITE}"
+    path.unlink()
+    path.mkdir()
+    assert refusal(source) == (
+        f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
+    )
+
+
+def test_a_source_that_changes_while_it_is_read(source, monkeypatch):
+    append, path = utils.WeightWriter.append, source / "consolidated.00.pth"
+
+    def touching(self, name, block):
+        append(self, name, block)
+        if name == "lm_head.weight":
+            with open(path, "ab") as file:
+                file.write(b" ")
+
+    monkeypatch.setattr(utils.WeightWriter, "append", touching)
+    assert refusal(source) == f"{path}: somebody wrote to it while it was read; try again when it is whole"
+
+    def cutting(self, name, block):
+        append(self, name, block)
+        os.truncate(path, 50000)  # a reader of mapped memory would die of SIGBUS
+
+    monkeypatch.setattr(utils.WeightWriter, "append", cutting)
+    assert refusal(source).startswith(f"{path}: ends at byte ")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# params.json
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_params_that_contradict_the_tensors(source, tmp_path, capsys):
+    good = (source / "params.json").read_text()
+    for values, message in (
+        ({"n_heads": 8}, f"{source}: params.json says n_heads 8, but rope.freqs has 8 values, so n_heads is 4; correct "
+                         "params.json"),
+        ({"n_heads": 3}, f"{source}: params.json says n_heads 3, but rope.freqs has 8 values, so n_heads is 4; correct "
+                         "params.json"),
+        ({"n_layers": 1}, f"{source}: params.json says n_layers 1, the tensors 2; one of them is of another model"),
+        ({"n_layers": 3}, f"{source}: params.json says n_layers 3, the tensors 2; one of them is of another model"),
+        ({"dim": 128}, f"{source}: params.json says dim 128, the tensors 64; one of them is of another model"),
+        ({"n_kv_heads": 2}, f"{source}: wk has 64 rows in 2 shards, n_kv_heads 2 * head_dim 16 is 32; a shard is "
+                            "missing or params.json is of another model"),
+    ):  # fmt: skip
+        set_params(source, **values)
+        assert refusal(source) == message
+        (source / "params.json").write_text(good)
+    set_params(source, multiple_of=256, vocab_size=32000)
+    run(source, tmp_path / "out", "--verify")
+    err = capsys.readouterr().err
+    assert f"{source}: multiple_of 256 of params.json does not give w1's 172 rows; the tensors count\n" in err
+    assert f"{source}: params.json says vocab_size 32000, the tensors 1000; the tensors count\n" in err
+
+
+def test_heads_without_the_rotary_table(source, tmp_path, capsys):
+    for path in source.glob("*.pth"):
+        change(path, **{"rope.freqs": None})
+    run(source, tmp_path / "out")
+    said = f"{source}: n_heads 4 is from params.json; without rope.freqs in the shards nothing checks it\n"
+    assert said in capsys.readouterr().err
+    set_params(source, n_heads=7)
+    assert refusal(source, target=tmp_path / "new") == (
+        f"{source}: params.json says n_heads 7, but 64 rows of wq do not divide by it; correct params.json"
+    )
+
+
+def test_params_that_are_no_params(source):
+    path = source / "params.json"
+    good = json.loads(path.read_text())
+    again = "download the file again"
+    for text, message in {
+        "<!DOCTYPE html>": f"{path}: not JSON, perhaps a web page saved in its place; download it again",
+        "[" * 100000: f"{path}: not JSON, perhaps a web page saved in its place; download it again",
+        "[1]": f"{path}: holds a list, expected an object with n_heads and norm_eps",
+        "{}": f"{path}: n_heads is missing, and the tensors do not tell it; {again}",
+        json.dumps({"n_heads": 4}): f"{path}: norm_eps is missing, and the tensors do not tell it; {again}",
+        json.dumps(good | {"n_layers": "32"}): f'{path}: n_layers is "32", expected a number above 0; {again}',
+        json.dumps(good | {"n_heads": 4.5}): f"{path}: n_heads is 4.5, expected a number above 0; {again}",
+        json.dumps(good | {"n_heads": 0}): f"{path}: n_heads is 0, expected a number above 0; {again}",
+        json.dumps(good | {"n_heads": True}): f"{path}: n_heads is true, expected a number above 0; {again}",
+        json.dumps(good | {"norm_eps": -1}): f"{path}: norm_eps is -1, expected a number above 0; {again}",
+        json.dumps(good | {"norm_eps": float("nan")}): f"{path}: norm_eps is NaN, expected a number above 0; {again}",
+    }.items():
+        path.write_text(text)
+        assert refusal(source) == message
+    path.write_bytes(b"\xff")
+    assert refusal(source).startswith(f"{path}:1: byte 0xff at offset 0 is not UTF-8")
+    path.unlink()
+    assert refusal(source) == (
+        f"{path}: No such file or directory; it lies beside the shards on Meta's side too, download it"
+    )
+    path.write_text(json.dumps({"model": good}))
+    run(source, source.parent / "wrapped")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizers_that_do_not_fit(source, tmp_path, capsys):
+    path = source / "tokenizer.model"
+    good = path.read_bytes()
+    path.unlink()
+    assert refusal(source) == (
+        f"{path}: missing, and so is {tmp_path / 'tokenizer.model'}; download it, or name it with --tokenizer FILE "
+        "(--tokenizer none converts without)"
+    )
+    again = "not the tokenizer itself; download it again"
+    for content, message in {
+        b"version https://git-lfs.github.com/spec/v1\n": f"{path}: a git-lfs pointer, {again}",
+        b"<html>": f"{path}: a web page, {again}",
+        b"": f"{path}: empty, {again}",
+        b"nonsense" * 9: f"{path}: neither a SentencePiece nor a tiktoken file; download it again",
+        b"IQ== 0\nIg== 1\n": f"{path}: begins like a tiktoken file and is damaged; download it again",
+        b"IQ== 0\n!! 1\n": f"{path}: begins like a tiktoken file and is damaged; download it again",
+    }.items():
+        path.write_bytes(content)
+        assert refusal(source) == message
+    from make_tiny_llama import CORPUS, train_sentencepiece
+
+    for count, advice in ((1001, "give the right one with --tokenizer FILE, or none"),
+                          (900, f"if it is the right one, name it: --tokenizer {path}")):  # fmt: skip
+        path.write_bytes(train_sentencepiece([CORPUS.read_text(encoding="utf-8")], count))
+        assert refusal(source) == (
+            f"{path}: SentencePiece with {count:,} tokens, but the embedding has 1,000 rows; it is of another model; "
+            f"{advice}"
+        )
+    run(source, tmp_path / "named", "--tokenizer", path)  # the ways round
+    assert refusal(source, "--tokenizer", "gone").startswith("--tokenizer gone: no such file; give a tokenizer.model")
+    run(source, tmp_path / "none", "--tokenizer", "none")
+    assert sorted(os.listdir(tmp_path / "none")) == ["config.json", "generation_config.json", "model.safetensors"]
+    other = tmp_path / "elsewhere.model"
+    other.write_bytes(good)
+    path.unlink()
+    run(source, tmp_path / "out", "--tokenizer", other)
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == good
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_exists(source, tmp_path):
+    out = tmp_path / "out"
+    run(source, out)
+    others = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
+    assert refusal(source) == f"--output_dir {out}: exists and holds config.json and 5 more; {others}"
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert refusal(source) == f"--output_dir {out}: exists and holds notes.txt; {others}"
+    run(source, out, "--overwrite")
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert first["notes.txt"] == b"mine"
+    (out / "config.json").write_text("old")
+    run(source, out, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+    assert refusal(source, "--overwrite", "--max_shard_size", "100KB") == (
+        f"--output_dir {out}: holds model.safetensors, which would stay beside the new weights and might be loaded "
+        "instead; remove it, or choose another folder"
+    )
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == first
+
+
+def test_outputs_that_cannot_be(source, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "alias").symlink_to(source)
+    (tmp_path / "hard").mkdir()
+    os.link(source / "consolidated.00.pth", tmp_path / "hard" / "consolidated.00.pth")
+    another = "choose another folder"
+    for name, message in {
+        "file": f"a file of that name exists; {another}",
+        "dangling": f"a link to {tmp_path / 'gone'}, which does not exist; remove the link",
+        "raw": f"the same place as {source}; {another}",
+        "alias": f"the same place as {source}; {another}",
+        "hard": f"the same place as {source}; {another}",
+        "raw/../raw": f"the same place as {source}; {another}",
+    }.items():
+        for words in ((), ("--overwrite",)):
+            assert refusal(source, *words, target=tmp_path / name) == f"--output_dir {tmp_path / name}: {message}"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run(source, tmp_path / "link")  # a link to an empty folder, on another disk perhaps
+    assert (tmp_path / "link").is_symlink() and len(load_file(tmp_path / "real" / "model.safetensors")) == 21
+    under = tmp_path / "file" / "out"
+    assert refusal(source, target=under) == f"--output_dir {under}: File exists; {another}"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
+def test_a_place_that_cannot_be_written(source, tmp_path):
+    (tmp_path / "closed").mkdir()
+    os.chmod(tmp_path / "closed", 0o500)
+    command = [sys.executable, ROOT / "convert_llama_weights.py", "--input_dir", source, "--output_dir"]
+    words = {"capture_output": True, "text": True, "env": environment(), "check": False}
+    done = subprocess.run([*command, tmp_path / "closed" / "out"], **words)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith(": Permission denied")
+
+
+def test_too_little_room_is_said_before_anything_is_written(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    assert refusal(source) == (
+        f"--output_dir {tmp_path / 'out'}: 0.03 GB will be written and 0.00 GB are free; make room, or choose a folder "
+        "on another disk"
+    )
+
+
+def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
+    write, count = os.pwrite, iter(range(100))
+
+    def full(handle, data, position):
+        if next(count) == 7:
+            raise OSError(28, "No space left on device")
+        return write(handle, data, position)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert refusal(source) == (
+        f"--output_dir {tmp_path / 'out'}: No space left on device (0.03 GB are needed); nothing is left of this run; "
+        "make room, then give the same command again"
+    )
+
+
+SLOW = """
+import sys, time
+sys.path[:0] = [{root!r}]
+import convert_llama_weights as convert, utils
+append = utils.WeightWriter.append
+def slow(self, name, block):
+    append(self, name, block)
+    print("writing", flush=True)
+    time.sleep(0.3)
+utils.WeightWriter.append = slow
+utils.run_main(lambda: convert.main({words!r}))
+"""
+
+
+def started(source, target):
+    """A conversion that has begun to write, as a process."""
+    code = SLOW.format(root=str(ROOT), words=["--input_dir", str(source), "--output_dir", str(target)])
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), **pipes)
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGTERM, 143, "stopped by SIGTERM; nothing is left of this run"),
+        (signal.SIGHUP, 129, "stopped by SIGHUP; nothing is left of this run"),
+        (signal.SIGINT, 130, "interrupted"),
+    ],
+)
+def test_a_signal_leaves_nothing(number, code, line, source, tmp_path):
+    process = started(source, tmp_path / "out")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (code, line)
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+def test_kill_9_leaves_no_model_and_the_next_run_says_what_it_found(source, tmp_path, capsys):
+    process = started(source, tmp_path / "out")
+    with pytest.raises(utils.UserError) as caught:
+        run(source, tmp_path / "out")  # two at a time
+    assert str(caught.value) == (
+        f"{tmp_path / 'out'}: another run is writing it at this moment; wait for it, or choose another folder"
+    )
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+    hidden = tmp_path / ".out.unfinished"
+    assert not (hidden / "config.json").exists() and sorted(tmp_path.iterdir()) == [hidden, source]
+    time.sleep(0.1)
+    run(source, tmp_path / "out")
+    said = f"{hidden}: left by a run that did not finish (4 files, 0.00 GB); removed\n"
+    assert said in capsys.readouterr().err
+    assert not hidden.exists() and len(load_file(tmp_path / "out" / "model.safetensors")) == 21
+
+
+def test_a_hidden_folder_of_somebody_else_is_not_touched(source, tmp_path):
+    hidden = tmp_path / ".out.unfinished"
+    hidden.mkdir()
+    (hidden / "diary.txt").write_text("mine")
+    assert refusal(source) == (
+        f"{hidden}: holds diary.txt, which no run of ours left behind; move that folder away"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Safetensors, read by --reverse
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(source, tmp_path):
+    return run(source, tmp_path / "model")
+
+
+def header_of(path):
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(path, text, body):
+    text = text.encode() if isinstance(text, str) else text
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def test_safetensors_with_headers_that_lie(model):
+    path = model / "model.safetensors"
+    good = path.read_bytes()
+    header, body = header_of(path)
+    damaged = f"{path}: damaged: "
+
+    def refused(text, body=body):
+        with_header(path, text, body)
+        message = refusal(model, "--reverse")
+        path.write_bytes(good)
+        return message
+
+    def changed(name, **values):
+        return json.dumps(header | {name: header[name] | values})
+
+    name = "model.norm.weight"
+    first, last = header[name]["data_offsets"]
+    rows = header["lm_head.weight"]["data_offsets"]
+    assert refused(changed(name, data_offsets=[first - 2, last - 2])).startswith(f"{damaged}tensor {name} starts at ")
+    assert refused(changed(name, shape=[65])) == f"{damaged}tensor {name} [65] has 128 bytes, not 130; {COPY}"
+    assert refused(changed(name, shape=[-64])) == f"{damaged}tensor {name} has a shape or offset that is none; {COPY}"
+    assert refused(changed(name, shape="x")).startswith(damaged)
+    assert refused(changed(name, dtype="F8_E4M3")) == f"{path}: tensor {name} is F8_E4M3, which is not supported"
+    assert refused(changed("lm_head.weight", data_offsets=[rows[0], rows[1] + 2], shape=[64001]), body + b"  ") == (
+        f"{model}: tensor lm_head.weight is [64001], by config.json [1000, 64]"
+    )
+    twice = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
+    assert refused(twice) == f"{damaged}a name stands twice in its header; {COPY}"
+    assert refused(json.dumps(header)[:-5]).startswith(damaged) and refused("{" + "[" * 100000).startswith(damaged)
+    described = len(json.dumps(header)) + 8 + len(body)
+    assert refused(json.dumps(header), body[:-2]) == (
+        f"{path}: truncated or damaged: {described - 2:,} bytes, its header describes {described:,}; {COPY}"
+    )
+    path.write_bytes((2**63).to_bytes(8, "little") + good[8:])
+    assert refusal(model, "--reverse") == f"{path}: no safetensors file; {COPY}"
+    path.write_bytes(good[:1000])
+    assert refusal(model, "--reverse").startswith(f"{path}: truncated: its header alone has ")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert refusal(model, "--reverse").startswith(f"{path}: a git-lfs pointer")
+
+
+def test_an_index_that_leads_elsewhere(source, tmp_path):
+    model = run(source, tmp_path / "model", "--max_shard_size", "100KB")
+    path = model / "model.safetensors.index.json"
+    good = json.loads(path.read_text())
+    places = good["weight_map"]
+
+    def refused(weight_map):
+        path.write_text(json.dumps(good | {"weight_map": weight_map}))
+        return refusal(model, "--reverse")
+
+    first, *_, last = sorted(set(places.values()))
+    shutil.copy(model / first, tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "..", ""):
+        message = refused(places | {"model.norm.weight": name})
+        assert message == f"{path}: names {name}, which is not a file beside it; refused"
+    assert refused([1]) == f"{path}: not an index of weights; {COPY}"
+    name = "model.layers.0.input_layernorm.weight"
+    assert refused({key: value for key, value in places.items() if key != name}) == (
+        f"{model / places[name]}: it holds, against its index, tensor {name} (of 1); copy the folder again"
+    )
+    assert refused(places | {"x": first}) == f"{model / first}: it lacks tensor x (of 1); copy the folder again"
+    (model / last).unlink()
+    assert refused(places) == f"{model}: 1 of 4 files of weights are missing, first {last}"
+    path.unlink()
+    assert refusal(model, "--reverse").startswith(
+        f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index; it holds model-"
+    )
+
+
+def test_reverse_refuses_nonfinite_values_and_reads_bin_files(model, tmp_path):
+    weights = load_file(model / "model.safetensors")
+    rotary = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    (model / "model.safetensors").unlink()
+    torch.save(weights | rotary, model / "pytorch_model.bin")
+    run(model, tmp_path / "back", "--reverse", "--num_shards", 2)
+    for i in range(2):
+        one, other = (torch.load(tmp_path / f / f"consolidated.{i:02}.pth", weights_only=True) for f in ("raw", "back"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    (model / "pytorch_model.bin").unlink()
+    weights["lm_head.weight"][5, 5] = float("nan")
+    save_file(weights, model / "model.safetensors")
+    assert refusal(model, "--reverse") == (
+        f"{model}: tensor lm_head.weight: holds values that are not finite (infinite or NaN); the weights are damaged"
+    )
+    back = tmp_path / "back"
+    assert refusal(model, "--reverse", target=back).startswith(f"--output_dir {back}: exists and holds consolidated.00")
+    assert convert.VERIFY_TOLERANCE == 1e-4
