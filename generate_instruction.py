@@ -763,7 +763,7 @@ async def collect(args, collection, journal, client, progress):
     same rows, in whatever order the answers come, and however often the process was killed. Returns (message, exit
     code) of an end before the target, else ("", 0).
     """
-    loop, tasks, started, fruitless = asyncio.get_running_loop(), {}, 0, 0
+    loop, tasks, started, fruitless = asyncio.get_running_loop(), {}, 0, []
     stopped = loop.create_future()  # by a signal, or for good by a UserError
     last_known = max(journal.answers, default=-1)
 
@@ -809,7 +809,8 @@ async def collect(args, collection, journal, client, progress):
 
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
-            loop.add_signal_handler(number, on_signal, number)
+            with contextlib.suppress(RuntimeError, ValueError):  # outside the main thread there are no signals
+                loop.add_signal_handler(number, on_signal, number)
     message, code, reason = "", 0, ""
     try:
         while not stopped.done():
@@ -830,13 +831,13 @@ async def collect(args, collection, journal, client, progress):
                 kept = collection.commit(first.result())
                 del tasks[number]
                 progress.show()
-                fruitless = 0 if kept or not is_new else fruitless + 1
-                if fruitless >= args.patience:
-                    why = collections.Counter(
-                        [row["reason"] for row in collection.dropped[-100:]] + [*collection.failures]
-                    )
+                fruitless = [] if kept else [*fruitless, number] if is_new else fruitless
+                if len(fruitless) >= args.patience:
+                    why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
+                    why |= {journal.answers[number].get("failed"): None for number in fruitless}
+                    why.pop(None, None)
                     raise UserError(
-                        f"{client.name}: nothing was kept of the last {fruitless} requests ({', '.join(why)}); see "
+                        f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); see "
                         f"{journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
                     )
         if stopped.done():
@@ -1015,7 +1016,12 @@ def generate_instruction_following_data(
             if not args.replay:
                 message, code = asyncio.run(collect(args, collection, journal, client, progress))
         finally:
-            write_results(args, collection, journal)
+            try:
+                write_results(args, collection, journal)
+            except UserError as error:
+                if code != 2:
+                    raise
+                say(str(error))  # the full disk that has ended the run
             progress.show(last=True)
         say(collection.account())
         if code == 2:
@@ -1078,7 +1084,7 @@ def command_line():
             what = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip().split("\n")[0].removeprefix("ERROR: ")
             raise UserError(f"{what}; --help lists the options") from None
     ((positional, options),) = given
-    if "request_batch_size" in options:
+    if "request_batch_size" in names:
         say("--request_batch_size is now --num_parallel_requests")
     main(function.__name__, **dict(zip(parameters, positional)), **options)
 

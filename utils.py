@@ -1319,7 +1319,8 @@ class ChatClient:
                 choices, problem = self._read(response, prompt, usage)
                 if choices:
                     self.num_answers += 1
-                    model = response.model if isinstance(response.model, str) else self.model
+                    model = _within(response, "model")
+                    model = model if isinstance(model, str) else self.model
                     return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
             except self.openai.APIStatusError as error:
                 if error.status_code in (400, 422) and self._adapt(error, sent):
@@ -1374,13 +1375,11 @@ class ChatClient:
         """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
         if isinstance(response, str):
             return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        choices, texts = getattr(response, "choices", None), []
-        counted = {
-            k: getattr(getattr(response, "usage", None), k, None) for k in ("prompt_tokens", "completion_tokens")
-        }
+        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
+        choices, texts = _within(response, "choices"), []
         for choice in choices if isinstance(choices, list) else []:
-            text = choice.text if self.endpoint == "text" else getattr(choice.message, "content", None)
-            texts.append((text, choice.finish_reason))
+            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
+            texts.append((text, _within(choice, "finish_reason")))
         if not all(isinstance(count, int) for count in counted.values()):
             words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
             answers = "".join(text for text, _ in texts if isinstance(text, str))
@@ -1412,6 +1411,13 @@ class ChatClient:
             how = f"sending it as {other}" if other else "sent without it"
             say(f"{self.name}: refuses {name} {value}; from here on {how}")
         return True
+
+
+def _within(value, *names):
+    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
+    for name in names:
+        value = getattr(value, name, None)
+    return value
 
 
 def living_model(name, base_url):

@@ -28,13 +28,17 @@ def make_tasks(draw, count):
     for _ in range(count):
         words = " ".join(make_word(draw) for _ in range(7))
         text = " ".join(make_word(draw) for _ in range(3))
-        tasks.append((f"{draw.choice(VERBS)} {words}.", text if draw.random() < 0.5 else "<noinput>", f"Answer: {text}."))
+        tasks.append(
+            (f"{draw.choice(VERBS)} {words}.", text if draw.random() < 0.5 else "<noinput>", f"Answer: {text}.")
+        )
     return tasks
 
 
 def render_tasks(tasks, first):
     """Tasks as a model goes on from the prompt's last line, "`first`. Instruction:"."""
-    blocks = [f"{i}. Instruction: {a}\n{i}. Input:\n{b}\n{i}. Output:\n{c}\n" for i, (a, b, c) in enumerate(tasks, first)]
+    blocks = [
+        f"{i}. Instruction: {a}\n{i}. Input:\n{b}\n{i}. Output:\n{c}\n" for i, (a, b, c) in enumerate(tasks, first)
+    ]
     return "###\n".join(blocks).removeprefix(f"{first}. Instruction:")
 
 
@@ -73,19 +77,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.take(self, body)
 
-    def act(self, request, status=200, headers=(), body=None, raw=None, text=None, delay=0, fault=None, count=8, **more):
+    def act(
+        self, request, status=200, headers=(), body=None, raw=None, text=None, delay=0, fault=None, count=8, **more
+    ):
         """One step: `raw` bytes, or a JSON `body`, or an answer with `text`; `more` goes to `completion`.
 
         `fault` is hang, drip (a byte every 20 ms), reset or truncated.
         """
         time.sleep(delay)
+        self.close_connection = fault is not None
         if fault == "hang":
             self.server.closing.wait(30)
             return
         if fault == "reset":
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
-            return
+            return  # and the connection is closed, without a farewell
         if raw is None:
             if body is None:
                 text = usual_answer(request["prompt"], count) if text is None else text
@@ -104,7 +110,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.wfile.flush()
         else:
             self.wfile.write(raw)
-        self.close_connection = fault is not None
 
 
 class Server(http.server.ThreadingHTTPServer):

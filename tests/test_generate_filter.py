@@ -13,6 +13,7 @@ scoring = pytest.importorskip("rouge_score.rouge_scorer", reason="the package ro
 from rouge_score.tokenize import tokenize as rouge_tokenize  # noqa: E402
 
 SEEDS = [task["instruction"] for task in map(json.loads, (ROOT / "seed_tasks.jsonl").open(encoding="utf-8"))]
+SHORT = sorted(SEEDS, key=len)[:120]
 CHINESE = ["计算一个边长为5厘米的正方形的面积。", "编制一份包含5个州的列表。", "请写一首关于春天的诗。", "把下面的句子翻译成英文。",
            "写一首关于秋天的诗。", "请用三句话说明光合作用。", "列出三种可再生能源。", "列出三种不可再生能源。"]  # fmt: skip
 ODD = ["", "!!! ???", "\x00", "🦙", "👩‍👩‍👧‍👦 family 👨‍👩‍👦", "é", "Café au lait", "Cafe\u0301 au lait", "ＦＵＬＬ width", "नमस्ते दुनिया",
@@ -39,9 +40,9 @@ def mutate(text, draw):
 
 def make_texts(count, seed=0):
     draw = random.Random(seed)
-    texts = SEEDS[:120] + CHINESE + ODD
+    texts = SHORT + CHINESE + ODD
     while len(texts) < count:
-        texts.append(mutate(draw.choice(SEEDS[:120] + CHINESE + ODD[:15]), draw))
+        texts.append(mutate(draw.choice(SHORT + CHINESE + ODD[:15]), draw))
     return texts
 
 
@@ -189,9 +190,10 @@ def test_more_than_55_000_different_words_pass_the_code_points_of_surrogates():
     assert len(pool.ids) == 56_000 > 0xDFFF - 0x800
     found = pool.judge([words(55_280, 20), words(60_000, 20)])
     assert [verdict["kept"] for verdict in found] == [True, True]
-    assert max(found[0]["most_similar_instructions"].values()) == scoring._score_lcs(
-        words(55_280, 20).split(), words(55_000, 1000).split()
-    ).fmeasure
+    assert (
+        max(found[0]["most_similar_instructions"].values())
+        == scoring._score_lcs(words(55_280, 20).split(), words(55_000, 1000).split()).fmeasure
+    )
 
 
 def test_long_texts():

@@ -295,7 +295,10 @@ def test_encode_prompt_is_the_wire_format():
 def test_a_task_that_would_read_as_two_is_not_shown(key, line):
     task = {"instruction": "a", "input": "b", "output": "c"}
     assert cannot_be_shown(task) == ""
-    assert cannot_be_shown(task | {key: f"a\n{line}\nb"}) == f"its {key} holds the line {line.strip()!r}, which separates tasks"
+    assert (
+        cannot_be_shown(task | {key: f"a\n{line}\nb"})
+        == f"its {key} holds the line {line.strip()!r}, which separates tasks"
+    )
 
 
 def test_a_very_long_task_is_not_shown():
