@@ -4,6 +4,7 @@ Nothing here trains, downloads or prints on import; torch, transformers and sent
 functions that need them, so that every script starts with only what it uses.
 """
 
+import asyncio
 import bisect
 import collections
 import contextlib
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import pickle
+import random
 import re
 import shlex
 import shutil
@@ -28,6 +30,7 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2144,3 +2147,274 @@ def probe(trainer):
         for module in model.modules():
             if isinstance(module, torch.distributed.fsdp.FSDPModule):
                 module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that speak OpenAI's protocol
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPENAI_URL = "https://api.openai.com/v1"
+DEFAULT_MODEL = "gpt-4o-mini"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
+
+
+@dataclasses.dataclass
+class OpenAIDecodingArguments:
+    """How an answer is sampled, by the names of the text completions of 2023; None leaves a choice to the server."""
+
+    max_tokens: int | None = 1800
+    temperature: float | None = 0.2
+    top_p: float | None = 1.0
+    n: int = 1
+    stream: bool = False
+    stop: Sequence[str] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    suffix: str | None = None
+    logprobs: int | None = None
+    echo: bool = False
+
+
+class Completion(dict):
+    """One answer: text, finish_reason, model, usage and total_tokens, as keys and as attributes."""
+
+    __getattr__ = dict.__getitem__
+
+
+class RequestFailed(Exception):
+    """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
+
+    def __init__(self, message, usage):
+        super().__init__(message)
+        self.usage = usage
+
+
+def public_url(url):
+    """A URL without what may be secret in it: user, password and query."""
+    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
+
+
+def estimate_tokens(text):
+    """About how many tokens a text has: one for four ASCII characters, one for any other character."""
+    ascii_only = sum(character < "\x80" for character in text)
+    return ascii_only // 4 + len(text) - ascii_only
+
+
+def retry_after(headers):
+    """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
+    from email.utils import parsedate_to_datetime
+
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            return max(0.0, float(headers[name]) / unit)
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        until = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, (until - parsedate_to_datetime(headers["date"])).total_seconds())
+    return None
+
+
+class ChatClient:
+    """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
+
+    `endpoint` is "chat" or "text"; `timeout` is the longest that an attempt, or a wait asked for by the server, may
+    take, in seconds; `parameters` go with every request. Use it inside one event loop, and close it there. `ending`,
+    once set, lets requests on the wire arrive and starts no other attempt.
+    """
+
+    def __init__(self, base_url, model, endpoint, timeout, max_retries, parameters):
+        import openai
+
+        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not key and base_url == OPENAI_URL:
+            raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
+        self.openai, self.key, self.model, self.endpoint = openai, key, model, endpoint
+        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
+        self.timeout, self.max_retries, self.parameters = timeout, max_retries, dict(parameters)
+        self.refused = set()
+        self.name, self.num_answers, self.ending = f"{model} at {public_url(base_url)}", 0, asyncio.Event()
+
+    async def close(self):
+        await self.client.close()
+
+    async def ask(self, prompt):
+        """Ask for an answer to `prompt`, a text or a list of chat messages.
+
+        Returns {choices: [(text, finish reason)], model, usage, attempts}; the usage is that of all attempts. Raises
+        RequestFailed where this request stays without an answer, UserError where all would, and CancelledError where
+        `ending` is set before it has one.
+        """
+        usage, attempts, problem = {"prompt_tokens": 0, "completion_tokens": 0}, 0, ""
+        while not self.ending.is_set():
+            sent, pause = dict(self.parameters), None
+            try:
+                async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
+                    response = await self._send(prompt, sent)
+                choices, problem = self._read(response, prompt, usage)
+                if choices:
+                    self.num_answers += 1
+                    model = _within(response, "model")
+                    model = model if isinstance(model, str) else self.model
+                    return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
+            except self.openai.APIStatusError as error:
+                if error.status_code in (400, 422) and self._adapt(error, sent):
+                    continue
+                problem, pause = self._public(error), retry_after(error.response.headers)
+                self._raise_if_final(error, problem, pause)
+                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
+                    raise RequestFailed(problem, usage) from None
+            except (TimeoutError, self.openai.APITimeoutError):
+                problem = f"no answer within {self.timeout:g} s"
+            except self.openai.APIConnectionError as error:
+                problem = f"no connection ({self._public(error.__cause__ or error)})"
+            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that is not JSON
+                problem = f"bad answer ({self._public(error)})"
+            attempts += 1
+            if attempts > self.max_retries:
+                raise RequestFailed(problem, usage)
+            if pause is None:
+                pause = min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.ending.wait(), pause)
+        raise asyncio.CancelledError
+
+    def _public(self, error):
+        """The first line of an error, short and without the key."""
+        text = first_line(error)[:300]
+        return text.replace(self.key, "[key]") if self.key else text
+
+    def _raise_if_final(self, error, problem, pause):
+        """Raise UserError for what no request of this run can get past."""
+        said = f"{error.code} {error.type} {error.message}".lower()
+        advice = {
+            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
+            402: "there is no credit left; put it in order",
+            403: "this key may not do that; choose another --model_name, or check the key",
+            404: "check --model_name and --base_url, which mostly ends in /v1",
+        }.get(error.status_code)
+        if error.status_code == 429 and ("insufficient_quota" in said or "billing" in said):
+            advice = "there is no credit left; put it in order"
+        if pause is not None and pause > self.timeout:
+            advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
+        if advice:
+            raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
+
+    def _send(self, prompt, parameters):
+        if self.endpoint == "text":
+            return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
+
+    def _read(self, response, prompt, usage):
+        """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
+        if isinstance(response, str):
+            return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
+        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
+        choices, texts = _within(response, "choices"), []
+        for choice in choices if isinstance(choices, list) else []:
+            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
+            texts.append((text, _within(choice, "finish_reason")))
+        if not all(isinstance(count, int) for count in counted.values()):
+            words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
+            answers = "".join(text for text, _ in texts if isinstance(text, str))
+            counted = {"prompt_tokens": estimate_tokens(words), "completion_tokens": estimate_tokens(answers)}
+            usage["estimated"] = True
+        for name, count in counted.items():
+            usage[name] += count
+        if not texts:
+            return None, "bad answer (no choices)"
+        if not all(isinstance(text, str) for text, _ in texts):
+            return None, f"bad answer (no text, finish_reason {texts[0][1]})"
+        return texts, ""
+
+    def _adapt(self, error, sent):
+        """Rename or drop the parameter that the server refuses; whether there is something new to try."""
+        said = error.message.replace("`", "'")
+        if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
+            return False  # the prompt is too long; it speaks of max_tokens too
+        name = error.param if error.param in sent else None
+        if name is None and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
+            named = [key for key in sent if re.search(rf"\b{key}\b", said)]
+            name = named[0] if named else None
+        if name is None:
+            return False
+        if name in self.parameters:  # else another request has met the same
+            value, other = self.parameters.pop(name), {"max_tokens": "max_completion_tokens"}.get(name)
+            if other:
+                self.parameters[other] = value
+            how = f"sending it as {other}" if other else "sent without it"
+            say(f"{self.name}: refuses {name} {value}; from here on {how}")
+        return True
+
+
+def _within(value, *names):
+    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
+    for name in names:
+        value = getattr(value, name, None)
+    return value
+
+
+def living_model(name, base_url):
+    """`name`, or the default model for the one of 2023 that OpenAI has withdrawn."""
+    if name == "text-davinci-003" and base_url == OPENAI_URL:
+        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
+        return DEFAULT_MODEL
+    return name or DEFAULT_MODEL
+
+
+def openai_completion(
+    prompts,
+    decoding_args,
+    model_name=None,
+    sleep_time=2,
+    batch_size=1,
+    max_instances=sys.maxsize,
+    max_batches=sys.maxsize,
+    return_text=False,
+    **decoding_kwargs,
+):
+    """Complete one prompt or several through the server of OPENAI_BASE_URL, `batch_size` at a time.
+
+    A prompt is a text, or a chat message {role, content}. `decoding_kwargs` are sent beside what `decoding_args` says.
+    Returns a `Completion` for a single prompt, else a list, of texts with `return_text`; with decoding_args.n above 1
+    a list of n for each prompt. `sleep_time` has no meaning any more: waiting is bounded and grows. Models that OpenAI
+    serves as text completions are asked so, all others through chat completions. Raises UserError where a prompt
+    stays without an answer.
+    """
+    single = isinstance(prompts, (str, dict))
+    prompts = [prompts] if single else list(prompts)
+    prompts = prompts[: min(max_instances, max_batches * batch_size)]
+    base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    model = living_model(model_name, base_url)
+    endpoint = "text" if model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct")) else "chat"
+    parameters = {**dataclasses.asdict(decoding_args), **decoding_kwargs}
+    defaults = {"n": 1, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}
+    for name in ["stream"] + ["suffix", "logprobs", "echo"] * (endpoint == "chat"):
+        if parameters.pop(name, None):
+            say(f"{name} has no meaning here; ignored")
+    parameters = {k: v for k, v in parameters.items() if v is not None and (k not in defaults or v != defaults[k])}
+
+    async def ask_all():
+        client = ChatClient(base_url, model, endpoint, 600, 5, parameters)
+        gate = asyncio.Semaphore(batch_size)
+
+        async def ask(prompt):
+            async with gate:
+                return await client.ask([prompt] if isinstance(prompt, dict) else prompt)
+
+        try:
+            return await asyncio.gather(*map(ask, prompts))
+        except RequestFailed as failure:
+            raise UserError(f"{client.name}: {failure}") from None
+        finally:
+            await client.close()
+
+    results = []
+    for answer in asyncio.run(ask_all()):
+        total = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"]
+        facts = {"model": answer["model"], "usage": answer["usage"], "total_tokens": total}
+        found = [Completion(text=text, finish_reason=reason, **facts) for text, reason in answer["choices"]]
+        found = [completion.text for completion in found] if return_text else found
+        results.append(found if decoding_args.n > 1 else found[0])
+    return results[0] if single else results

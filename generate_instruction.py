@@ -1,0 +1,1093 @@
+"""Let a language model write instruction data from a few seed tasks: Self-Instruct in Stanford Alpaca's way.
+
+Every request shows some tasks and asks for up to 20 in all. Each answer is appended to a journal and synced as it
+arrives; tasks are taken from the journal in request order, and kept where they break no rule and are not too similar
+to what is there already. So the process can be killed at any moment: the same command goes on from the journal.
+Written to the output folder: regen.json, the rows, which train.py --data_path takes; regen.journal.jsonl, all answers;
+regen.dropped.jsonl, every block of text that made no row, with the reason.
+"""
+
+import asyncio
+import bisect
+import collections
+import contextlib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import random
+import re
+import signal
+import string
+import sys
+import time
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
+from rouge_score.tokenize import tokenize as rouge_tokenize
+
+import utils
+from utils import UserError, say
+
+HERE = Path(__file__).resolve().parent
+TASKS_PER_PROMPT = 20  # that prompt.txt asks for, the shown ones included
+SHOWN_CHARACTERS = 10_000  # a longer task is not shown as a demonstration
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Options that are texts, those that need not be given, and those that decide what is asked for.
+TEXTS = (
+    "output_dir seed_tasks_path model_name base_url endpoint prompt_path quality_rules blacklist_path report".split()
+)
+OPTIONAL = ("num_parallel_requests", "max_requests", "max_cost", "price_in", "price_out")
+ASKED = (
+    "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt "
+    "num_parallel_requests seed".split()
+)
+GRACE_S = 20  # how long a run that ends early waits for answers on their way, which are paid for
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The prompt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_prompt(prompt_path=None):
+    """The text of the prompt file; by default prompt.txt beside this script."""
+    return utils.read_text(prompt_path or HERE / "prompt.txt", "; --prompt_path takes a text file").rstrip("\n") + "\n"
+
+
+def encode_prompt(prompt_instructions, header=None):
+    """The text of a request: the prompt file's, the tasks to show in the wire format, and the head of the next one.
+
+    `prompt_instructions` is a list of {instruction, input, output}; `header` defaults to `read_prompt()`.
+    """
+    prompt = read_prompt() if header is None else header
+    for number, task in enumerate(prompt_instructions, 1):
+        instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
+        prompt += f"###\n{number}. Instruction: {instruction}\n"
+        prompt += f"{number}. Input:\n{task['input'] or '<noinput>'}\n"
+        prompt += f"{number}. Output:\n{task['output']}\n"
+    return f"{prompt}###\n{len(prompt_instructions) + 1}. Instruction:"
+
+
+def cannot_be_shown(task):
+    """Why a task must not stand in a prompt, where it would read as several; "" where it may."""
+    for key in ("instruction", "input", "output"):
+        for line in task[key].split("\n"):
+            if line.strip() == "###" or MARKER.match(line):
+                return f"its {key} holds the line {line.strip()[:40]!r}, which separates tasks"
+    length = sum(len(task[key]) for key in ("instruction", "input", "output"))
+    return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parser: from an answer to tasks
+# ---------------------------------------------------------------------------------------------------------------------
+
+LABELS = {
+    **dict.fromkeys(("instruction", "指令", "指示"), "instruction"),
+    **dict.fromkeys(("input", "输入", "輸入", "入力"), "input"),
+    **dict.fromkeys(("output", "输出", "輸出", "出力"), "output"),
+}
+# A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "Task 5 Output:", "指令：".
+# Every repetition of the middle is bounded, so that no line can make the search slow.
+MARKER = re.compile(
+    rf"""^[ \t#*_]*  (?:(?:task|任务|任務|タスク)[ \t]{{0,3}})?
+    (?:(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[.):：．、）]?[ \t*_]{{0,5}})?
+    (?P<label>{"|".join(LABELS)}) (?:[ \t]?(?P<number_behind>\d{{1,4}}))? [*_]{{0,3}}[ \t]?[:：][*_]{{0,3}}""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
+# What may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
+BETWEEN = re.compile(
+    r"[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)[ \t]*",
+    re.IGNORECASE,
+)
+NO_INPUT = {
+    *("noinput", "no input", "none", "n/a", "na", "not applicable", "empty", "no input needed", "no input required"),
+    *("no input provided", "no input is needed", "无输入", "無輸入", "无需输入", "无", "入力なし", "なし"),
+}
+Marker = collections.namedtuple("Marker", "start end label number")
+
+
+def without_reasoning(text):
+    """The answer behind a block of reasoning; "" where the reasoning does not end."""
+    head = re.match(r"\s*<(think|thinking|reasoning)>", text)
+    if head:
+        return text.partition(f"</{head[1]}>")[2]
+    tail = re.search(r"^[ \t]*</think>[ \t]*$", text, re.MULTILINE)  # some servers open the block in their template
+    return text[tail.end() :] if tail else text
+
+
+def find_markers(text):
+    """The lines that begin with a label, of the kind that the answer uses for its instructions: numbered, or not.
+
+    A label of the other kind is part of a text. Unnumbered ones are told from prose by their capital.
+    """
+    found = [
+        Marker(m.start(), m.end(), LABELS[m["label"].lower()], int(m["number"] or m["number_behind"] or -1))
+        for m in MARKER.finditer(text)
+        if m["number"] or m["number_behind"] or not m["label"][0].islower()
+    ]
+    heads = [marker.number >= 0 for marker in found if marker.label == "instruction"]
+    if heads.count(False) > heads.count(True):
+        return found
+    return [marker for marker in found if marker.number >= 0 or marker.label != "instruction"]
+
+
+def find_blocks(text, markers):
+    """Positions in `markers` at which tasks begin: at an instruction, or at an input that stands before its own."""
+    blocks = []
+    for k, marker in enumerate(markers):
+        if marker.label == "instruction" and not (blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"):
+            blocks.append(k)
+        elif marker.label == "input" and k + 1 < len(markers):
+            opens = is_between(line_before(text, marker.start)) or (k == 0 and not text[: marker.start].strip())
+            if opens and markers[k + 1].label == "instruction" and markers[k + 1].number == marker.number:
+                blocks.append(k)
+    return blocks
+
+
+def read_block(text, markers, end):
+    """The fields of one task as {instruction, input, output}; None without an output. `end` is where it ends.
+
+    An output label with the instruction's number comes before any other, so that an output may quote labels.
+    """
+    head = next(marker for marker in markers if marker.label == "instruction")
+    for fits in (lambda m: m.number == head.number, lambda m: m.number >= 0, lambda m: True):
+        after = [m for m in markers if m.label == "output" and m.start > head.start and fits(m)]
+        if after:
+            output = after[0]
+            inputs = [m for m in markers if m.label == "input" and m.start < output.start]
+            inputs = [m for m in inputs if fits(m)] or inputs
+            chosen = sorted([head, output, *inputs[:1]])
+            stops = [*(m.start for m in chosen[1:]), end]
+            fields = {m.label: clean(text[m.end : stop]) for m, stop in zip(chosen, stops, strict=True)}
+            return {"instruction": fields["instruction"], "input": fields.get("input", ""), "output": fields["output"]}
+    return None
+
+
+def clean(field):
+    """A field without what belongs to the form: separators and headings of the next task, a fence left open, bold."""
+    lines = field.strip().split("\n")
+    fences = sum(bool(FENCE.match(line)) for line in lines)
+    while lines:
+        is_fence = bool(FENCE.match(lines[-1]))
+        loose = is_fence and (fences % 2 or (len(lines) > 1 and FENCE.match(lines[-2])))
+        if not (loose or is_between(lines[-1]) or not lines[-1].strip()):
+            break
+        lines.pop()
+        fences -= is_fence
+    field = "\n".join(lines).strip()
+    return field.removesuffix("**").rstrip() if field.count("**") % 2 else field
+
+
+def is_between(line):
+    """Whether a line separates two tasks or announces the next."""
+    return len(line) <= 60 and bool(BETWEEN.fullmatch(line))
+
+
+def line_before(text, position):
+    """The last line with text before a position."""
+    return text[max(0, position - 80) : position].rstrip().rpartition("\n")[2]
+
+
+def parse_response(text, finish_reason, num_prompt_instructions):
+    """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
+    [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble.
+    """
+    tasks, dropped = [], []
+    answer = without_reasoning(text)
+    markers = find_markers(answer)
+    if markers and markers[0].label != "instruction" and answer[: markers[0].start].strip():
+        if not is_between(line_before(answer, markers[0].start)):
+            markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
+    blocks = find_blocks(answer, markers)
+    if not blocks:
+        return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
+    ends = [*blocks[1:], len(markers)]
+    for number, (first, stop) in enumerate(zip(blocks, ends, strict=True)):
+        end = markers[stop].start if stop < len(markers) else len(answer)
+        raw, last = answer[markers[first].start : end], stop == len(markers)
+        task = read_block(answer, markers[first:stop], end)
+        if last and finish_reason == "length":
+            dropped.append((number, "cut off by the token limit", raw))
+        elif task is None:
+            dropped.append((number, "no output label", raw))
+        elif not task["instruction"]:
+            dropped.append((number, "empty instruction", raw))
+        else:
+            task["output"], rest = split_tail(task["output"])
+            key = re.sub(r"[<>\[\]().。（）\s]+", " ", task["input"]).strip().lower()
+            task["input"] = "" if key in NO_INPUT else task["input"]
+            if not task["output"]:
+                dropped.append((number, "empty output", raw))
+            elif re.search("[\x00\ud800-\udfff]", "".join(task.values())):
+                dropped.append((number, "broken characters", raw))
+            else:
+                tasks.append((number, task))
+            if rest:
+                dropped.append((number, "text between tasks", rest))
+    return tasks, dropped
+
+
+def split_tail(output):
+    """(output, what follows a separator line in it): the farewell behind the last task, for example."""
+    fenced = False
+    for match in re.finditer(r"^(?:###|[ \t]*(```)[^`\n]*)[ \t]*$", output, re.MULTILINE):
+        if match[1]:
+            fenced = not fenced
+        elif not fenced:
+            return clean(output[: match.start()]), output[match.end() :].strip()
+    return output, ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Scripts that are written without spaces between words: Chinese characters, kana, hangul, and south-east Asian ones.
+NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff" \
+    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # fmt: skip
+# Accents and vowel signs belong to the word that they stand in.
+MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
+TOKEN = re.compile(rf"[{NO_SPACES}]|(?:(?![{NO_SPACES}])[^\W_]|[{MARKS}])+")
+WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
+RULES = ("length", "program", "punctuation", "blacklist")
+# What a model without eyes, ears and hands cannot do; the words are Stanford Alpaca's.
+BLACKLIST = [
+    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
+    "go to", "video", "audio", "music", "flowchart", "diagram",
+]  # fmt: skip
+
+
+def find_word_in_string(w, s):
+    """The match of a whole word in a text, whatever its case; None where it does not occur.
+
+    A word that ends in a character of a script without spaces may have letters beside it.
+    """
+    spaceless = re.compile(f"[{NO_SPACES}]")
+    before = "" if spaceless.match(w[0]) else r"(?<!\w)"
+    after = "" if spaceless.match(w[-1]) else r"(?!\w)"
+    return re.search(before + re.escape(w) + after, s, re.IGNORECASE)
+
+
+def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
+    """The rule of Stanford Alpaca that an instruction breaks, as words; "" where it breaks none of `rules`.
+
+    A character of a script without spaces counts as a word.
+    """
+    num_words = len(WORD.findall(instruction))
+    if "length" in rules and num_words <= 3:
+        return "instruction too short"
+    if "length" in rules and num_words > 150:
+        return "instruction too long"
+    if "blacklist" in rules and any(find_word_in_string(word, instruction) for word in blacklist):
+        return "blacklisted word"
+    if "program" in rules and instruction.startswith("Write a program"):
+        return "starts with Write a program"
+    if "punctuation" in rules and unicodedata.normalize("NFKC", instruction[0])[0] in string.punctuation + "。、":
+        return "starts with punctuation"
+    return ""
+
+
+def post_process_gpt3_response(num_prompt_instructions, response):
+    """The tasks of an answer that break no rule: [{instruction, input, output}].
+
+    `response` has the keys text and finish_reason, as `utils.openai_completion` returns them; None gives [].
+    """
+    if response is None or response["text"] is None:
+        return []
+    tasks, _ = parse_response(response["text"], response["finish_reason"], num_prompt_instructions)
+    return [task for _, task in tasks if not broken_rule(task["instruction"])]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The filter: ROUGE-L with everything kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tokenize(text):
+    """Words of any script, lower-case; characters where a script has no spaces. ASCII text is rouge_score's."""
+    if text.isascii():
+        return rouge_tokenize(text, None)
+    return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+class RougeFilter:
+    """A pool of texts to which a text is added where its ROUGE-L F1 with each of them is at most `threshold`.
+
+    The scores are rouge_score's, bit for bit: the longest common subsequence is an integer, and the few float
+    operations behind it are the same in the same order. That matters: with 7 words of 10 and 10 in common the score is
+    0.7, with 7 of 9 and 11 it is 0.7000000000000001, and real data hits both. Every token is one character of a
+    string, so that rapidfuzz compares a batch with the whole pool in one vectorised call.
+    """
+
+    def __init__(self, threshold=0.7, tokenize=tokenize):
+        self.threshold, self.tokenize = threshold, tokenize
+        self.ids, self.texts, self.coded = {}, [], []
+        self.lengths = np.zeros(1024)  # in tokens, of self.coded; grown by doubling
+
+    def code(self, text):
+        """The tokens of a text as a string with one character for each; the string is never encoded."""
+        return "".join(chr(self.ids.setdefault(token, len(self.ids))) for token in self.tokenize(text))
+
+    def add(self, text, coded=None):
+        """Put a text into the pool without asking."""
+        coded = self.code(text) if coded is None else coded
+        if len(self.coded) == len(self.lengths):
+            self.lengths = np.concatenate([self.lengths, np.zeros(len(self.lengths))])
+        self.lengths[len(self.coded)] = len(coded)
+        self.texts.append(text)
+        self.coded.append(coded)
+
+    def scores(self, lcs, length, lengths):
+        """ROUGE-L F1 from the lengths of the common subsequences: rouge_score's fmeasure, in its order."""
+        precision, recall = lcs / np.maximum(lengths, 1), lcs / length
+        with np.errstate(invalid="ignore"):
+            return np.where(lcs > 0, 2 * precision * recall / (precision + recall), 0.0)
+
+    def judge(self, texts):
+        """Judge a batch in order; what is kept joins the pool, before the next is judged.
+
+        Returns for each text {"kept": True, "most_similar_instructions": {text: score} of the ten nearest, highest
+        first and the older first among equals, "avg_similarity_score": mean over the pool}, or {"kept": False,
+        "reason", and for a duplicate "similar_to" and "score"}.
+        """
+        if not texts:
+            return []
+        coded, known, verdicts = [self.code(text) for text in texts], len(self.coded), []
+        lcs = process.cdist(coded, self.coded + coded, scorer=LCSseq.similarity, dtype=np.int32)
+        fresh = []  # columns of this batch that have been kept
+        for text, code, row in zip(texts, coded, lcs, strict=True):
+            if not code:
+                verdicts.append({"kept": False, "reason": "no words"})
+                continue
+            common = np.concatenate([row[:known], row[fresh]]) if fresh else row[:known]
+            scores = self.scores(common, len(code), self.lengths[: len(self.coded)])
+            best = int(scores.argmax()) if len(scores) else 0
+            if len(scores) and scores[best] > self.threshold:
+                near = {"similar_to": self.texts[best], "score": float(scores[best])}
+                verdicts.append({"kept": False, "reason": "duplicate", **near})
+                continue
+            bar = np.partition(scores, -10)[-10] if len(scores) > 10 else -1.0
+            top = np.flatnonzero(scores >= bar)
+            top = top[np.argsort(-scores[top], kind="stable")][:10]
+            nearest = {self.texts[i]: float(scores[i]) for i in top}
+            mean = float(scores.mean()) if len(scores) else 0.0
+            verdicts.append({"kept": True, "most_similar_instructions": nearest, "avg_similarity_score": mean})
+            fresh.append(known + len(verdicts) - 1)
+            self.add(text, code)
+        return verdicts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What arrived: the journal, and what is taken from it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
+    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
+    """
+
+    def __init__(self, path):
+        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
+            try:
+                entry = json.loads(line)
+                if "request" in entry:
+                    self.answers.setdefault(entry["request"], entry)
+                elif "run" in entry:
+                    self.runs.append(entry["run"])
+                else:
+                    self.wrote.add(entry["wrote"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
+            self.size += len(line) + 1
+        self.torn = len(data) - self.size
+        self.file = None
+
+    def append(self, entry):
+        """Append a line and wait for the disk; what was half written on failure is taken back."""
+        if self.file is None:
+            self.file = open(self.path, "ab", buffering=0)
+            self.file.truncate(self.size)  # cuts a torn line off
+        try:
+            line = json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
+            line = json.dumps(entry).encode()
+        try:
+            rest = line + b"\n"
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
+            )
+        self.size += len(line) + 1
+        if "request" in entry:
+            self.answers[entry["request"]] = entry
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+class Collection:
+    """The rows, and the account of everything else, as requests are committed one after the other.
+
+    `rows_after[n]` is the number of rows after n commits; rows that were there before count from the start.
+    """
+
+    def __init__(self, args, seeds, old_rows):
+        self.args, self.rows, self.seeds = args, list(old_rows), [seed for seed in seeds if not cannot_be_shown(seed)]
+        self.filter = RougeFilter(args.rouge_threshold)
+        for task in [*seeds, *old_rows]:
+            self.filter.add(task["instruction"])
+        self.shown_rows = [i for i, row in enumerate(self.rows) if not cannot_be_shown(row)]
+        self.rows_after, self.num_old, self.committed = [len(self.rows)], len(self.rows), set()
+        self.dropped, self.reasons, self.failures = [], collections.Counter(), collections.Counter()
+        self.usage, self.dearest = [0, 0], 0.0
+        self.estimated = 0  # answers without a token count
+
+    @property
+    def num_committed(self):
+        return len(self.rows_after) - 1
+
+    @property
+    def per_request(self):
+        """Rows kept per request so far; before the first the most that there can be."""
+        if self.num_committed:
+            return (len(self.rows) - self.num_old) / self.num_committed
+        return max(1, TASKS_PER_PROMPT - self.args.num_prompt_instructions)
+
+    def draw(self, request):
+        """The demonstrations of a request: [task with its source]. Depends on the seed, the request's number and the
+        rows of the requests up to num_parallel_requests before it, on nothing else.
+        """
+        args, draw = self.args, random.Random(f"{self.args.seed}:{request}")
+        num_rows = self.rows_after[max(0, request - args.num_parallel_requests + 1)]
+        shown = self.shown_rows[: bisect.bisect_left(self.shown_rows, num_rows)]
+        chosen = draw.sample(shown, min(args.num_generated_in_prompt, len(shown)))
+        tasks = [{**self.rows[i], "source": f"regen.json[{i}]"} for i in chosen]
+        tasks += draw.sample(self.seeds, args.num_prompt_instructions - len(tasks))
+        draw.shuffle(tasks)
+        return tasks
+
+    def commit(self, entry):
+        """Take the tasks from one line of the journal, in request order; returns how many were kept."""
+        number, before = entry["request"], len(self.rows)
+        usage = entry.get("usage") or {}
+        for side, key in enumerate(("prompt_tokens", "completion_tokens")):
+            self.usage[side] += usage.get(key) or 0
+        self.estimated += bool(usage.get("estimated"))
+        self.dearest = max(self.dearest, self.cost(usage))
+        if "failed" in entry:
+            self.failures[entry["failed"]] += 1
+        else:
+            tasks, dropped = parse_response(entry["text"], entry["finish_reason"], len(entry["demonstrations"]))
+            for block, reason, text in dropped:
+                self.drop(number, block, {"reason": reason, "text": text})
+            candidates = []
+            for block, task in tasks:
+                reason = broken_rule(task["instruction"], self.args.quality_rules, self.args.blacklist)
+                if reason:
+                    self.drop(number, block, {"reason": reason, **task})
+                else:
+                    candidates.append((block, task))
+            verdicts = self.filter.judge([task["instruction"] for _, task in candidates])
+            for (block, task), verdict in zip(candidates, verdicts, strict=True):
+                if not verdict.pop("kept"):
+                    self.drop(number, block, {**verdict, **task})
+                    continue
+                origin = {"request": number, "model": entry["model"], "demonstrations": entry["demonstrations"]}
+                self.rows.append({**task, **verdict, **origin})
+                if not cannot_be_shown(task):
+                    self.shown_rows.append(len(self.rows) - 1)
+        self.rows_after.append(len(self.rows))
+        self.committed.add(number)
+        return len(self.rows) - before
+
+    def drop(self, request, block, facts):
+        self.dropped.append({"request": request, "block": block, **facts})
+        self.reasons[facts["reason"]] += 1
+
+    def cost(self, usage):
+        """What tokens cost, in the unit of the prices; 0 without prices."""
+        price_in, price_out = self.args.price_in or 0, self.args.price_out or 0
+        return (price_in * (usage.get("prompt_tokens") or 0) + price_out * (usage.get("completion_tokens") or 0)) / 1e6
+
+    @property
+    def total_cost(self):
+        return self.cost({"prompt_tokens": self.usage[0], "completion_tokens": self.usage[1]})
+
+    def account(self):
+        """One line in which the counts add up."""
+        kept, dropped = len(self.rows) - self.num_old, sum(self.reasons.values())
+        parts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
+        old = f", and {self.num_old:,} rows that were there before" if self.num_old else ""
+        return f"{kept + dropped:,} blocks = {kept:,} kept + {dropped:,} dropped{f' ({parts})' if parts else ''}{old}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before the first request: arguments, seeds, and what the folder holds already
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_arguments(args):
+    """Complete the arguments. Raises one UserError that names everything wrong with them."""
+    problems = []
+    limits = {  # name: (least, most, whole number); None stands for an option that was not given
+        "num_instructions_to_generate": (1, math.inf, True),
+        "num_prompt_instructions": (0, TASKS_PER_PROMPT - 1, True),
+        "num_generated_in_prompt": (0, args.num_prompt_instructions, True),
+        "request_batch_size": (1, 1000, True),
+        "num_parallel_requests": (1, 1000, True),
+        "temperature": (0, 2, False),
+        "top_p": (0, 1, False),
+        "rouge_threshold": (0, 1, False),
+        "max_tokens": (1, math.inf, True),
+        "timeout": (0.1, math.inf, False),
+        "max_retries": (0, 100, True),
+        "max_requests": (0, math.inf, True),
+        "max_cost": (0, math.inf, False),
+        "price_in": (0, math.inf, False),
+        "price_out": (0, math.inf, False),
+        "patience": (1, math.inf, True),
+        "seed": (-math.inf, math.inf, True),
+    }
+    for name, (least, most, whole) in limits.items():
+        value = getattr(args, name)
+        if value is None and name in OPTIONAL:
+            continue
+        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if not is_number or not least <= value <= most:  # NaN is between nothing
+            kind = "a whole number" if whole else "a number"
+            bounds = (
+                ""
+                if least == -math.inf
+                else f" of at least {least}"
+                if most == math.inf
+                else f" from {least} to {most}"
+            )
+            problems.append(f"--{name} {value}: must be {kind}{bounds}")
+    if args.max_cost is not None and args.price_in is None and args.price_out is None:
+        problems.append("--max_cost needs --price_in and --price_out, per million tokens")
+    if args.endpoint not in ("chat", "text"):
+        problems.append(f"--endpoint {args.endpoint}: must be chat or text")
+    args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or utils.OPENAI_URL
+    if not re.match(r"https?://[^/]", args.base_url):
+        problems.append(f"--base_url {args.base_url}: must begin with http:// or https://")
+    rules = args.quality_rules
+    rules = re.split(r"[,\s]+", rules.strip()) if isinstance(rules, str) else list(rules)
+    args.quality_rules = [rule for rule in rules if rule not in ("", "none")]
+    wrong = [rule for rule in args.quality_rules if rule not in RULES]
+    if wrong:
+        problems.append(f"--quality_rules {wrong[0]}: must be none, or some of {','.join(RULES)}")
+    if problems:
+        raise UserError("; ".join(problems))
+    args.num_parallel_requests = args.num_parallel_requests or args.request_batch_size
+    args.blacklist = BLACKLIST
+    if args.blacklist_path:
+        text = utils.read_text(args.blacklist_path, "; --blacklist_path takes a text file of one word a line")
+        args.blacklist = [line.strip() for line in text.split("\n") if line.strip()]
+    args.header = read_prompt(args.prompt_path)
+    args.seed_tasks_path = args.seed_tasks_path or HERE / "seed_tasks.jsonl"
+    args.output_dir = Path(args.output_dir)
+    args.model_name = utils.living_model(args.model_name, args.base_url)
+
+
+def read_seeds(args):
+    """The seed tasks: [{instruction, input, output, source}], of several instances the first."""
+    path = args.seed_tasks_path
+    text = utils.read_text(path, "; --seed_tasks_path takes JSON Lines or a JSON list of tasks")
+    found, problems = utils.parse_records(text, os.path.basename(path)) if text.strip() else ([], [])
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}; mend the file, or choose another --seed_tasks_path")
+    if not found:
+        raise UserError(f"{path}: holds no tasks; choose another --seed_tasks_path")
+    seeds = list({task["source"]: task for task in reversed(found)}.values())[::-1]
+    shown = 0
+    for seed in seeds:
+        problem = cannot_be_shown(seed)
+        shown += not problem
+        if problem:
+            say(f"{seed['source']}: never shown to the model, {problem}")
+    if shown < args.num_prompt_instructions:
+        raise UserError(
+            f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {args.num_prompt_instructions}"
+        )
+    return seeds
+
+
+def read_rows(path):
+    """The rows of a regen.json, ours or the original's."""
+    text = utils.read_text(path)
+    try:
+        rows = json.loads(text)
+        problem = "" if isinstance(rows, list) else "not a list of rows"
+        for i, row in enumerate(rows if not problem else []):
+            what = utils.check_record(row)
+            problem = problem or (what and f"row {i}: {what}")
+    except (ValueError, RecursionError):
+        problem = "not valid JSON; its writer may have been killed"
+    if problem:
+        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
+    return [{**row, "input": row.get("input") or ""} for row in rows]
+
+
+def adopt_rows(folder, journal):
+    """Rows that the folder held before its journal began; kept in regen.start.json from then on."""
+    path, start = folder / "regen.json", folder / "regen.start.json"
+    if path.exists():
+        digest = utils.sha256_of(path)
+        if not journal.runs:
+            rows = read_rows(path)
+            write_text(start, path.read_text(encoding="utf-8-sig"))
+            say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
+        elif digest not in journal.wrote and not (start.exists() and digest == utils.sha256_of(start)):
+            raise UserError(
+                f"{path}: not as the run of {journal.path.name} wrote it; move it away, or choose another --output_dir"
+            )
+    return read_rows(start) if start.exists() else []
+
+
+def write_text(path, text):
+    """Write a file so that it is the old one or the new one, whole, whatever happens."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
+        ) from None
+
+
+def record_run(args, journal):
+    """Write the settings into the journal, and say what has changed since the last run of the folder.
+
+    Raises UserError where rows that are kept already would be judged by other rules; --replay may do that.
+    """
+    seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
+    judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
+    judged["blacklist"] = args.blacklist
+    asked = {name: getattr(args, name) for name in ASKED}
+    asked |= {
+        "base_url": utils.public_url(args.base_url),
+        "prompt": hashlib.sha256(args.header.encode()).hexdigest()[:16],
+    }
+    last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
+    changes = {
+        key: [f"{k} was {last[key].get(k)} and is {v}" for k, v in now.items() if last[key].get(k) != v]
+        for key, now in (("judged", judged), ("asked", asked))
+    }
+    if changes["judged"] and not args.replay:
+        raise UserError(
+            f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old settings, "
+            "judge all answers anew with --replay, or choose another --output_dir"
+        )
+    if args.replay:
+        asked = last["asked"]
+    elif changes["asked"]:
+        say(f"{args.output_dir}: from here on {'; '.join(changes['asked'])}")
+    run = {"judged": judged, "asked": asked}
+    if not journal.runs or any(changes.values()):
+        facts = {"versions": utils.versions("openai", "rapidfuzz", "rouge_score"), "git_commit": utils.git_commit()}
+        journal.append({"run": {**run, **facts}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A line of progress on stderr after a commit: rewritten on a terminal, every tenth elsewhere."""
+
+    def __init__(self, args, collection):
+        self.args, self.collection = args, collection
+        self.started, self.first, self.lines = time.monotonic(), len(collection.rows), 0
+
+    def line(self):
+        args, found = self.args, self.collection
+        kept, target = len(found.rows), args.num_instructions_to_generate
+        parts = [
+            f"kept {kept:,}/{target:,}",
+            f"{found.per_request:.1f} per request",
+            f"{found.num_committed:,} requests",
+        ]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common(3))
+        parts.append(f"dropped {sum(found.reasons.values()):,}{f' ({reasons})' if reasons else ''}")
+        if found.failures:
+            parts.append(f"{sum(found.failures.values()):,} failed")
+        about = "~" if found.estimated else ""
+        parts.append(f"tokens {about}{found.usage[0]:,} in {about}{found.usage[1]:,} out")
+        new = kept - found.num_old
+        if args.price_in is not None or args.price_out is not None:
+            whole = f", {found.total_cost / new * (target - found.num_old):.4f} at {target:,}" if new else ""
+            parts.append(f"cost {about}{found.total_cost:.4f}{whole}")
+        if kept > self.first and kept < target:
+            left = int((time.monotonic() - self.started) / (kept - self.first) * (target - kept))
+            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+        return "  ".join(parts)
+
+    def show(self, last=False):
+        self.lines += 1
+        if sys.stderr.isatty():
+            print(f"\r{self.line()}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
+        elif last or self.lines % 10 == 0:
+            print(self.line(), file=sys.stderr, flush=True)
+
+
+async def collect(args, collection, journal, client, progress):
+    """Ask for answers and commit them in request order until there are enough rows.
+
+    A request starts when the one num_parallel_requests before it is committed, and only while the rows expected of
+    those on their way leave a gap; both depend on what is committed alone, so a seed and the same answers give the
+    same rows, in whatever order the answers come, and however often the process was killed. Returns (message, exit
+    code) of an end before the target, else ("", 0).
+    """
+    loop, tasks, started, fruitless = asyncio.get_running_loop(), {}, 0, []
+    stopped = loop.create_future()  # by a signal, or for good by a UserError
+    last_known = max(journal.answers, default=-1)
+
+    def on_signal(number):
+        if stopped.done():  # the second one
+            for task in tasks.values():
+                task.cancel()
+        else:
+            stopped.set_result(number)
+
+    async def obtain(number):
+        if number in journal.answers:
+            return journal.answers[number]
+        shown = collection.draw(number)
+        entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
+        try:
+            answer = await client.ask(encode_prompt(shown, args.header))
+            text, finish_reason = answer.pop("choices")[0]
+            entry |= {"text": text, "finish_reason": finish_reason, **answer}
+        except utils.RequestFailed as failure:
+            if not client.num_answers:
+                raise UserError(
+                    f"{client.name} has not answered once: {failure}; the same command tries again"
+                ) from None
+            entry |= {"failed": str(failure), "usage": failure.usage}
+        journal.append(entry)
+        return entry
+
+    def limit():
+        """Why request `started` must not be sent; "" where it may."""
+        missing = [number for number in tasks if number not in journal.answers]
+        if started <= last_known:
+            return ""
+        if len(collection.rows) + len(tasks) * collection.per_request >= args.num_instructions_to_generate:
+            return "enough"
+        if args.max_requests is not None and started >= args.max_requests:
+            return f"--max_requests {args.max_requests}"
+        if args.max_cost is not None:
+            dearest = collection.dearest or collection.cost(estimate(args, collection.draw(started)))
+            if collection.total_cost + (len(missing) + 1) * dearest > args.max_cost:
+                return f"--max_cost {args.max_cost}"
+        return ""
+
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
+            with contextlib.suppress(RuntimeError, ValueError):  # outside the main thread there are no signals
+                loop.add_signal_handler(number, on_signal, number)
+    message, code, reason = "", 0, ""
+    try:
+        while not stopped.done():
+            while len(tasks) < args.num_parallel_requests and not (reason := limit()):
+                tasks[started] = asyncio.ensure_future(obtain(started))
+                started += 1
+            if not tasks:
+                break
+            pending = [task for task in tasks.values() if not task.done()]
+            if pending:
+                await asyncio.wait([*pending, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in tasks.values():
+                if task.done() and not task.cancelled():
+                    task.result()  # raises what ends the run
+            while tasks and (first := next(iter(tasks.values()))).done():
+                number = next(iter(tasks))
+                is_new = number > last_known
+                kept = collection.commit(first.result())
+                del tasks[number]
+                progress.show()
+                fruitless = [] if kept else [*fruitless, number] if is_new else fruitless
+                if len(fruitless) >= args.patience:
+                    why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
+                    why |= {journal.answers[number].get("failed"): None for number in fruitless}
+                    why.pop(None, None)
+                    raise UserError(
+                        f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); see "
+                        f"{journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
+                    )
+        if stopped.done():
+            message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
+        elif reason not in ("", "enough"):
+            message = f"stopped at {reason}"
+    except UserError as error:
+        message, code = f"error: {error}", 2
+        if not stopped.done():
+            stopped.set_result(0)
+    client.ending.set()
+    pending = [task for task in tasks.values() if not task.done()]
+    if pending:
+        say(f"{message}; waiting up to {GRACE_S} s for answers on their way; Ctrl-C leaves at once")
+        await asyncio.wait(pending, timeout=GRACE_S)
+        for task in tasks.values():
+            task.cancel()
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    for number in SIGNALS:
+        loop.remove_signal_handler(number)
+    await client.close()
+    return message, code
+
+
+def estimate(args, tasks):
+    """An upper estimate of the tokens of a request that shows `tasks`."""
+    prompt = utils.estimate_tokens(encode_prompt(tasks, args.header))
+    return {"prompt_tokens": prompt, "completion_tokens": args.max_tokens, "estimated": True}
+
+
+def preview(args, collection):
+    """--dry_run: the first request as it would be sent, and what the run may cost."""
+    usage = estimate(args, tasks := collection.draw(0))
+    rows = TASKS_PER_PROMPT - args.num_prompt_instructions
+    requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
+    lines = [
+        encode_prompt(tasks, args.header),
+        f"--- {args.model_name} at {utils.public_url(args.base_url)}, temperature {args.temperature}, top_p {args.top_p}",
+        f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
+        f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows",
+    ]
+    if args.price_in is None and args.price_out is None:
+        lines.append("--- cost: give --price_in and --price_out, per million tokens")
+    else:
+        lines.append(f"--- cost: at most about {collection.cost(usage) * requests:.4f} for these requests")
+    return "\n".join(lines)
+
+
+def write_results(args, collection, journal):
+    """Commit what the journal holds beyond a gap, then write the rows, what was dropped, and the report."""
+    for number in sorted(journal.answers):
+        if number not in collection.committed:
+            collection.commit(journal.answers[number])
+    folder = args.output_dir
+    dropped = "".join(json.dumps(row) + "\n" for row in collection.dropped)  # ASCII: it may hold lone surrogates
+    write_text(folder / "regen.dropped.jsonl", dropped)
+    text = json.dumps(collection.rows, indent=4, ensure_ascii=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if digest not in journal.wrote:
+        journal.append({"wrote": digest})
+    write_text(folder / "regen.json", text)
+    if args.report:
+        sys.path.insert(0, str(HERE / "examples"))
+        from generation_report import render
+
+        write_text(args.report, render(collection.rows, dict(collection.reasons)))
+        say(f"{args.report}: report written")
+
+
+def generate_instruction_following_data(
+    output_dir="./",
+    seed_tasks_path=None,
+    num_instructions_to_generate=100,
+    model_name=None,
+    num_prompt_instructions=3,
+    request_batch_size=5,
+    temperature=1.0,
+    top_p=1.0,
+    num_cpus=None,
+    *,
+    base_url=None,
+    endpoint="chat",
+    max_tokens=3072,
+    num_parallel_requests=None,
+    num_generated_in_prompt=0,
+    prompt_path=None,
+    rouge_threshold=0.7,
+    quality_rules=",".join(RULES),
+    blacklist_path=None,
+    price_in=None,
+    price_out=None,
+    max_cost=None,
+    max_requests=None,
+    timeout=600,
+    max_retries=5,
+    patience=20,
+    seed=0,
+    dry_run=False,
+    replay=False,
+    report=None,
+):
+    """Let a language model write instruction data from a few seed tasks, in Stanford Alpaca's way.
+
+    The key is read from OPENAI_API_KEY; a server of your own needs none. Rows go to regen.json in --output_dir, which
+    train.py --data_path takes. The same command goes on where an earlier one stopped or was killed.
+
+    Examples:
+
+      python generate_instruction.py --output_dir out --num_instructions_to_generate 1000 --price_in 0.15 --price_out 0.6
+
+      python generate_instruction.py --output_dir out --base_url http://localhost:8000/v1 --model_name my-model --dry_run
+
+    Args:
+      output_dir: Folder of the results and of the journal.
+      seed_tasks_path: Seed tasks, as JSON Lines or a JSON list (default: seed_tasks.jsonl beside this script).
+      num_instructions_to_generate: How many rows the folder should hold in the end.
+      model_name: The model that writes (default: gpt-4o-mini).
+      num_prompt_instructions: Tasks shown in a request.
+      request_batch_size: The old name of --num_parallel_requests.
+      temperature: Sampling temperature.
+      top_p: Share of probability that is sampled from.
+      num_cpus: Has no meaning any more.
+      base_url: The server (default: OPENAI_BASE_URL, else OpenAI's), for example http://localhost:8000/v1.
+      endpoint: chat, or text for base models (text completions).
+      max_tokens: The longest answer, in tokens.
+      num_parallel_requests: Requests on their way at a time (default: --request_batch_size).
+      num_generated_in_prompt: How many of the shown tasks are taken from those generated so far.
+      prompt_path: What the model is told before the tasks (default: prompt.txt beside this script).
+      rouge_threshold: A task whose ROUGE-L with a known instruction is above it is a duplicate.
+      quality_rules: Rules that an instruction must not break, separated by commas, or none.
+      blacklist_path: Words that an instruction must not hold, one a line, instead of the built-in ones.
+      price_in: Price of a million tokens of prompt.
+      price_out: Price of a million tokens of answer.
+      max_cost: Send no request that would bring the cost above this.
+      max_requests: Send no more requests than this, earlier runs of the folder included.
+      timeout: Seconds that an answer may take, and that a server may ask to wait.
+      max_retries: How often a request is tried again.
+      patience: End after so many requests in a row of which nothing was kept.
+      seed: Decides which tasks are shown in which request.
+      dry_run: Show the first request and what the run may cost; send and write nothing.
+      replay: Parse and judge all answers of the journal anew, with the rules given; send nothing.
+      report: Write an HTML page about the rows to this file.
+    """
+    args = SimpleNamespace(**locals())
+    check_arguments(args)
+    if num_cpus is not None:
+        say("--num_cpus has no meaning any more: one core filters a batch in milliseconds; ignored")
+    seeds = read_seeds(args)
+    if args.dry_run:
+        print(preview(args, Collection(args, seeds, [])))
+        return
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise UserError(f"{args.output_dir}: is a file; choose another --output_dir")
+    if not args.replay:
+        client = utils.ChatClient(
+            args.base_url,
+            args.model_name,
+            args.endpoint,
+            args.timeout,
+            args.max_retries,
+            {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens},
+        )
+    lock = utils.claim_folder(args.output_dir)
+    journal = Journal(args.output_dir / "regen.journal.jsonl")
+    try:
+        if journal.torn:
+            say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")
+        if args.replay and not journal.runs:
+            raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
+        collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
+        record_run(args, journal)
+        if journal.answers:
+            say(f"{journal.path}: going on behind {len(journal.answers):,} requests")
+        progress, message, code = Progress(args, collection), "", 0
+        try:
+            if not args.replay:
+                message, code = asyncio.run(collect(args, collection, journal, client, progress))
+        finally:
+            try:
+                write_results(args, collection, journal)
+            except UserError as error:
+                if code != 2:
+                    raise
+                say(str(error))  # the full disk that has ended the run
+            progress.show(last=True)
+        say(collection.account())
+        if code == 2:
+            raise UserError(message.removeprefix("error: "))
+        if message:
+            say(f"{message}; the same command goes on")
+        print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
+        if code:
+            sys.exit(code)
+    finally:
+        journal.close()
+        utils.HELD_LOCKS.remove(lock)
+        lock.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(task="generate_instruction_following_data", **kwargs):
+    """Run a task by its name, as in Stanford Alpaca; there is one."""
+    if task != "generate_instruction_following_data":
+        raise UserError(f"{task}: no such task; there is generate_instruction_following_data")
+    return generate_instruction_following_data(**kwargs)
+
+
+def command_line():
+    """Parse the command line with fire, wholly, and only then run."""
+    import fire
+
+    words, function = sys.argv[1:], generate_instruction_following_data
+    if words and not words[0].startswith("-"):
+        task = words.pop(0)
+        if task != function.__name__:
+            raise UserError(f"{task}: no such task; options begin with --, and --help lists them")
+    parameters = inspect.signature(function).parameters
+    names = {
+        name: word for word in words if word.startswith("--") for name in [word[2:].split("=")[0].replace("-", "_")]
+    }
+    unknown = [word for name, word in names.items() if not {name, name.removeprefix("no")} & {*parameters, "help", ""}]
+    if unknown:
+        raise utils.unknown_options(unknown, [f"--{name}" for name in parameters])
+    given = []
+
+    @fire.decorators.SetParseFn(str, *TEXTS)
+    @functools.wraps(function)
+    def parse(*positional, **options):
+        given.append((positional, options))
+
+    with contextlib.ExitStack() as stack:
+        said = io.StringIO()
+        if not {"--help", "-h"} & set(words):
+            stack.enter_context(contextlib.redirect_stderr(said))
+        try:
+            fire.Fire(parse, command=words, name="generate_instruction.py")
+        except fire.core.FireExit as stop:
+            if stop.code == 0:
+                raise
+            what = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip().split("\n")[0].removeprefix("ERROR: ")
+            raise UserError(f"{what}; --help lists the options") from None
+    ((positional, options),) = given
+    if "request_batch_size" in names:
+        say("--request_batch_size is now --num_parallel_requests")
+    main(function.__name__, **dict(zip(parameters, positional)), **options)
+
+
+if __name__ == "__main__":
+    utils.run_main(command_line)

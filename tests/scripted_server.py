@@ -1,0 +1,155 @@
+"""A server that speaks OpenAI's protocol over TCP and does, request by request, what a script says.
+
+By default it answers with tasks that parse: which ones depends on the prompt alone, so the same request has the same
+answer whoever asks and whenever. A step of the script is a dict; its keys are the options of `Handler.act`.
+"""
+
+import hashlib
+import http.server
+import json
+import random
+import re
+import socket
+import struct
+import threading
+import time
+
+VERBS = "Describe Compare List Explain Rewrite Summarise Translate Classify Estimate Plan Defend Question".split()
+SYLLABLES = "ba ke li mo nu ra se ti vo xu pa de gi jo ku la me ni po ru".split()
+
+
+def make_word(draw):
+    return "".join(draw.choice(SYLLABLES) for _ in range(3))
+
+
+def make_tasks(draw, count):
+    """`count` tasks that no quality rule and hardly any duplicate check throws out."""
+    tasks = []
+    for _ in range(count):
+        words = " ".join(make_word(draw) for _ in range(7))
+        text = " ".join(make_word(draw) for _ in range(3))
+        tasks.append(
+            (f"{draw.choice(VERBS)} {words}.", text if draw.random() < 0.5 else "<noinput>", f"Answer: {text}.")
+        )
+    return tasks
+
+
+def render_tasks(tasks, first):
+    """Tasks as a model goes on from the prompt's last line, "`first`. Instruction:"."""
+    blocks = [
+        f"{i}. Instruction: {a}\n{i}. Input:\n{b}\n{i}. Output:\n{c}\n" for i, (a, b, c) in enumerate(tasks, first)
+    ]
+    return "###\n".join(blocks).removeprefix(f"{first}. Instruction:")
+
+
+def usual_answer(prompt, count=8):
+    """The answer to a prompt; a fifth of its tasks repeats one of the others."""
+    draw = random.Random(hashlib.sha256(prompt.encode()).digest())
+    tasks = make_tasks(draw, count)
+    if count > 4:
+        tasks[count // 2] = tasks[0]
+    first = int(re.findall(r"^(\d+)\. Instruction:", prompt, re.MULTILINE)[-1])
+    return render_tasks(tasks, first)
+
+
+def completion(text, finish_reason="stop", model="scripted", usage=(100, 200), endpoint="chat", **changes):
+    """The JSON of a good answer, as a dict; `changes` replace its keys."""
+    choice = {"index": 0, "finish_reason": finish_reason}
+    choice |= {"text": text} if endpoint == "text" else {"message": {"role": "assistant", "content": text}}
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": model, "choices": [choice]}
+    if usage:
+        body["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
+    return body | changes
+
+
+def refusal(message, code=None, param=None, kind=None):
+    """The JSON of an error."""
+    return {"error": {"message": message, "code": code, "param": param, "type": kind}}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.take(self, body)
+
+    def act(
+        self, request, status=200, headers=(), body=None, raw=None, text=None, delay=0, fault=None, count=8, **more
+    ):
+        """One step: `raw` bytes, or a JSON `body`, or an answer with `text`; `more` goes to `completion`.
+
+        `fault` is hang, drip (a byte every 20 ms), reset or truncated.
+        """
+        time.sleep(delay)
+        self.close_connection = fault is not None
+        if fault == "hang":
+            self.server.closing.wait(30)
+            return
+        if fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            return  # and the connection is closed, without a farewell
+        if raw is None:
+            if body is None:
+                text = usual_answer(request["prompt"], count) if text is None else text
+                body = completion(text, endpoint=request["endpoint"], **more)
+            raw = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(raw) + (fault == "truncated") * 100))
+        self.end_headers()
+        if fault == "drip":
+            for i in range(len(raw)):
+                if self.server.closing.wait(0.02):
+                    return
+                self.wfile.write(raw[i : i + 1])
+                self.wfile.flush()
+        else:
+            self.wfile.write(raw)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """`script` maps the number of a request, in the order of arrival, to its step; `default` is for all others.
+
+    `requests` keeps what was asked for: the JSON, with `prompt`, `endpoint` and `authorization`.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, script=None, **default):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script, self.default = script or {}, default
+        self.requests, self.closing, self.lock = [], threading.Event(), threading.Lock()
+        self.step_of = None  # a function of the request that returns its step, before the script is asked
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def take(self, handler, body):
+        endpoint = "chat" if handler.path.endswith("/chat/completions") else "text"
+        prompt = body["messages"][0]["content"] if endpoint == "chat" else body["prompt"]
+        request = {**body, "prompt": prompt, "endpoint": endpoint, "authorization": handler.headers["Authorization"]}
+        with self.lock:
+            number = len(self.requests)
+            self.requests.append(request)
+        step = self.step_of(request) if self.step_of else None
+        step = self.script.get(number, self.default) if step is None else step
+        try:
+            handler.act(request, **step)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client was killed, or has lost its patience
+
+    def handle_error(self, request, client_address):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.closing.set()
+        self.shutdown()
+        self.server_close()
