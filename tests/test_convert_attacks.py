@@ -115,9 +115,7 @@ def test_a_missing_shard_a_gap_and_a_duplicate(source):
         f"{source}: found 1 of 2 shards: wq has 32 rows in them, n_heads * head_dim is 64; download the others"
     )
     shutil.copy(one, source / "consolidated.0.pth")
-    assert refusal(source) == (
-        f"{source}: consolidated.0.pth and consolidated.00.pth are both shard 0; remove one"
-    )
+    assert refusal(source) == (f"{source}: consolidated.0.pth and consolidated.00.pth are both shard 0; remove one")
     (source / "consolidated.0.pth").unlink()
     os.rename(one, two)
     assert refusal(source) == f"{source}: shard consolidated.00.pth is missing (found: 1); download it"
@@ -145,8 +143,7 @@ def test_shards_of_different_models(source):
     good = two.read_bytes()
     change(two, **{"layers.1.ffn_norm.weight": torch.ones(64).half()})
     assert refusal(source) == (
-        f"{source}: tensor layers.1.ffn_norm.weight differs between {one.name} and {two.name}; download both "
-        "again"
+        f"{source}: tensor layers.1.ffn_norm.weight differs between {one.name} and {two.name}; download both again"
     )
     two.write_bytes(good)
     change(two, **{"norm.weight": torch.load(two, weights_only=True)["norm.weight"].float()})
@@ -579,9 +576,7 @@ def test_a_hidden_folder_of_somebody_else_is_not_touched(source, tmp_path):
     hidden = tmp_path / ".out.unfinished"
     hidden.mkdir()
     (hidden / "diary.txt").write_text("mine")
-    assert refusal(source) == (
-        f"{hidden}: holds diary.txt, which no run of ours left behind; move that folder away"
-    )
+    assert refusal(source) == (f"{hidden}: holds diary.txt, which no run of ours left behind; move that folder away")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
