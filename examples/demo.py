@@ -3,8 +3,9 @@
     python examples/demo.py                                  # everything, in out/demo
     python examples/demo.py --tasks 3 --epochs 150 --preset tiny --output_dir out/short
 
-A small LLaMA of random weights learns tasks of seed_tasks.jsonl by heart, and chat.py asks for the answers. Every
-command is printed before it runs and can be typed by hand. A demo that was stopped goes on where it was.
+The whole path: raw weights of a small random LLaMA are converted, the model learns tasks of seed_tasks.jsonl by heart,
+chat.py asks for the answers, and a delta of it is made and applied. Every command is printed before it runs and can be
+typed by hand. A demo that was stopped goes on where it was.
 """
 
 import argparse
@@ -72,13 +73,16 @@ def choose_tasks(count, folder):
 
 
 def make_base(folder, texts, preset):
-    """A model of random weights that has read nothing; returns its folder."""
-    base = folder / "base"
+    """A model of random weights that has read nothing, raw in two shards and converted; returns its folder."""
+    raw, base = folder / "raw", folder / "base"
     if (base / "config.json").is_file():
         tell(f"{base}: there already")
-    else:
-        options = ("--preset", preset, "--text", texts, "--output_dir", base)
-        run("examples/make_tiny_llama.py", *options, quiet=True)
+        return base
+    if not (raw / preset).is_dir():
+        options = ("--preset", preset, "--num_shards", 2, "--text", texts, "--output_dir", raw)
+        run("examples/make_tiny_llama.py", "--raw", *options, quiet=True)
+    options = ("--input_dir", raw, "--model_size", preset, "--output_dir", base)
+    run("convert_llama_weights.py", *options, "--verify")
     return base
 
 
@@ -100,6 +104,27 @@ def ask(folder, model, tasks):
     with open(path, "w", encoding="utf-8") as file:
         run("chat.py", "--model_name_or_path", model, "--data_path", tasks, "--batch_size", 25, stdout=file)
     return utils.jload(path)
+
+
+def pass_on(folder, base, tuned):
+    """Make a delta of the tuned model, apply it to the base, and compare the result with the tuned model."""
+    delta, rebuilt = folder / "delta", folder / "rebuilt"
+    if not delta.is_dir():
+        run("apply_delta.py", "--make", "--exact", "--base", base, "--target", tuned, "--delta", delta)
+    if not rebuilt.is_dir():
+        run("apply_delta.py", "--base", base, "--delta", delta, "--target", rebuilt)
+    wanted, given = (weights_of(model) for model in (tuned, rebuilt))
+    if wanted != given:
+        raise UserError(f"{rebuilt} is not {tuned}: tensors {sorted(set(wanted.items()) ^ set(given.items()))[:3]}")
+    tell(f"{len(given)} of {len(wanted)} tensors of {rebuilt} are those of {tuned}, bit for bit")
+
+
+def weights_of(folder):
+    """{name: dtype, shape and bytes} of a model's tensors."""
+    from safetensors.numpy import load_file
+
+    loaded = {name: a for path in sorted(folder.glob("*.safetensors")) for name, a in load_file(path).items()}
+    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in loaded.items()}
 
 
 def compare(answers):
@@ -132,7 +157,7 @@ def main():
         folder = folder.relative_to(ROOT)
     tell("A small model of random weights learns the seed tasks by heart; then you see it")
     tell("answer. All of it runs here, without network, in five minutes on two cores.")
-    heading(1, "A model of random weights, which has read nothing")
+    heading(1, "A model of random weights, which has read nothing, raw and converted")
     tasks, texts = choose_tasks(args.tasks, folder)
     base = make_base(folder, texts, args.preset)
     heading(2, f"Fine-tune it on {args.tasks} seed tasks, {args.epochs} times over")
@@ -141,7 +166,9 @@ def main():
     answers = ask(folder, tuned, tasks)
     heading(4, "Three of the answers")
     exact, stopped = compare(answers)
-    heading(5, "What this shows")
+    heading(5, "A delta, for people who have the base")
+    pass_on(folder, base, tuned)
+    heading(6, "What this shows")
     total, seconds = len(answers), time.perf_counter() - start
     tell(f"{exact} of {total} answers are reproduced exactly, {stopped} stopped by themselves; {seconds:.0f} s")
     tell(MEANING.format(python=PYTHON, tuned=tuned))

@@ -16,6 +16,7 @@ def test_the_short_demo_learns_every_answer_and_ends(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 answers are reproduced exactly, 3 stopped by themselves; " in done.stdout
     assert done.stdout.count("Given (the same):\n    1. Empty the fridge.\n    2. Load the van.") == 1
+    assert "21 of 21 tensors of " in done.stdout and " bit for bit\n" in done.stdout
     assert "DIFFERENT" not in done.stdout and "This is memorising" in done.stdout
     answers = [json.loads(line) for line in (tmp_path / "demo" / "answers.jsonl").read_text("utf-8").splitlines()]
     tasks = [json.loads(line) for line in (ROOT / "seed_tasks.jsonl").read_text("utf-8").splitlines()[:3]]

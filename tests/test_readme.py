@@ -160,7 +160,7 @@ def test_the_transcript_is_what_the_demo_prints():
         given = f"Input: {tasks[instruction]['input']}\n" if tasks[instruction]["input"] else ""
         given = f"Instruction: {instruction}\n{given}Expected:\n{output}\nGiven (the same):\n{output}"
         assert text == given
-    pattern = r"--- 5\. What this shows -+\n17\d of 175 answers are reproduced exactly, 17\d stopped by themselves"
+    pattern = r"--- 6\. What this shows -+\n17\d of 175 answers are reproduced exactly, 17\d stopped by themselves"
     assert re.fullmatch(pattern, end)
 
 
