@@ -677,7 +677,7 @@ def apply_delta(
         parts = lora_parts(base, delta, configs[0], delta_path, dtype)
     else:
         parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
-    is_recorded = bool(record) and not any_base and dtype is None
+    is_recorded = bool(record) and not any_base and dtype is None and rule == record["new_rows"]
     size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
     utils.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:

@@ -1112,11 +1112,16 @@ class WeightFile:
             return ""
 
     def _pread(self, offset, size):
-        """`size` bytes from `offset` as an array of uint8; keeps the CRC-32 of a record that is read in order."""
+        """`size` bytes from `offset` as an array of uint8."""
         import numpy as np
 
         data = np.empty(size, np.uint8)
-        done = 0
+        self._fill(data, offset)
+        return data
+
+    def _fill(self, data, offset):
+        """Fill an array of uint8 from byte `offset` on; keeps the CRC-32 of a record that is read in order."""
+        done, size = 0, len(data)
         while done < size:
             count = os.preadv(self.handle.fileno(), [memoryview(data)[done:]], offset + done)
             if count == 0:
@@ -1133,7 +1138,6 @@ class WeightFile:
                         f"{self.path}: damaged: the CRC-32 of {what} is {record[3]:08x} and should be {wanted:08x}; "
                         "copy or download it again"
                     )
-        return data
 
     def _record_of(self, offset):
         """The start of the record that holds byte `offset`, in a list; [] where none does."""
@@ -1147,7 +1151,10 @@ class WeightFile:
         if out.size == 0:
             return
         if all(n == 1 or a == b for n, a, b in zip(out.shape, strides, contiguous(out.shape), strict=True)):
-            out[...] = self._pread(offset, out.nbytes).view(out.dtype).reshape(out.shape)
+            if out.flags.c_contiguous:
+                self._fill(out.reshape(-1).view(np.uint8), offset)
+            else:
+                out[...] = self._pread(offset, out.nbytes).view(out.dtype).reshape(out.shape)
         elif out.ndim == 1:
             span = self._pread(offset, ((len(out) - 1) * strides[0] + 1) * out.itemsize).view(out.dtype)
             out[...] = np.lib.stride_tricks.as_strided(span, out.shape, [strides[0] * out.itemsize])

@@ -581,7 +581,8 @@ def tiktoken_ids(ranks, text):
 
 @pytest.fixture(scope="session")
 def ranks():
-    return tiktoken_ranks(744)
+    ranks = tiktoken_ranks(743)
+    return ranks | {b" qwxzk": 743}  # a token that no two tokens make: it is taken where it is a whole piece
 
 
 def write_tiktoken(path, ranks):
@@ -600,7 +601,8 @@ def test_a_tiktoken_file_becomes_a_right_fast_tokenizer(newer, ranks, pieces, tm
     assert "tokenizer: tiktoken, 1,000 tokens, from" in capsys.readouterr().err
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     rows = (ROOT / "examples" / "tiny_corpus.txt").read_text(encoding="utf-8").split("\n\n")[:200]
-    for text in utils.NASTY_STRINGS + rows:
+    assert tiktoken_ids(ranks, "a qwxzk b")[1] == 743
+    for text in ["a qwxzk b", *utils.NASTY_STRINGS, *rows]:
         wanted = tiktoken_ids(ranks, text)
         assert tokenizer(text, add_special_tokens=False).input_ids == wanted, text
         assert tokenizer(text).input_ids == [744, *wanted] and tokenizer.decode(wanted) == text

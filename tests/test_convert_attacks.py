@@ -160,12 +160,18 @@ def test_shards_of_different_models(source):
     assert refusal(source) == f"{two} holds tensor extra and {one.name} does not; they are not of one model"
 
 
-def test_key_value_copies_that_differ(pieces, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("wrong", ["wk", "wv"])
+def test_key_value_copies_that_differ(wrong, pieces, tmp_path):  # noqa: F811
     weights = make_weights(2)
-    doubled = {f"layers.{i}.attention.{w}.weight": torch.cat([weights[f"layers.{i}.attention.{w}.weight"]] * 2)
-               for i in range(2) for w in ("wk", "wv")}  # fmt: skip
-    source = make_raw(tmp_path / "raw", pieces, weights | doubled, 4, n_kv_heads=2)  # heads 0 1 0 1, not 0 0 1 1
-    assert refusal(source).startswith(f"{source}: tensor layers.0.attention.wk.weight differs between consolidated.00")
+    for name in [name for name in weights if name.endswith(("wk.weight", "wv.weight"))]:
+        heads = weights[name].reshape(2, 16, 64)  # shards must hold heads 0 0 1 1, and hold 0 1 0 1 where it is wrong
+        copies = torch.cat([heads, heads]) if wrong in name else heads.repeat_interleave(2, 0)
+        weights[name] = copies.reshape(64, 64)
+    source = make_raw(tmp_path / "raw", pieces, weights, 4, n_kv_heads=2)
+    name = f"layers.0.attention.{wrong}.weight"
+    assert refusal(source) == (
+        f"{source}: tensor {name} differs between consolidated.00.pth and consolidated.01.pth; download both again"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -427,6 +433,22 @@ def test_tokenizers_that_do_not_fit(source, tmp_path, capsys):
     path.unlink()
     run(source, tmp_path / "out", "--tokenizer", other)
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == good
+
+
+def test_a_tokenizer_that_cannot_be_rebuilt(source, tmp_path, monkeypatch):
+    build = utils.build_from_sentencepiece
+
+    def wrong(path):
+        built, names = build(path)
+        built.normalizer = None
+        return built, names
+
+    monkeypatch.setattr(utils, "build_from_sentencepiece", wrong)
+    assert refusal(source) == (
+        f"{source / 'tokenizer.model'}: the fast tokenizer built from it reads 'Hello world' otherwise; use "
+        "--tokenizer none"
+    )
+    run(source, tmp_path / "out", "--tokenizer", "none")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
