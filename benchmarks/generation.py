@@ -55,8 +55,9 @@ def plain(tokens, pool):
 def measure(texts, size, candidates):
     """CPU seconds a candidate of each arm at a pool of the first `size` texts, and whether all agree."""
     import numpy as np
-    from generate_instruction import RougeFilter
     from rouge_score.tokenize import tokenize
+
+    from generate_instruction import RougeFilter
 
     spent, scores = {}, {}
     pool, batch = texts[:size], texts[-BATCH:]
@@ -94,10 +95,12 @@ def project(sizes, seconds, count):
 
 def replay(path):
     """Judge every instruction of a file in order, an answer's worth at a time; prints what was kept as JSON."""
-    from generate_instruction import RougeFilter
     from rouge_score.tokenize import tokenize
 
-    texts = [row["instruction"] for row in common.utils.jload(path)]
+    from generate_instruction import RougeFilter
+
+    with open(path, encoding="utf-8") as file:
+        texts = json.load(file, object_hook=lambda row: row["instruction"])  # the other fields are not the filter's
     ours = RougeFilter(tokenize=lambda text: tokenize(text, None))
     kept = 0
     for start in range(0, len(texts), BATCH):
