@@ -721,7 +721,6 @@ async def collect(args, collection, journal, client, progress):
 
     def limit():
         """Why request `started` must not be sent; "" where it may."""
-        missing = [number for number in tasks if number not in journal.answers]
         if started <= last_known:
             return ""
         if len(collection.rows) + len(tasks) * collection.per_request >= args.num_instructions_to_generate:
@@ -730,7 +729,7 @@ async def collect(args, collection, journal, client, progress):
             return f"--max_requests {args.max_requests}"
         if args.max_cost is not None:
             dearest = collection.dearest or collection.cost(estimate(args, collection.draw(started)))
-            if collection.total_cost + (len(missing) + 1) * dearest > args.max_cost:
+            if collection.total_cost + (len(tasks) + 1) * dearest > args.max_cost:
                 return f"--max_cost {args.max_cost}"
         return ""
 
@@ -746,27 +745,26 @@ async def collect(args, collection, journal, client, progress):
                 started += 1
             if not tasks:
                 break
-            pending = [task for task in tasks.values() if not task.done()]
-            if pending:
+            number, first = next(iter(tasks.items()))
+            if not first.done():
+                pending = [task for task in tasks.values() if not task.done()]
                 await asyncio.wait([*pending, stopped], return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks.values():
-                if task.done() and not task.cancelled():
-                    task.result()  # raises what ends the run
-            while tasks and (first := next(iter(tasks.values()))).done():
-                number = next(iter(tasks))
-                is_new = number > last_known
-                kept = collection.commit(first.result())
-                del tasks[number]
-                progress.show()
-                fruitless = [] if kept else [*fruitless, number] if is_new else fruitless
-                if len(fruitless) >= args.patience:
-                    why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
-                    why |= {journal.answers[number].get("failed"): None for number in fruitless}
-                    why.pop(None, None)
-                    raise UserError(
-                        f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); "
-                        f"see {journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
-                    )
+                for task in tasks.values():
+                    if task.done() and not task.cancelled():
+                        task.result()  # raises what ends the run
+                continue
+            kept = collection.commit(first.result())  # one alone: what is started next must not depend on the others
+            del tasks[number]
+            progress.show()
+            fruitless = [] if kept else [*fruitless, number] if number > last_known else fruitless
+            if len(fruitless) >= args.patience:
+                why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
+                why |= {journal.answers[number].get("failed"): None for number in fruitless}
+                why.pop(None, None)
+                raise UserError(
+                    f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); "
+                    f"see {journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
+                )
         if stopped.done():
             message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
         elif reason not in ("", "enough"):
