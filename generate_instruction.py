@@ -770,7 +770,7 @@ async def collect(args, collection, journal, client, progress):
         elif reason not in ("", "enough"):
             message = f"stopped at {reason}"
     except UserError as error:
-        message, code = f"error: {error}", 2
+        message, code = str(error), 2
         if not stopped.done():
             stopped.set_result(0)
     client.ending.set()
@@ -951,7 +951,7 @@ def generate_instruction_following_data(
             progress.show(last=True)
         say(collection.account())
         if code == 2:
-            raise UserError(message.removeprefix("error: "))
+            raise UserError(message)
         if message:
             say(f"{message}; the same command goes on")
         print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
