@@ -41,13 +41,11 @@ TASKS_PER_PROMPT = 20  # that prompt.txt asks for, the shown ones included
 SHOWN_CHARACTERS = 10_000  # a longer task is not shown as a demonstration
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Options that are texts, those that need not be given, and those that decide what is asked for.
-TEXTS = (
-    "output_dir seed_tasks_path model_name base_url endpoint prompt_path quality_rules blacklist_path report".split()
-)
+TEXTS = "output_dir seed_tasks_path model_name base_url endpoint prompt_path quality_rules blacklist_path report"
 OPTIONAL = ("num_parallel_requests", "max_requests", "max_cost", "price_in", "price_out")
 ASKED = (
     "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt "
-    "num_parallel_requests seed".split()
+    "num_parallel_requests seed"
 )
 GRACE_S = 20  # how long a run that ends early waits for answers on their way, which are paid for
 
@@ -204,9 +202,9 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     tasks, dropped = [], []
     answer = without_reasoning(text)
     markers = find_markers(answer)
-    if markers and markers[0].label != "instruction" and answer[: markers[0].start].strip():
-        if not is_between(line_before(answer, markers[0].start)):
-            markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
+    head = answer[: markers[0].start] if markers else ""
+    if markers and markers[0].label != "instruction" and head.strip() and not is_between(line_before(head, len(head))):
+        markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
     blocks = find_blocks(answer, markers)
     if not blocks:
         return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
@@ -319,6 +317,25 @@ def tokenize(text):
     return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 
+def f_measures(lcs, length, lengths):
+    """ROUGE-L F1 of a text of `length` tokens with others, from the lengths of their common subsequences.
+
+    rouge_score's own float operations in its order; where there are few different lengths, each case is computed once.
+    `lcs` and `lengths` are integer arrays (pool,).
+    """
+
+    def compute(lcs, lengths):
+        precision, recall = lcs / np.maximum(lengths, 1), lcs / length
+        with np.errstate(invalid="ignore"):
+            return np.where(lcs > 0, 2 * precision * recall / (precision + recall), 0.0)
+
+    height, width = int(lcs.max(initial=0)) + 1, int(lengths.max(initial=0)) + 1
+    if height * width > 100_000:
+        return compute(lcs, lengths)
+    table = compute(np.arange(height)[:, None], np.arange(width)[None])
+    return table.ravel()[lcs * width + lengths]
+
+
 class RougeFilter:
     """A pool of texts to which a text is added where its ROUGE-L F1 with each of them is at most `threshold`.
 
@@ -331,7 +348,7 @@ class RougeFilter:
     def __init__(self, threshold=0.7, tokenize=tokenize):
         self.threshold, self.tokenize = threshold, tokenize
         self.ids, self.texts, self.coded = {}, [], []
-        self.lengths = np.zeros(1024)  # in tokens, of self.coded; grown by doubling
+        self.lengths = np.zeros(1024, dtype=np.int32)  # in tokens, of self.coded; grown by doubling
 
     def code(self, text):
         """The tokens of a text as a string with one character for each; the string is never encoded."""
@@ -341,16 +358,10 @@ class RougeFilter:
         """Put a text into the pool without asking."""
         coded = self.code(text) if coded is None else coded
         if len(self.coded) == len(self.lengths):
-            self.lengths = np.concatenate([self.lengths, np.zeros(len(self.lengths))])
+            self.lengths = np.concatenate([self.lengths, np.zeros_like(self.lengths)])
         self.lengths[len(self.coded)] = len(coded)
         self.texts.append(text)
         self.coded.append(coded)
-
-    def scores(self, lcs, length, lengths):
-        """ROUGE-L F1 from the lengths of the common subsequences: rouge_score's fmeasure, in its order."""
-        precision, recall = lcs / np.maximum(lengths, 1), lcs / length
-        with np.errstate(invalid="ignore"):
-            return np.where(lcs > 0, 2 * precision * recall / (precision + recall), 0.0)
 
     def judge(self, texts):
         """Judge a batch in order; what is kept joins the pool, before the next is judged.
@@ -369,7 +380,7 @@ class RougeFilter:
                 verdicts.append({"kept": False, "reason": "no words"})
                 continue
             common = np.concatenate([row[:known], row[fresh]]) if fresh else row[:known]
-            scores = self.scores(common, len(code), self.lengths[: len(self.coded)])
+            scores = f_measures(common, len(code), self.lengths[: len(self.coded)])
             best = int(scores.argmax()) if len(scores) else 0
             if len(scores) and scores[best] > self.threshold:
                 near = {"similar_to": self.texts[best], "score": float(scores[best])}
@@ -387,60 +398,8 @@ class RougeFilter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What arrived: the journal, and what is taken from it
+# What is taken from the answers
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
-    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
-    """
-
-    def __init__(self, path):
-        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
-            try:
-                entry = json.loads(line)
-                if "request" in entry:
-                    self.answers.setdefault(entry["request"], entry)
-                elif "run" in entry:
-                    self.runs.append(entry["run"])
-                else:
-                    self.wrote.add(entry["wrote"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
-            self.size += len(line) + 1
-        self.torn = len(data) - self.size
-        self.file = None
-
-    def append(self, entry):
-        """Append a line and wait for the disk; what was half written on failure is taken back."""
-        if self.file is None:
-            self.file = open(self.path, "ab", buffering=0)
-            self.file.truncate(self.size)  # cuts a torn line off
-        try:
-            line = json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
-            line = json.dumps(entry).encode()
-        try:
-            rest = line + b"\n"
-            while rest:
-                rest = rest[self.file.write(rest) :]
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.truncate(self.size)
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
-            )
-        self.size += len(line) + 1
-        if "request" in entry:
-            self.answers[entry["request"]] = entry
-
-    def close(self):
-        if self.file:
-            self.file.close()
 
 
 class Collection:
@@ -631,52 +590,20 @@ def read_seeds(args):
     return seeds
 
 
-def read_rows(path):
-    """The rows of a regen.json, ours or the original's."""
-    text = utils.read_text(path)
-    try:
-        rows = json.loads(text)
-        problem = "" if isinstance(rows, list) else "not a list of rows"
-        for i, row in enumerate(rows if not problem else []):
-            what = utils.check_record(row)
-            problem = problem or (what and f"row {i}: {what}")
-    except (ValueError, RecursionError):
-        problem = "not valid JSON; its writer may have been killed"
-    if problem:
-        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
-    return [{**row, "input": row.get("input") or ""} for row in rows]
-
-
 def adopt_rows(folder, journal):
     """Rows that the folder held before its journal began; kept in regen.start.json from then on."""
     path, start = folder / "regen.json", folder / "regen.start.json"
     if path.exists():
         digest = utils.sha256_of(path)
         if not journal.runs:
-            rows = read_rows(path)
-            write_text(start, path.read_text(encoding="utf-8-sig"))
+            rows = utils.read_rows(path)
+            utils.write_text(start, path.read_text(encoding="utf-8-sig"))
             say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
         elif digest not in journal.wrote and not (start.exists() and digest == utils.sha256_of(start)):
             raise UserError(
                 f"{path}: not as the run of {journal.path.name} wrote it; move it away, or choose another --output_dir"
             )
-    return read_rows(start) if start.exists() else []
-
-
-def write_text(path, text):
-    """Write a file so that it is the old one or the new one, whole, whatever happens."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
-        ) from None
+    return utils.read_rows(start) if start.exists() else []
 
 
 def record_run(args, journal):
@@ -687,7 +614,7 @@ def record_run(args, journal):
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
     judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
     judged["blacklist"] = args.blacklist
-    asked = {name: getattr(args, name) for name in ASKED}
+    asked = {name: getattr(args, name) for name in ASKED.split()}
     asked |= {
         "base_url": utils.public_url(args.base_url),
         "prompt": hashlib.sha256(args.header.encode()).hexdigest()[:16],
@@ -699,8 +626,8 @@ def record_run(args, journal):
     }
     if changes["judged"] and not args.replay:
         raise UserError(
-            f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old settings, "
-            "judge all answers anew with --replay, or choose another --output_dir"
+            f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old "
+            "settings, judge all answers anew with --replay, or choose another --output_dir"
         )
     if args.replay:
         asked = last["asked"]
@@ -794,7 +721,6 @@ async def collect(args, collection, journal, client, progress):
 
     def limit():
         """Why request `started` must not be sent; "" where it may."""
-        missing = [number for number in tasks if number not in journal.answers]
         if started <= last_known:
             return ""
         if len(collection.rows) + len(tasks) * collection.per_request >= args.num_instructions_to_generate:
@@ -803,7 +729,7 @@ async def collect(args, collection, journal, client, progress):
             return f"--max_requests {args.max_requests}"
         if args.max_cost is not None:
             dearest = collection.dearest or collection.cost(estimate(args, collection.draw(started)))
-            if collection.total_cost + (len(missing) + 1) * dearest > args.max_cost:
+            if collection.total_cost + (len(tasks) + 1) * dearest > args.max_cost:
                 return f"--max_cost {args.max_cost}"
         return ""
 
@@ -819,33 +745,32 @@ async def collect(args, collection, journal, client, progress):
                 started += 1
             if not tasks:
                 break
-            pending = [task for task in tasks.values() if not task.done()]
-            if pending:
+            number, first = next(iter(tasks.items()))
+            if not first.done():
+                pending = [task for task in tasks.values() if not task.done()]
                 await asyncio.wait([*pending, stopped], return_when=asyncio.FIRST_COMPLETED)
-            for task in tasks.values():
-                if task.done() and not task.cancelled():
-                    task.result()  # raises what ends the run
-            while tasks and (first := next(iter(tasks.values()))).done():
-                number = next(iter(tasks))
-                is_new = number > last_known
-                kept = collection.commit(first.result())
-                del tasks[number]
-                progress.show()
-                fruitless = [] if kept else [*fruitless, number] if is_new else fruitless
-                if len(fruitless) >= args.patience:
-                    why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
-                    why |= {journal.answers[number].get("failed"): None for number in fruitless}
-                    why.pop(None, None)
-                    raise UserError(
-                        f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); see "
-                        f"{journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
-                    )
+                for task in tasks.values():
+                    if task.done() and not task.cancelled():
+                        task.result()  # raises what ends the run
+                continue
+            kept = collection.commit(first.result())  # one alone: what is started next must not depend on the others
+            del tasks[number]
+            progress.show()
+            fruitless = [] if kept else [*fruitless, number] if number > last_known else fruitless
+            if len(fruitless) >= args.patience:
+                why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
+                why |= {journal.answers[number].get("failed"): None for number in fruitless}
+                why.pop(None, None)
+                raise UserError(
+                    f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); "
+                    f"see {journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
+                )
         if stopped.done():
             message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
         elif reason not in ("", "enough"):
             message = f"stopped at {reason}"
     except UserError as error:
-        message, code = f"error: {error}", 2
+        message, code = str(error), 2
         if not stopped.done():
             stopped.set_result(0)
     client.ending.set()
@@ -875,7 +800,8 @@ def preview(args, collection):
     requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
     lines = [
         encode_prompt(tasks, args.header),
-        f"--- {args.model_name} at {utils.public_url(args.base_url)}, temperature {args.temperature}, top_p {args.top_p}",
+        f"--- {args.model_name} at {utils.public_url(args.base_url)}, temperature {args.temperature}, "
+        f"top_p {args.top_p}",
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows",
     ]
@@ -893,17 +819,17 @@ def write_results(args, collection, journal):
             collection.commit(journal.answers[number])
     folder = args.output_dir
     dropped = "".join(json.dumps(row) + "\n" for row in collection.dropped)  # ASCII: it may hold lone surrogates
-    write_text(folder / "regen.dropped.jsonl", dropped)
+    utils.write_text(folder / "regen.dropped.jsonl", dropped)
     text = json.dumps(collection.rows, indent=4, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest not in journal.wrote:
         journal.append({"wrote": digest})
-    write_text(folder / "regen.json", text)
+    utils.write_text(folder / "regen.json", text)
     if args.report:
         sys.path.insert(0, str(HERE / "examples"))
         from generation_report import render
 
-        write_text(args.report, render(collection.rows, dict(collection.reasons)))
+        utils.write_text(args.report, render(collection.rows, dict(collection.reasons)))
         say(f"{args.report}: report written")
 
 
@@ -946,9 +872,9 @@ def generate_instruction_following_data(
 
     Examples:
 
-      python generate_instruction.py --output_dir out --num_instructions_to_generate 1000 --price_in 0.15 --price_out 0.6
+      python generate_instruction.py --output_dir out --num_instructions_to_generate 1000 --max_requests 200
 
-      python generate_instruction.py --output_dir out --base_url http://localhost:8000/v1 --model_name my-model --dry_run
+      python generate_instruction.py --output_dir out --base_url http://localhost:8000/v1 --model_name MODEL --dry_run
 
     Args:
       output_dir: Folder of the results and of the journal.
@@ -1001,7 +927,7 @@ def generate_instruction_following_data(
             {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens},
         )
     lock = utils.claim_folder(args.output_dir)
-    journal = Journal(args.output_dir / "regen.journal.jsonl")
+    journal = utils.Journal(args.output_dir / "regen.journal.jsonl")
     try:
         if journal.torn:
             say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")
@@ -1025,7 +951,7 @@ def generate_instruction_following_data(
             progress.show(last=True)
         say(collection.account())
         if code == 2:
-            raise UserError(message.removeprefix("error: "))
+            raise UserError(message)
         if message:
             say(f"{message}; the same command goes on")
         print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
@@ -1067,7 +993,7 @@ def command_line():
         raise utils.unknown_options(unknown, [f"--{name}" for name in parameters])
     given = []
 
-    @fire.decorators.SetParseFn(str, *TEXTS)
+    @fire.decorators.SetParseFn(str, *TEXTS.split())
     @functools.wraps(function)
     def parse(*positional, **options):
         given.append((positional, options))

@@ -2157,6 +2157,95 @@ def probe(trainer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Generated rows and the journal that they come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
+    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
+    """
+
+    def __init__(self, path):
+        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
+            try:
+                entry = json.loads(line)
+                if "request" in entry:
+                    self.answers.setdefault(entry["request"], entry)
+                elif "run" in entry:
+                    self.runs.append(entry["run"])
+                else:
+                    self.wrote.add(entry["wrote"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
+            self.size += len(line) + 1
+        self.torn = len(data) - self.size
+        self.file = None
+
+    def append(self, entry):
+        """Append a line and wait for the disk; what was half written on failure is taken back."""
+        if self.file is None:
+            self.file = open(self.path, "ab", buffering=0)
+            self.file.truncate(self.size)  # cuts a torn line off
+        try:
+            line = json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
+            line = json.dumps(entry).encode()
+        try:
+            rest = line + b"\n"
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
+            )
+        self.size += len(line) + 1
+        if "request" in entry:
+            self.answers[entry["request"]] = entry
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def read_rows(path):
+    """The rows of a regen.json, ours or the original's."""
+    text = read_text(path)
+    try:
+        rows = json.loads(text)
+        problem = "" if isinstance(rows, list) else "not a list of rows"
+        for i, row in enumerate(rows if not problem else []):
+            what = check_record(row)
+            problem = problem or (what and f"row {i}: {what}")
+    except (ValueError, RecursionError):
+        problem = "not valid JSON; its writer may have been killed"
+    if problem:
+        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
+    return [{**row, "input": row.get("input") or ""} for row in rows]
+
+
+def write_text(path, text):
+    """Write a file so that it is the old one or the new one, whole, whatever happens."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Servers that speak OpenAI's protocol
 # ---------------------------------------------------------------------------------------------------------------------
 

@@ -14,11 +14,12 @@ import argparse
 import functools
 import json
 import multiprocessing
-import os
+import re
 import resource
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import common
 
@@ -26,7 +27,7 @@ sys.path.insert(0, str(common.ROOT))
 
 BOUNDS = {"original": 750, "plain": 400}  # times ours, in CPU
 MAX_CPU_S, MAX_MIB = 60, 300  # of ours over the whole file
-SIZES = (175, 1000, 5000, 10_000, 52_000)  # of the pool
+SIZES = (175, 1000, 5000, 10_000, 51_900)  # of the pool
 BATCH = 20  # candidates that ours takes together: an answer
 
 
@@ -55,8 +56,9 @@ def plain(tokens, pool):
 def measure(texts, size, candidates):
     """CPU seconds a candidate of each arm at a pool of the first `size` texts, and whether all agree."""
     import numpy as np
-    from generate_instruction import RougeFilter
     from rouge_score.tokenize import tokenize
+
+    from generate_instruction import RougeFilter
 
     spent, scores = {}, {}
     pool, batch = texts[:size], texts[-BATCH:]
@@ -94,15 +96,19 @@ def project(sizes, seconds, count):
 
 def replay(path):
     """Judge every instruction of a file in order, an answer's worth at a time; prints what was kept as JSON."""
-    from generate_instruction import RougeFilter
     from rouge_score.tokenize import tokenize
 
-    texts = [row["instruction"] for row in common.utils.jload(path)]
+    from generate_instruction import RougeFilter
+
+    with open(path, encoding="utf-8") as file:
+        texts = json.load(file, object_hook=lambda row: row["instruction"])  # the other fields are not the filter's
     ours = RougeFilter(tokenize=lambda text: tokenize(text, None))
     kept = 0
     for start in range(0, len(texts), BATCH):
         kept += sum(verdict["kept"] for verdict in ours.judge(texts[start : start + BATCH]))
-    print(json.dumps({"rows": len(texts), "kept": kept}))
+    status = Path("/proc/self/status").read_text()  # ru_maxrss would be the parent's, where that is larger
+    mib = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
+    print(json.dumps({"rows": len(texts), "kept": kept, "cpu_seconds": cpu_seconds(), "max_rss_mib": mib}))
 
 
 def main():
@@ -129,11 +135,8 @@ def main():
     whole = {arm: [project(sizes, seconds, len(texts)) for seconds in runs[arm]] for arm in runs}
     ratios = {arm: common.median_ratio(whole[arm], whole["ours"]) for arm in BOUNDS}
     command = [sys.executable, __file__, "--data_path", args.data_path, "--replay"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.read()
-    usage = os.wait4(process.pid, 0)[2]
-    cpu, mib = usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-    replayed = json.loads(line)
+    replayed = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    cpu, mib = replayed["cpu_seconds"], replayed["max_rss_mib"]
     passed = agree and all(ratios[arm] >= bound for arm, bound in BOUNDS.items())
     passed &= replayed["kept"] == replayed["rows"] and cpu <= MAX_CPU_S and mib <= MAX_MIB
     result |= {
@@ -145,7 +148,7 @@ def main():
         "median_ratio": ratios,
         "bound": BOUNDS,
         "scores_agree": agree,
-        "replay": {**replayed, "cpu_seconds": cpu, "max_rss_mib": mib, "bounds": [MAX_CPU_S, MAX_MIB]},
+        "replay": {**replayed, "bounds": [MAX_CPU_S, MAX_MIB]},
         "passed": bool(passed),
     }
     common.write_result(result, args.output)

@@ -18,6 +18,7 @@ import re
 import sys
 from pathlib import Path
 
+FIELDS = ("instruction", "input", "output")
 NUM_VERBS, NUM_OBJECTS = 20, 4  # of the picture, as in the paper
 BINS = 20
 COLOURS = "4e79a7 f28e2b 59a14f e15759 76b7b2 edc948 b07aa1 ff9da7 9c755f bab0ac".split()
@@ -32,9 +33,9 @@ NO_VERB = set(
 PARTICLES = set("out up down off away back over".split())
 INDIRECT = set("me us him her them you".split())
 END = set(
-    "a about after against among and around as at because before being between by during for from how if in inside into "
-    "like of on onto or out over per since so such than that then through to towards under until using via what when "
-    "where whether which while who whom whose why with within without is are was were".split()
+    "a about after against among and around as at because before being between by during for from how if in inside "
+    "into like of on onto or out over per since so such than that then through to towards under until using via what "
+    "when where whether which while who whom whose why with within without is are was were".split()
 )
 DETERMINERS = set("a an the this that these those my your our his her its their all each every some any no".split())
 
@@ -136,10 +137,10 @@ def render(rows, reasons, num_samples=12):
     if pairs:
         parts.append(sunburst(pairs))
     parts.append(
-        f"<p>{len(set(pairs)):,} different pairs of verb and object were found in {len(pairs):,} instructions by a rule for "
-        "English; the picture shows the most common.</p><h2>Lengths, in words</h2><div class=row>"
+        f"<p>{len(set(pairs)):,} different pairs of verb and object were found in {len(pairs):,} instructions by a "
+        "rule for English; the picture shows the most common.</p><h2>Lengths, in words</h2><div class=row>"
     )
-    for key in ("instruction", "input", "output"):
+    for key in FIELDS:
         lengths = sorted(count_words(row[key]) for row in rows if row[key])
         high = max(BINS, lengths[int(len(lengths) * 0.98)]) if lengths else BINS
         parts.append(f"<div><h3>{key} ({len(lengths):,})</h3>{histogram(lengths, 0, high, 'words')}</div>")
@@ -154,15 +155,15 @@ def render(rows, reasons, num_samples=12):
         parts.append("</table>")
     parts.append("<h2>Samples</h2>")
     for row in random.Random(0).sample(rows, min(num_samples, len(rows))):
-        fields = "".join(
-            f"<dt>{key}<dd><pre>{html.escape(row[key])}</pre>" for key in ("instruction", "input", "output") if row[key]
-        )
+        fields = "".join(f"<dt>{key}<dd><pre>{html.escape(row[key])}</pre>" for key in FIELDS if row[key])
         parts.append(f"<dl>{fields}</dl>")
     return (
         "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>Generated tasks</title><style>"
-        "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}.row{display:flex;gap:2em;flex-wrap:wrap}"
+        "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+        ".row{display:flex;gap:2em;flex-wrap:wrap}"
         "svg text{font-size:11px}.ring text{text-anchor:middle;dominant-baseline:middle}rect{fill:#4e79a7}"
-        "td{padding:.1em 1em .1em 0}dl{border-left:3px solid #4e79a7;padding-left:1em}pre{white-space:pre-wrap;margin:0}"
+        "td{padding:.1em 1em .1em 0}dl{border-left:3px solid #4e79a7;padding-left:1em}"
+        "pre{white-space:pre-wrap;margin:0}"
         "dd{margin:0 0 .5em}dt{color:#666}</style>" + "\n".join(parts) + "</html>\n"
     )
 

@@ -5,11 +5,11 @@ import json
 
 import pytest
 from conftest import ROOT
-from generate_instruction import broken_rule, cannot_be_shown, tokenize
 from scripted_server import Server
 from test_generate_run import generate, quick  # noqa: F401
 
 import utils
+from generate_instruction import broken_rule, cannot_be_shown, tokenize
 
 SEEDS, PROMPT = ROOT / "examples" / "seed_tasks_zh.jsonl", ROOT / "examples" / "prompt_zh.txt"
 TASKS = [json.loads(line) for line in SEEDS.read_text(encoding="utf-8").splitlines()]

@@ -6,19 +6,49 @@ import random
 import numpy as np
 import pytest
 from conftest import ROOT
-from generate_instruction import RougeFilter, tokenize
 
+from generate_instruction import RougeFilter, tokenize
 
 scoring = pytest.importorskip("rouge_score.rouge_scorer", reason="the package rouge_score is not installed")
 from rouge_score.tokenize import tokenize as rouge_tokenize  # noqa: E402
 
 SEEDS = [task["instruction"] for task in map(json.loads, (ROOT / "seed_tasks.jsonl").open(encoding="utf-8"))]
 SHORT = sorted(SEEDS, key=len)[:120]
-CHINESE = ["计算一个边长为5厘米的正方形的面积。", "编制一份包含5个州的列表。", "请写一首关于春天的诗。", "把下面的句子翻译成英文。",
-           "写一首关于秋天的诗。", "请用三句话说明光合作用。", "列出三种可再生能源。", "列出三种不可再生能源。"]  # fmt: skip
-ODD = ["", "!!! ???", "\x00", "🦙", "👩‍👩‍👧‍👦 family 👨‍👩‍👦", "é", "Café au lait", "Cafe\u0301 au lait", "ＦＵＬＬ width", "नमस्ते दुनिया",
-       "こんにちは 世界", "안녕하세요 세계", "Привет мир", "مرحبا بالعالم", "ไทยแลนด์", "a\ud83db", "_under_score_", "naïve İstanbul",
-       "word " * 70, "other " * 140, "ab " * 64, "x1 2y 3", "don't stop"]  # fmt: skip
+CHINESE = [
+    "计算一个边长为5厘米的正方形的面积。",
+    "编制一份包含5个州的列表。",
+    "请写一首关于春天的诗。",
+    "把下面的句子翻译成英文。",
+    "写一首关于秋天的诗。",
+    "请用三句话说明光合作用。",
+    "列出三种可再生能源。",
+    "列出三种不可再生能源。",
+]
+ODD = [
+    "",
+    "!!! ???",
+    "\x00",
+    "🦙",
+    "👩‍👩‍👧‍👦 family 👨‍👩‍👦",
+    "é",
+    "Café au lait",
+    "Cafe\u0301 au lait",
+    "ＦＵＬＬ width",
+    "नमस्ते दुनिया",
+    "こんにちは 世界",
+    "안녕하세요 세계",
+    "Привет мир",
+    "مرحبا بالعالم",
+    "ไทยแลนด์",
+    "a\ud83db",
+    "_under_score_",
+    "naïve İstanbul",
+    "word " * 70,
+    "other " * 140,
+    "ab " * 64,
+    "x1 2y 3",
+    "don't stop",
+]
 
 
 class OurTokenizer:
@@ -60,7 +90,9 @@ def test_every_score_of_100_000_pairs_is_rouge_scores_bit_for_bit():
                 assert verdict == {"kept": False, "reason": "no words"}
             pairs += 1
     assert pairs == 330**2 >= 100_000
-    assert scorer.score(SEEDS[0], SEEDS[1])["rougeL"].fmeasure == scoring._score_lcs(tokens[0], tokens[1]).fmeasure
+    one, other = SEEDS[0], SEEDS[1]  # the scorer's public face gives the same
+    found = scoring._score_lcs(tokenize(one), tokenize(other)).fmeasure
+    assert scorer.score(one, other)["rougeL"].fmeasure == found
 
 
 def peer_judge(pool, texts, threshold=0.7):

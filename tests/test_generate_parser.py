@@ -1,6 +1,7 @@
 """The parser and the rules of generate_instruction.py: every block of an answer becomes a task or a counted reason."""
 
 import pytest
+
 from generate_instruction import (
     BLACKLIST,
     broken_rule,
@@ -79,7 +80,7 @@ SAME_TASKS = {
     "code fence with a preamble": f"Here:\n```text\n4. Instruction:{PLAIN}```\n",
     "a fence for each": f"```\n4. Instruction:{PLAIN}```".replace("###", "```\n```"),
     "reasoning": f"<think>\n4. Instruction: try\n4. Output: this\n</think>\n\n4. Instruction:{PLAIN}",
-    "reasoning opened in the template": f"Let me try\n4. Instruction: x\n4. Output: y\n</think>\n4. Instruction:{PLAIN}",
+    "reasoning opened in the template": f"Try\n4. Instruction: x\n4. Output: y\n</think>\n4. Instruction:{PLAIN}",
     "reasoning, then it goes on": f"<think>hm</think>{PLAIN}",
     "lower case": f"4. instruction:{PLAIN}".replace("Input", "input").replace("Output", "output"),
     "no input label": PLAIN.replace("4. Input:\n<noinput>\n", ""),
