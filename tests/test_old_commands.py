@@ -125,6 +125,7 @@ def test_tensorboard_gets_its_file_and_one_checkpoint_is_kept(fsdp_run):
     assert [path.name for path in fsdp_run.folder.glob("checkpoint-*")] == ["checkpoint-10"]
 
 
+@pytest.mark.slow
 def test_readme_command_with_offload(base, many_records, tokenizer, tmp_path):
     run = torchrun(
         "--model_name_or_path {m} --data_path {d} --bf16 True --output_dir {o} --gradient_accumulation_steps 8 "
@@ -159,6 +160,7 @@ def test_deepspeed_command_with_our_json(deepspeed_ready, base, many_records, to
     assert run.info()["results"]["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_tutorials_json_trains_after_its_scale_has_come_down(deepspeed_ready, base, many_records, tokenizer, tmp_path):
     config = tmp_path / "ds.json"
     config.write_text(json.dumps(TUTORIAL_JSON))
