@@ -1769,7 +1769,7 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
         if wanted.lower() == "true":
             raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
         return False, None
-    olds = [old["settings"] for old in (run, owner) if old is not None]
+    olds = [old["settings"] for old in (run, owner) if old and "settings" in old]
     changed = [
         f"{key} was {old.get(key)} and is {value}"
         for old in olds
