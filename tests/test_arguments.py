@@ -190,6 +190,7 @@ def test_other_json_before_the_options_is_refused(tmp_path):
             trainer.parse_arguments([str(tmp_path / name)])
 
 
+@pytest.mark.slow
 def test_group_by_length_runs_to_the_end(base, data, tmp_path):
     options = [*basic_options(base, data, tmp_path / "out", group_by_length=True, logging_dir=tmp_path / "tb")]
     run = train([*options, "--report_to", "tensorboard"]).finished()
@@ -202,6 +203,7 @@ def test_missing_data_path_is_refused(tokenizer):
         trainer.make_supervised_data_module(tokenizer, parse()[1])
 
 
+@pytest.mark.slow
 def test_evaluation_without_data_is_refused_in_one_line(base, data, tmp_path):
     run = train(basic_options(base, data, tmp_path / "out", evaluation_strategy="steps"))
     assert run.code == 2 and "eval_dataset" in run.error()

@@ -68,12 +68,14 @@ EQUAL = {
     "zero2": ("ZeRO-2 with offload", ALL, "4 flat x accumulation 1"),
     "zero3 accumulated": ("ZeRO-3 with offload", HALF, "2 flat x accumulation 2"),
 }
+QUICK = ("single", "padded", "ddp", "fsdp", "zero3 accumulated")
 slow = pytest.mark.slow
 
 
 def every_engine(test):
     """Run a test with each of EQUAL, and with DeepSpeed's operators built where they are needed."""
-    return pytest.mark.usefixtures("deepspeed_ready")(pytest.mark.parametrize("name", EQUAL)(test))
+    names = [pytest.param(name, marks=[] if name in QUICK else slow) for name in EQUAL]
+    return pytest.mark.usefixtures("deepspeed_ready")(pytest.mark.parametrize("name", names)(test))
 
 
 @pytest.fixture
@@ -311,6 +313,7 @@ def test_loss_csv_and_trainer_state_hold_the_same_steps(runs):
     assert printed == [round(loss, 4) for loss in run.losses()]
 
 
+@slow
 def test_the_layer_class_of_early_2023_is_corrected_with_a_notice(runs):
     run = runs("fsdp offload").finished()
     assert "FSDP layer class LLaMADecoderLayer is LlamaDecoderLayer in this model\n" in run.err

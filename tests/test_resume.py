@@ -586,8 +586,9 @@ def deepspeed_ready(request):
         request.getfixturevalue("deepspeed_ready")
 
 
+@slow
 @pytest.mark.usefixtures("deepspeed_ready")
-@pytest.mark.parametrize("engine", [pytest.param(name, marks=[] if name == "fsdp" else slow) for name in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_run_of_two_processes_resumes_to_the_same_bits(engine, base, data, tmp_path, unbroken):
     options = run_options(base, data, tmp_path / "out", 2, ENGINES[engine])
     killed = play(options, 2, until="step 6/", then=kill)
