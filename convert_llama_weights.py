@@ -330,12 +330,12 @@ def joined(parts, axis, multiple=1):
     """The rows of a tensor in blocks: part after part (COLUMNS), parts side by side (ROWS), or the first (WHOLE)."""
     import numpy as np
 
-    if axis == ROWS:
+    if axis == ROWS and len(parts) > 1:
         shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
         for start, stop in utils.row_blocks(shape, parts[0].dtype):
             yield np.concatenate([part.read(start, stop) for part in parts], axis=1)
         return
-    for part in parts if axis == COLUMNS else parts[:1]:
+    for part in parts[:1] if axis == WHOLE else parts:
         for start, stop in utils.row_blocks(part.shape, part.dtype, multiple):
             yield part.read(start, stop)
 

@@ -7,6 +7,7 @@ functions that need them, so that every script starts with only what it uses.
 import asyncio
 import bisect
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import pickle
+import queue
 import random
 import re
 import shlex
@@ -935,6 +937,7 @@ def write_model(trainer, weights, folder):
 # ---------------------------------------------------------------------------------------------------------------------
 
 BLOCK = 8 * 2**20  # bytes
+SYNC = 128 * 2**20  # bytes that may wait in the page cache
 DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set means infinite or no number)
     "float64": ("F64", 8, 0x7FF0000000000000),
     "float32": ("F32", 4, 0x7F800000),
@@ -1347,12 +1350,21 @@ def parse_size(text):
     return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
+def _sync_and_forget(handle):
+    """Put what was written on the disk, and give its memory in the page cache back."""
+    os.fdatasync(handle.fileno())
+    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 class WeightWriter:
     """Writes safetensors: one file, or shards of at most `max_shard_size` bytes with their index.
 
     `plan` is {name: (dtype, shape)}; no tensor is split between files. Every byte is written once, at the place that
     the plan gives it, so tensors may come in any order and by turns; the rows of one tensor come in order. Leaving the
     block without an error checks that all is there and puts it on the disk. `files` are the names written.
+
+    A thread writes while the caller reads on, so a block must not change after `append`; an error of the disk is
+    raised by a later `append` or at the end.
     """
 
     def __init__(self, folder, plan, max_shard_size=SHARD_SIZE, metadata=None):
@@ -1378,6 +1390,27 @@ class WeightWriter:
             for name in shard:
                 first, last = header[name]["data_offsets"]
                 self.places[name] = [handle, 8 + len(text) + first, 8 + len(text) + last]  # next byte, end
+        self.queue, self.error, self.stopped = queue.Queue(4), None, False
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+
+    def _write(self):
+        unsynced, syncing = 0, None
+        with concurrent.futures.ThreadPoolExecutor(1) as syncer:
+            while (item := self.queue.get()) is not None:
+                handle, data, position = item
+                if self.error or self.stopped:
+                    continue  # so that `append` never waits for room
+                try:
+                    while len(data):
+                        written = os.pwrite(handle.fileno(), data, position)
+                        data, position, unsynced = data[written:], position + written, unsynced + written
+                    if unsynced >= SYNC:  # the disk works while the next blocks come, and the page cache stays small
+                        if syncing:
+                            syncing.result()
+                        syncing, unsynced = syncer.submit(_sync_and_forget, handle), 0
+                except BaseException as error:
+                    self.error = error
 
     def append(self, name, block):
         """Write the next rows of a tensor, an array of its bits or anything else of the right bytes."""
@@ -1385,14 +1418,19 @@ class WeightWriter:
         data = memoryview(block).cast("B") if getattr(block, "size", 1) else b""
         assert position + len(data) <= end, f"{name}: more bytes than planned"
         self.places[name][1] += len(data)
-        while len(data):
-            written = os.pwrite(handle.fileno(), data, position)
-            data, position = data[written:], position + written
+        if self.error:
+            raise self.error
+        self.queue.put((handle, data, position))
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
+        self.stopped = kind is not None
+        self.queue.put(None)
+        self.thread.join()
+        if kind is None and self.error:
+            raise self.error
         if kind is None:
             short = [name for name, (_, position, end) in self.places.items() if position != end]
             assert not short, f"{short[0]}: fewer bytes than planned"
