@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import convert_llama_weights as convert
 import pytest
@@ -710,3 +711,41 @@ def test_reverse_refuses_nonfinite_values_and_reads_bin_files(model, tmp_path):
     back = tmp_path / "back"
     assert refusal(model, "--reverse", target=back).startswith(f"--output_dir {back}: exists and holds consolidated.00")
     assert convert.VERIFY_TOLERANCE == 1e-4
+
+
+def note_calls(monkeypatch, calls):
+    """Let `calls` collect, in order, what is synced, renamed and replaced, by names."""
+    sync, rename, replace = utils._sync, os.rename, os.replace
+    monkeypatch.setattr(utils, "_sync", lambda path: (calls.append(("sync", Path(path).name)), sync(path)))
+    monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(("rename", Path(b).name)), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
+
+
+def write_some(target, **options):
+    with utils.new_folder(target, 10, **options) as folder:
+        for name in ("config.json", "model.safetensors", "tokenizer.json"):
+            (folder / name).write_text("new", encoding="utf-8")
+
+
+def test_all_is_on_the_disk_before_the_folder_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    note_calls(monkeypatch, calls)
+    write_some(tmp_path / "out")
+    *before, rename, last = calls
+    files = {("sync", name) for name in ("config.json", "model.safetensors", "tokenizer.json", ".out.unfinished")}
+    assert set(before) == files and len(before) == 4 and before[-1] == ("sync", ".out.unfinished")
+    assert (rename, last) == (("rename", "out"), ("sync", tmp_path.name))
+
+
+def test_overwriting_replaces_what_makes_a_folder_load_last(tmp_path, monkeypatch):
+    write_some(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("mine", encoding="utf-8")
+    calls, there = [], []
+    note_calls(monkeypatch, calls)
+    replace = os.replace
+    config = tmp_path / "out" / "config.json"
+    monkeypatch.setattr(os, "replace", lambda a, b: (there.append(config.exists()), replace(a, b)))
+    write_some(tmp_path / "out", overwrite=True, writes=["model.safetensors"])
+    names = [name for what, name in calls if what == "replace"]
+    assert names == ["model.safetensors", "tokenizer.json", "config.json"] and there == [False] * 3
+    assert (tmp_path / "out" / "notes.txt").read_text(encoding="utf-8") == "mine"
