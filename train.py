@@ -530,10 +530,10 @@ class RunCallback(TrainerCallback):
             f"= global batch {global_batch(args)}, {state.max_steps:,} steps"
         )
         trainer.count_steps_of(state)
-        if args.should_save:
-            utils.unmark_checkpoints_after(state.global_step, args.output_dir)
         if args.save_rehearsal:
             rehearse_save(trainer)
+        if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
+            utils.unmark_checkpoints_after(state.global_step, args.output_dir)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
                 self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals

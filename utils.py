@@ -1411,6 +1411,8 @@ class WeightWriter:
                         syncing, unsynced = syncer.submit(_sync_and_forget, handle), 0
                 except BaseException as error:
                     self.error = error
+            if syncing:  # the system tells a failed write once: the fsync at the end would no longer hear of it
+                self.error = self.error or syncing.exception()
 
     def append(self, name, block):
         """Write the next rows of a tensor, an array of its bits or anything else of the right bytes."""

@@ -1,5 +1,6 @@
 """convert_llama_weights.py and damaged, mixed or malicious files, full disks, signals: refused, and nothing is left."""
 
+import errno
 import json
 import os
 import shutil
@@ -749,3 +750,23 @@ def test_overwriting_replaces_what_makes_a_folder_load_last(tmp_path, monkeypatc
     names = [name for what, name in calls if what == "replace"]
     assert names == ["model.safetensors", "tokenizer.json", "config.json"] and there == [False] * 3
     assert (tmp_path / "out" / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("fails", [1, 3])
+def test_a_write_that_the_disk_loses_is_an_error(fails, tmp_path, monkeypatch):
+    """Three syncs in the background, of which the first or the last fails; the fsync at the end succeeds."""
+    calls = []
+
+    def fdatasync(handle):
+        calls.append(handle)
+        if len(calls) == fails:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    monkeypatch.setattr(utils, "SYNC", 1)
+    block = torch.zeros(4, 2, dtype=torch.int16).numpy()
+    with pytest.raises(OSError, match="Input/output error"):
+        with utils.WeightWriter(tmp_path, {"a": ("int16", (12, 2))}) as writer:
+            for _ in range(3):
+                writer.append("a", block)
+    assert len(calls) >= fails
