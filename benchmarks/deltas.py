@@ -11,16 +11,14 @@ tensor of ours is compared with the peer's, bit by bit. Exits with 1 where a bou
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
 import shutil
 import statistics
 import sys
-from pathlib import Path
 
 import common
-from weights import SIZES, VOCAB_SIZE, measure
+from weights import SIZES, VOCAB_SIZE, measure, measure_in_folder
 
 BOUNDS = {"peak_rss_gb": 0.5, "low_cpu_mem_wall_of_ours": 10.0}  # the second from LARGE bytes on
 LARGE = 2e9
@@ -103,24 +101,11 @@ def main():
     parser.add_argument("--peer_python", help="python of an environment with fschat")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each arm (default: 3)")
     common.add_output(parser, "deltas")
-    args = parser.parse_args()
-    work = Path(args.work_dir)
-    if work.exists():
-        raise common.utils.UserError(f"--work_dir {work}: exists already; choose another folder")
-    load = [round(value, 2) for value in os.getloadavg()]
-    try:
-        result = compare(args, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    result = common.surroundings() | result  # imports torch
-    result["machine"]["load_average_at_start"] = load
-    common.write_result(result, args.output)
-    print(json.dumps(result["medians"] | {key: result[key] for key in ("ratios", "equal")}, indent=2))
-    sys.exit(0 if result["passed"] else 1)
+    measure_in_folder(parser.parse_args(), compare, "equal")
 
 
 def compare(args, work):
-    """Measure all arms and judge them; see `main`."""
+    """Measure all arms and judge them; see `weights.measure_in_folder`."""
     spawn = multiprocessing.get_context("spawn")  # its torch must not count as memory of the arms; see `measure`
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
         for kind in ("safetensors", "bin"):

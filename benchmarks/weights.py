@@ -122,7 +122,11 @@ def main():
     parser.add_argument("--peer_script", help="convert_llama_weights_to_hf.py of transformers 4.47.1")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each arm (default: 3)")
     common.add_output(parser, "weights")
-    args = parser.parse_args()
+    measure_in_folder(parser.parse_args(), compare, "ids_that_differ")
+
+
+def measure_in_folder(args, compare, key):
+    """Run `compare(args, work_dir)` in a new folder, write its result, print medians, ratios and `key`, and exit."""
     work = Path(args.work_dir)
     if work.exists():
         raise common.utils.UserError(f"--work_dir {work}: exists already; choose another folder")
@@ -134,12 +138,12 @@ def main():
     result = common.surroundings() | result  # imports torch
     result["machine"]["load_average_at_start"] = load
     common.write_result(result, args.output)
-    print(json.dumps(result["medians"] | {"ratios": result["ratios"], "ids": result["ids_that_differ"]}, indent=2))
+    print(json.dumps(result["medians"] | {name: result[name] for name in ("ratios", key)}, indent=2))
     sys.exit(0 if result["passed"] else 1)
 
 
 def compare(args, work):
-    """Measure all arms and judge them; see `main`."""
+    """Measure all arms and judge them; see `measure_in_folder`."""
     raw, out = work / "raw", work / "out"
     spawn = multiprocessing.get_context("spawn")  # its torch must not count as memory of the arms; see `measure`
     with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
