@@ -32,7 +32,6 @@ def parse_arguments(words):
     parser = argparse.ArgumentParser(
         "chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.error = _refuse
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="Model folder, or a name on the hub.")
     add("--instruction", help="Answer this once and end.")
@@ -40,7 +39,13 @@ def parse_arguments(words):
     add("--data_path", help="A file of questions: lines of text, JSON Lines or a JSON list; - is standard input.")
     add("--prompt_style", help=f"{', '.join(PROMPT_STYLES)}; by default what the model's run.json says, else alpaca.")
     add("--max_new_tokens", type=int, default=512, help="Longest answer (default: 512).")
-    add("--do_sample", type=_truth, nargs="?", const=True, help="Sample; implied by the next three. Default: greedy.")
+    add(
+        "--do_sample",
+        type=utils.truth,
+        nargs="?",
+        const=True,
+        help="Sample; implied by the next three. Default: greedy.",
+    )
     add("--temperature", type=float, help="1.0 where sampling and not given; 0 is greedy.")
     add("--top_p", type=float, help="Sample from the likeliest tokens with this sum of probabilities.")
     add("--top_k", type=int, help="Sample from so many likeliest tokens.")
@@ -49,9 +54,7 @@ def parse_arguments(words):
     add("--batch_size", type=int, default=8, help="Questions of a file answered at a time (default: 8).")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="By default as the files, on a CPU float32.")
     add("--cache_dir", help="Where the hub's files are cached.")
-    args, rest = parser.parse_known_args(words)
-    if rest:
-        raise utils.unknown_options(rest, [name for name in parser._option_string_actions if name.startswith("--")])
+    args = utils.parse_options(parser, words)
     drawn = [name for name in ("temperature", "top_p", "top_k") if getattr(args, name)]
     known = ", ".join(PROMPT_STYLES)
     wrong = [
@@ -73,16 +76,6 @@ def parse_arguments(words):
         raise UserError("; ".join(problems))
     args.do_sample = bool(args.do_sample or drawn) and args.temperature != 0
     return args
-
-
-def _refuse(message):
-    raise UserError(message)
-
-
-def _truth(word):
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word} is neither True nor False")
-    return word.lower() == "true"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -937,9 +937,7 @@ def parse_arguments(words):
     old = parser.add_argument_group("options of older converters, accepted and without meaning")
     for name in ("--llama_version", "--safe_serialization"):
         old.add_argument(name, nargs="?", const="", help=argparse.SUPPRESS)
-    args, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise utils.unknown_options(unknown, [name for action in parser._actions for name in action.option_strings])
+    args = utils.parse_options(parser, words)
     for name in ("llama_version", "safe_serialization"):
         if getattr(args, name) is not None:
             say(f"--{name} has no meaning any more; ignored")

@@ -131,7 +131,7 @@ def parse_arguments(words):
     classes = (ModelArguments, DataArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = _refuse
+    parser.error = utils.refuse
     words, notices = utils.translate_old_options(words)
     saved = {}
     if words and words[0].endswith(".json"):
@@ -161,10 +161,6 @@ def parse_arguments(words):
         hint = f"if port {port} is in use, choose another with --master_port"
         raise UserError(f"the processes cannot meet ({utils.first_line(error)}); {hint}") from None
     return *built, given
-
-
-def _refuse(message):
-    raise UserError(message)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

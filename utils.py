@@ -4,6 +4,7 @@ Nothing here trains, downloads or prints on import; torch, transformers and sent
 functions that need them, so that every script starts with only what it uses.
 """
 
+import argparse
 import asyncio
 import bisect
 import collections
@@ -475,6 +476,27 @@ def unknown_options(words, known):
     near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
     hints = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in near.items()]
     return UserError(f"unknown option: {', '.join(hints)}; --help lists those that exist")
+
+
+def refuse(message):
+    """What an argparse parser calls as its `error`: one line, without the usage."""
+    raise UserError(message)
+
+
+def parse_options(parser, words):
+    """Parse `words` with an argparse parser. Raises UserError for whatever it refuses, unknown options included."""
+    parser.error = refuse
+    args, rest = parser.parse_known_args(words)
+    if rest:
+        raise unknown_options(rest, [name for action in parser._actions for name in action.option_strings])
+    return args
+
+
+def truth(word):
+    """The value of an option that is True or False."""
+    if word.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{word} is neither True nor False")
+    return word.lower() == "true"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

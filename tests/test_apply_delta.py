@@ -1037,6 +1037,22 @@ def test_checksum_option():
     assert script.parse_args([*common, "--check_integrity_naively", "True"]).check_integrity_naively is True
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--base B --delta D", "the following arguments are required: --target/"),
+        ("--base B --delta D --target T --check_integrity_naively Ture", "argument --check_integrity_naively: Ture is "
+         "neither True nor False"),
+        ("--base B --delta D --target T --dtype fp16", "argument --dtype: invalid choice: 'fp16'"),
+        ("--base B --delta D --target T --exakt", "unknown option: --exakt (did you mean --exact?); --help lists those"),
+    ],
+)  # fmt: skip
+def test_wrong_options(words, message):
+    run = run_script(*words.split())
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith(f"error: {message}") and run.err.count("\n") == 1
+
+
 def run_script(*words):
     """Run `python -m apply_delta` in a process of its own."""
     command = [sys.executable, "-m", "apply_delta"]
