@@ -14,9 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
-import io
 import itertools
-import json
 import logging
 import math
 import os
@@ -112,15 +110,7 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
         self.disable_tqdm, self.logging_nan_inf_filter = True, False
         super().__post_init__()
-        if self.fsdp and (self.bf16 or self.fp16) and self.fsdp_plugin_args["fsdp_version"] == 2:
-            half = torch.bfloat16 if self.bf16 else torch.float16
-            policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
-            self.fsdp_plugin_args["mixed_precision_policy"] = policy  # accelerate's own would round the loss as well
-        if self.deepspeed and self.use_cpu:
-            import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
-
-            with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
-                deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        utils.configure_more(self)
 
 
 def parse_arguments(words):
@@ -344,42 +334,9 @@ def make_supervised_data_module(tokenizer, data_args) -> dict:
     }
 
 
-def summarize(dataset, args):
-    """What --dry_run prints of a dataset: lengths in tokens, and the steps that the run would take."""
-    lengths = sorted(map(len, dataset.input_ids))
-    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
-    at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
-    steps = num_steps(len(dataset), args)
-    return (
-        f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
-        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
-        f"steps: {steps:,} of {global_batch(args):,} examples ({args.num_train_epochs:g} epochs)"
-    )
-
-
-def global_batch(args):
-    """Examples per optimizer step, over all processes and accumulated micro-batches."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def num_steps(num_examples, args):
-    """Optimizer steps of the run."""
-    per_epoch = -(-num_examples // global_batch(args))
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _gathered(parameters):
-    """A context in which partitioned (ZeRO-3) parameters are whole and rank 0's changes reach all ranks."""
-    if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
-    return torch.no_grad()
 
 
 def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
@@ -393,7 +350,7 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
     first = len(tokenizer) - num_new
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if num_new and embedding is not None:
-            with _gathered([embedding.weight]), torch.no_grad():
+            with utils.gathered([embedding.weight]), torch.no_grad():
                 embedding.weight[first : len(tokenizer)] = embedding.weight[:first].mean(dim=0, keepdim=True)
 
 
@@ -503,28 +460,14 @@ class RunCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer = self.trainer
         utils.check_engine(trainer)
-        parameters = list(trainer.model_wrapped.parameters())
-        here, total = (
-            sum(map(utils.local_numel, parameters)),
-            sum(getattr(p, "ds_numel", p.numel()) for p in parameters),
-        )
-        dtypes = [{p.dtype for p in parameters}, {utils.master_dtype(trainer, p) for p in parameters[-1:]}]
         reason, compute = utils.probe(trainer)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"
         if reason and not trainer.data_collator.padded:
             say(f"micro-batches are padded on the right: {reason}")
             trainer.data_collator.padded = True
-        names = ["/".join(sorted(str(dtype)[6:] for dtype in group)) for group in [*dtypes, {compute}]]
-        trainer.dtypes = "weights {}, masters {}, compute {}".format(*names)
-        count = f"{args.world_size} process{'es' * (args.world_size > 1)}"
-        say(
-            f"engine: {utils.engine_name(args)}, {count} on {args.device.type}, "
-            f"{here:,} of {total:,} parameters here, {trainer.dtypes}, "
-            f"micro-batch {args.per_device_train_batch_size} {'padded' if trainer.data_collator.padded else 'flat'} "
-            f"x accumulation {args.gradient_accumulation_steps} x processes {args.world_size} "
-            f"= global batch {global_batch(args)}, {state.max_steps:,} steps"
-        )
+        trainer.dtypes = utils.measured_dtypes(trainer, compute)
+        say(utils.start_line(trainer, state.max_steps))
         trainer.count_steps_of(state)
         if args.save_rehearsal:
             rehearse_save(trainer)
@@ -533,15 +476,8 @@ class RunCallback(TrainerCallback):
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
                 self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals
-
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
-            schedule = self.trainer.lr_scheduler
-            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-                rates = [args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-                base = {"base_lrs": [args.learning_rate] * len(rates), "_last_lr": rates}
-                schedule.load_state_dict(schedule.state_dict() | base)
-                for group, rate in zip(self.trainer.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+            utils.use_learning_rate(trainer)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
@@ -595,7 +531,7 @@ class ProgressLine(TrainerCallback):
             seconds, done = now - self.started, step - self.first_step
             left = int((state.max_steps - step) * seconds / done)
             rates = (
-                f"  {done * global_batch(args) / seconds:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
+                f"  {done * utils.global_batch(args) / seconds:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
                 f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             )
         norm = logs.get("grad_norm")
@@ -632,30 +568,6 @@ def rehearse_save(trainer):
         say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
 
-def settings_of(args, model_args, hashes):
-    """The settings that decide what a run computes; a resumed run must have the same."""
-    names = (
-        "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
-        "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
-        "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
-    )
-    settings = {name: getattr(args, name) for name in names.split()}
-    model = model_args.model_name_or_path
-    settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
-    settings |= {"data": list(hashes.values())}
-    settings |= {"global_batch": global_batch(args), "engine": utils.engine_name(args).removesuffix(" with offload")}
-    if args.deepspeed or args.fsdp:
-        settings["processes"] = args.world_size  # its checkpoints are in as many parts
-    return json.loads(json.dumps(settings, default=str))
-
-
-def open_output(args, settings):
-    """Take the output folder for this process, and decide what to do with it; see `utils.resume_point`."""
-    utils.claim_folder(args.output_dir)
-    wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
-    return utils.resume_point(args.output_dir, settings, wanted, overwrite, anyway)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The story
 # ---------------------------------------------------------------------------------------------------------------------
@@ -677,36 +589,23 @@ def train():
     if args.dry_run:
         if utils.rank() == 0:
             print(utils.show_examples(dataset, tokenizer, args.dry_run, sys.stdout.isatty()))
-            print(summarize(dataset, args))
+            print(utils.summarize(dataset, args))
         return
     hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
-    settings = settings_of(args, model_args, hashes)
-    finished, checkpoint = utils.from_first_process(open_output, args, settings)
+    settings = utils.settings_of(args, model_args, hashes)
+    finished, checkpoint = utils.from_first_process(utils.open_output, args, settings)
     if finished:
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     bones = utils.skeleton(config)
-    num_params, steps = sum(p.numel() for p in bones.parameters()), num_steps(len(dataset), args)
+    num_params, steps = sum(p.numel() for p in bones.parameters()), utils.num_steps(len(dataset), args)
     utils.fix_layer_class(args, bones)
     os.makedirs(args.output_dir, exist_ok=True)
     utils.check_needs(args, model_args.dtype, num_params, steps)
-    filled = FilledDataset(dataset, global_batch(args), tokenizer.eos_token_id)
-    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {global_batch(args)}")
-    run = {
-        "made_by": "cria",
-        "status": "started",
-        "arguments": portable(given, args),
-        "settings": settings,
-        "prompt_style": "alpaca",
-        "data": hashes,
-        "counts": {key: value if isinstance(value, int) else len(value) for key, value in dataset.report.items()},
-        "filled": filled.num_filled,
-        "versions": utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
-        "git_commit": utils.git_commit(),
-        "seed": args.seed,
-        "files": (utils.read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
-    }
+    filled = FilledDataset(dataset, utils.global_batch(args), tokenizer.eos_token_id)
+    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {utils.global_batch(args)}")
+    run = utils.started_run(args, given, settings, hashes, filled)
     if utils.rank() == 0:
         utils.write_json(run, Path(args.output_dir, "run.json"))
     model = load_model(model_args, args, config, tokenizer)
@@ -748,44 +647,18 @@ def train():
         watch.restore_signals()
 
 
-def portable(given, args):
-    """The arguments as run.json keeps them: paths made absolute and a DeepSpeed JSON by its content."""
-    kept = dict(given)
-    if kept.get("data_path"):
-        kept["data_path"] = [os.path.abspath(path) for path in kept["data_path"]]
-    if os.path.isdir(kept.get("model_name_or_path", "")):
-        kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
-    if kept.get("deepspeed"):
-        kept["deepspeed"] = args.deepspeed
-    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
-        kept.pop(name, None)
-    return kept
-
-
 def finish(trainer, run):
     """Write the model, loss.csv and the finished run.json; say where they are."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
     names = safe_save_model_for_hf_trainer(trainer, args.output_dir)
     if not args.should_save:
         return
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     utils.write_loss_csv(trainer.state.log_history, folder / "loss.csv")
-    run["status"] = "finished"
-    run["results"] = {
-        "steps": trainer.state.global_step,
-        "skipped_steps": trainer.num_skipped,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "mean_loss": sum(losses) / len(losses),
-        "dtypes": trainer.dtypes,
-        "engine": utils.engine_name(args),
-        "processes": args.world_size,
-        "padded": trainer.data_collator.padded,
-    }
+    run["status"], run["results"] = "finished", utils.results_of(trainer)
     run["files"] = [*names, "loss.csv"]
     utils.write_json(run, folder / "run.json")
     size = f"{utils.weights_size(folder) / GIB:.2f} GiB {utils.save_dtype(args)}"
-    print(f"{folder}: model saved ({size}), last loss {losses[-1]:.4f}", flush=True)
+    print(f"{folder}: model saved ({size}), last loss {run['results']['last_loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -349,6 +349,19 @@ def show_examples(dataset, tokenizer, count, colour):
     return "\n".join(shown)
 
 
+def summarize(dataset, args):
+    """What --dry_run prints of a dataset: lengths in tokens, and the steps that the run would take."""
+    lengths = sorted(map(len, dataset.input_ids))
+    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
+    at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
+    steps = num_steps(len(dataset), args)
+    return (
+        f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
+        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
+        f"steps: {steps:,} of {global_batch(args):,} examples ({args.num_train_epochs:g} epochs)"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompt styles: how a conversation is put to a model, and what ends its answer
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1726,6 +1739,71 @@ def read_run(folder):
         raise UserError(f"{path}: not a run.json of these scripts; choose another folder") from None
 
 
+def settings_of(args, model_args, hashes):
+    """The settings that decide what a run computes; a resumed run must have the same."""
+    names = (
+        "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+        "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
+    )
+    settings = {name: getattr(args, name) for name in names.split()}
+    model = model_args.model_name_or_path
+    settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
+    settings |= {"data": list(hashes.values())}
+    settings |= {"global_batch": global_batch(args), "engine": engine_name(args).removesuffix(" with offload")}
+    if args.deepspeed or args.fsdp:
+        settings["processes"] = args.world_size  # its checkpoints are in as many parts
+    return json.loads(json.dumps(settings, default=str))
+
+
+def portable(given, args):
+    """The arguments as run.json keeps them: paths made absolute and a DeepSpeed JSON by its content."""
+    kept = dict(given)
+    if kept.get("data_path"):
+        kept["data_path"] = [os.path.abspath(path) for path in kept["data_path"]]
+    if os.path.isdir(kept.get("model_name_or_path", "")):
+        kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
+    if kept.get("deepspeed"):
+        kept["deepspeed"] = args.deepspeed
+    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
+        kept.pop(name, None)
+    return kept
+
+
+def started_run(args, given, settings, hashes, data):
+    """What run.json says of a run of train.py before its first step; `data` is its FilledDataset."""
+    return {
+        "made_by": "cria",
+        "status": "started",
+        "arguments": portable(given, args),
+        "settings": settings,
+        "prompt_style": "alpaca",
+        "data": hashes,
+        "counts": {key: value if isinstance(value, int) else len(value) for key, value in data.dataset.report.items()},
+        "filled": data.num_filled,
+        "versions": versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
+        "git_commit": git_commit(),
+        "seed": args.seed,
+        "files": (read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
+    }
+
+
+def results_of(trainer):
+    """What run.json says of a run of train.py at its end."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.num_skipped,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_loss": sum(losses) / len(losses),
+        "dtypes": trainer.dtypes,
+        "engine": engine_name(trainer.args),
+        "processes": trainer.args.world_size,
+        "padded": trainer.data_collator.padded,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and output folders: whose they are, and what of them is whole
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1864,6 +1942,13 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     return False, str(resumable[-1]) if resumable else None
 
 
+def open_output(args, settings):
+    """Take the output folder for this process, and decide what to do with it; see `resume_point`."""
+    claim_folder(args.output_dir)
+    wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
+    return resume_point(args.output_dir, settings, wanted, overwrite, anyway)
+
+
 def write_loss_csv(history, path):
     """Write the per-step log of the Trainer as CSV."""
     columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps")
@@ -1977,6 +2062,21 @@ def configure_deepspeed(args):
         args.fp16, fp16["enabled"] = False, "auto"
 
 
+def configure_more(args):
+    """What can be set only after the Trainer's arguments have made the process group and accelerate's settings."""
+    import torch
+
+    if args.fsdp and (args.bf16 or args.fp16) and args.fsdp_plugin_args["fsdp_version"] == 2:
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy  # accelerate's own would round the loss as well
+    if args.deepspeed and args.use_cpu:
+        import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
+
+        with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
 def fix_layer_class(args, model):
     """Correct the case of FSDP's layer class, or refuse it; without one the model's own choice is used."""
     import torch
@@ -2087,6 +2187,17 @@ def engine_name(args):
     return "DDP" if args.world_size > 1 else "single process"
 
 
+def global_batch(args):
+    """Examples per optimizer step, over all processes and accumulated micro-batches."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def num_steps(num_examples, args):
+    """Optimizer steps of the run."""
+    per_epoch = -(-num_examples // global_batch(args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+
 def check_needs(args, dtype, num_params, steps):
     """Refuse, before anything is loaded, a run that cannot fit in memory or on the disk. `dtype` is of the masters.
 
@@ -2149,6 +2260,17 @@ def local_numel(parameter):
     return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
 
 
+def gathered(parameters):
+    """A context in which partitioned (ZeRO-3) parameters are whole and rank 0's changes reach all ranks."""
+    import torch
+
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0)
+    return torch.no_grad()
+
+
 def master_dtype(trainer, parameter):
     """The dtype in which the optimizer updates a parameter, under ZeRO that of a copy; all processes call it."""
     if hasattr(trainer.model_wrapped, "zero_optimization_stage"):
@@ -2156,6 +2278,27 @@ def master_dtype(trainer, parameter):
 
         return safe_get_full_fp32_param(parameter).dtype
     return parameter.dtype
+
+
+def measured_dtypes(trainer, compute):
+    """The dtypes of weights and masters as found, and of `compute`, in words; all processes call it."""
+    parameters = list(trainer.model_wrapped.parameters())
+    groups = {p.dtype for p in parameters}, {master_dtype(trainer, p) for p in parameters[-1:]}, {compute}
+    names = ["/".join(sorted(str(dtype)[6:] for dtype in group)) for group in groups]
+    return "weights {}, masters {}, compute {}".format(*names)
+
+
+def start_line(trainer, max_steps):
+    """What runs where, as found on the wrapped model, and the batches of the run."""
+    args, parameters = trainer.args, list(trainer.model_wrapped.parameters())
+    here, total = sum(map(local_numel, parameters)), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+    return (
+        f"engine: {engine_name(args)}, {args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}, "
+        f"{here:,} of {total:,} parameters here, {trainer.dtypes}, "
+        f"micro-batch {args.per_device_train_batch_size} {'padded' if trainer.data_collator.padded else 'flat'} "
+        f"x accumulation {args.gradient_accumulation_steps} x processes {args.world_size} "
+        f"= global batch {global_batch(args)}, {max_steps:,} steps"
+    )
 
 
 def check_engine(trainer):
@@ -2174,6 +2317,19 @@ def check_engine(trainer):
         found = "single process"
     if found != wanted.removesuffix(" with offload"):
         raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
+
+
+def use_learning_rate(trainer):
+    """Let schedule and optimizer, which come from a checkpoint, go on from the learning rate of the arguments."""
+    import torch
+
+    args, schedule = trainer.args, trainer.lr_scheduler
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        rates = [args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        base = {"base_lrs": [args.learning_rate] * len(rates), "_last_lr": rates}
+        schedule.load_state_dict(schedule.state_dict() | base)
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def probe(trainer):

@@ -285,7 +285,7 @@ def test_a_full_gpu_is_an_error_for_people(base, monkeypatch):
 
 
 def test_the_style_that_train_py_writes_is_known():
-    assert '"prompt_style": "alpaca"' in (ROOT / "train.py").read_text(encoding="utf-8")
+    assert '"prompt_style": "alpaca"' in (ROOT / "utils.py").read_text(encoding="utf-8")
     assert list(utils.PROMPT_STYLES) == ["alpaca", "vicuna_v0", "vicuna_v1.1", "chat_template"]
 
 

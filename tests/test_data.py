@@ -567,12 +567,12 @@ class Rows:
 
 def test_the_summary_gives_lengths_tokens_and_steps():
     rows = Rows([110, 10, 20, 90, 100, 30, 40, 50, 60, 70, 80])
-    assert train.summarize(rows, arguments(2, 2, 1, epochs=3)) == (
+    assert utils.summarize(rows, arguments(2, 2, 1, epochs=3)) == (
         "lengths in tokens: median 60, 90 % 100, 99 % 110, longest 110\n"
         "tokens per epoch: 660, of which trained 22 (3.3%)\n"
         "steps: 9 of 4 examples (3 epochs)"
     )
-    assert train.summarize(Rows([1234]), arguments(epochs=0.5)) == (
+    assert utils.summarize(Rows([1234]), arguments(epochs=0.5)) == (
         "lengths in tokens: median 1234, 90 % 1234, 99 % 1234, longest 1234\n"
         "tokens per epoch: 1,234, of which trained 2 (0.2%)\n"
         "steps: 1 of 1 examples (0.5 epochs)"
@@ -592,14 +592,17 @@ def test_the_summary_gives_lengths_tokens_and_steps():
     ],
 )
 def test_steps_are_counted_over_the_global_batch(num_examples, args, batch, steps):
-    assert (train.global_batch(args), train.num_steps(num_examples, args)) == (batch, steps)
+    assert (utils.global_batch(args), utils.num_steps(num_examples, args)) == (batch, steps)
 
 
 # --- The public names of 2023, as a fork uses them -------------------------------------------------------------------
 
 
-def test_importing_prints_nothing_and_loads_neither_openai_nor_deepspeed():
-    code = "import sys, train, utils; print([m for m in ('openai', 'deepspeed', 'fire') if m in sys.modules])"
+def test_importing_prints_and_changes_nothing_and_loads_neither_openai_nor_deepspeed():
+    code = (
+        "import os, sys; before = dict(os.environ); import train, utils; assert dict(os.environ) == before; "
+        "print([m for m in ('openai', 'deepspeed', 'fire') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
