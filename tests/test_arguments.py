@@ -289,13 +289,6 @@ def test_off_a_terminal_lines_come_every_logging_steps(base, data, tmp_path):
     assert len(run.losses()) == 9 and "\r" not in run.err and "\x1b" not in run.err
 
 
-def test_only_the_first_process_speaks(base, data, tmp_path):
-    run = train(basic_options(base, data, tmp_path / "out", max_steps=1, per_device_train_batch_size=4), processes=2)
-    lines = [line for line in run.finished().err.splitlines() if line and not line.startswith(("W", "*"))]
-    assert len(lines) == len(set(lines)), run.err
-    assert run.out.count("model saved") == 1
-
-
 def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, tmp_path):
     args = parse("--output_dir", tmp_path)[2]
     monkeypatch.setattr(trainer.utils, "free_host_memory", lambda: 64 * 2**30)
@@ -337,9 +330,3 @@ def test_help_lists_the_commands_and_every_own_option():
 def test_read_only_output_is_one_line(base, data):
     run = train(basic_options(base, data, "/proc/nowhere"))
     assert run.code == 2 and run.error().startswith("error: /proc/nowhere: ")
-
-
-def test_importing_changes_nothing():
-    code = "import os; before = dict(os.environ); import train, utils, torch; assert dict(os.environ) == before"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

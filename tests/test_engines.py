@@ -68,6 +68,7 @@ EQUAL = {
     "zero2": ("ZeRO-2 with offload", ALL, "4 flat x accumulation 1"),
     "zero3 accumulated": ("ZeRO-3 with offload", HALF, "2 flat x accumulation 2"),
 }
+SLOW_SINGLES = ("bf16 saved in float32", "deepspeed without launcher")
 QUICK = ("single", "padded", "ddp", "fsdp", "zero3 accumulated")
 slow = pytest.mark.slow
 
@@ -134,7 +135,8 @@ def runs(bases, data, tmp_path_factory):
     def get(name):
         processes = RUNS[name][1]
         if processes == 1 and name not in made:  # together: alone, each would leave all but one core idle
-            singles = [other for other, run in RUNS.items() if run[1] == 1]
+            group = [other for other, run in RUNS.items() if run[1] == 1]
+            singles = [other for other in group if (other in SLOW_SINGLES) == (name in SLOW_SINGLES)]
             started = [start(options_of(other)) for other in singles]
             for other, process in zip(singles, started, strict=True):
                 made[other] = finish(process, options_of(other))
@@ -302,6 +304,14 @@ def test_run_json_tells_what_the_run_was(runs, name, bases, data):
         assert info["arguments"]["deepspeed"] == json.loads((ROOT / changes["deepspeed"]).read_text(encoding="utf-8"))
 
 
+@every_engine
+def test_only_the_first_process_speaks(runs, name):
+    run = runs(name).finished()
+    lines = [line for line in run.err.splitlines() if line and not line.startswith(("W", "*"))]  # torchrun's own
+    assert len(lines) == len(set(lines)), run.err
+    assert run.out.count("model saved") == 1
+
+
 def test_loss_csv_and_trainer_state_hold_the_same_steps(runs):
     run = runs("single").finished()
     header = (run.folder / "loss.csv").read_text(encoding="utf-8").splitlines()[0]
@@ -342,7 +352,8 @@ def test_bf16_computes_in_16_bits_over_masters_of_32(runs, name, weights):
     assert "model saved (0.00 GiB torch.bfloat16)" in run.out
 
 
-@pytest.mark.parametrize("name", ["bf16", pytest.param("bf16 zero3", marks=slow)])
+@slow
+@pytest.mark.parametrize("name", ["bf16", "bf16 zero3"])
 @pytest.mark.usefixtures("deepspeed_ready")
 def test_save_dtype_keeps_the_bits_that_bf16_drops(runs, name):
     weights = runs(f"{name} saved in float32").finished().weights()
@@ -437,7 +448,7 @@ def test_a_model_that_mixes_the_examples_of_a_flat_row_is_padded(runs, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=slow)])
 def test_an_engine_of_several_processes_is_refused_without_a_launcher(runs, engine):
     run = runs(f"{engine} without launcher")
     assert run.code == 2

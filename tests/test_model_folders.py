@@ -178,6 +178,7 @@ def test_pad_token_add_gives_a_row_with_the_mean_of_the_old(processes, engine, b
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 1001
 
 
+@pytest.mark.slow
 def test_tied_model_is_saved_once_and_loads(base, data, tmp_path):
     folder = tmp_path / "model"
     config = OPTConfig(

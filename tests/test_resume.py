@@ -30,6 +30,7 @@ ENGINES = {
 }
 FINAL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 FINAL_FILES |= {"loss.csv", "trainer_state.json"}
+NO_ROOM = ["prlimit", "--fsize=500000", sys.executable]  # bytes a file; that of the model has 910,696
 slow = pytest.mark.slow
 
 
@@ -185,25 +186,33 @@ def runs(base, data, tmp_path_factory):
         return run_options(base, data, folder / name, **changes)
 
     one_kept = options("one_kept", save_total_limit=1)
-    no_room = ["prlimit", "--fsize=500000", sys.executable]  # bytes a file; the model's has 910,696
     return together(
         {
             "unbroken": lambda: play(options("unbroken")),
             "terminated": lambda: play(options("terminated"), until="step 5/", then=send(signal.SIGTERM)),
             "killed": lambda: play(options("killed"), until="step 6/", then=kill),
             "one kept": lambda: play(one_kept, until="engine: ", then=watch_checkpoints(folder / "one_kept", seen)),
-            "no room": lambda: play(options("no_room"), command=no_room),
+            "no room": lambda: play(options("no_room"), command=NO_ROOM),
         }
     ) | {"seen beside one kept": seen}
 
 
 @pytest.fixture(scope="session")
 def again(runs, base, data, tmp_path_factory):
-    """Runs of one process in copies of what those of `runs` left: name -> Run."""
+    """The stopped runs of `runs` gone on with, each in a copy of its folder: name -> Run."""
     folder = tmp_path_factory.mktemp("again")
+    return together(
+        {
+            name: lambda name=name: play(run_options(base, data, copied(runs[name], folder / name)))
+            for name in ("terminated", "killed")
+        }
+    )
 
-    def go_on(name, **changes):
-        return play(run_options(base, data, copied(runs[name], folder / f"{name} {len(changes)}"), **changes))
+
+@pytest.fixture(scope="session")
+def in_use(runs, base, data, tmp_path_factory):
+    """Commands in copies of folders that hold a run: name -> Run."""
+    folder = tmp_path_factory.mktemp("in_use")
 
     def afresh():
         copy = copied(runs["unbroken"], folder / "afresh")
@@ -215,12 +224,11 @@ def again(runs, base, data, tmp_path_factory):
     other = folder / "other.json"
     other.write_text(json.dumps(make_records(71)), encoding="utf-8")
     changes = {"learning_rate": "2e-3", "num_train_epochs": 3, "seed": 7, "data_path": other}
+    finished, stopped = copied(runs["unbroken"], folder / "finished"), copied(runs["terminated"], folder / "changed")
     return together(
         {
-            "terminated": lambda: go_on("terminated"),
-            "killed": lambda: go_on("killed"),
-            "finished": lambda: go_on("unbroken"),
-            "changed": lambda: go_on("terminated", **changes),
+            "finished": lambda: play(run_options(base, data, finished)),
+            "changed": lambda: play(run_options(base, data, stopped, **changes)),
             "afresh": afresh,
         }
     )
@@ -316,8 +324,9 @@ def test_one_kept_checkpoint_goes_only_when_the_next_is_whole(runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_left_as_it_is(runs, again):
-    run, first = again["finished"], runs["unbroken"].folder
+@slow
+def test_a_finished_run_is_left_as_it_is(runs, in_use):
+    run, first = in_use["finished"], runs["unbroken"].folder
     assert run.code == 0 and run.out == ""
     assert run.err.splitlines()[-1] == f"{run.folder}: this run is finished (18 steps); nothing to do"
     files = [path.relative_to(first) for path in first.rglob("*") if path.is_file() and path.name != ".lock"]
@@ -328,8 +337,9 @@ def test_a_finished_run_is_left_as_it_is(runs, again):
     assert {path.name for path in run.folder.rglob("*")} == {path.name for path in first.rglob("*")}
 
 
-def test_changed_settings_are_named_and_refused(runs, again, data):
-    run, before = again["changed"], runs["terminated"].folder
+@slow
+def test_changed_settings_are_named_and_refused(runs, in_use, data):
+    run, before = in_use["changed"], runs["terminated"].folder
     other = run.folder.with_name("other.json")
     assert run.code == 2
     assert run.error() == (
@@ -364,8 +374,9 @@ def test_another_split_of_the_same_global_batch_is_no_change(runs, base, data, t
     assert run.losses() == pytest.approx(runs["unbroken"].losses(), abs=1e-5)
 
 
-def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(again):
-    run = again["afresh"].finished()
+@slow
+def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(in_use):
+    run = in_use["afresh"].finished()
     assert printed_steps(run) == [1, 2] and "resuming" not in run.err
     assert names_in(run.folder) == FINAL_FILES | {".lock", "run.json", "notes.txt", "checkpoint-best"}
     assert (run.folder / "notes.txt").read_text(encoding="utf-8") == "mine"
@@ -453,6 +464,8 @@ def test_a_checkpoint_of_another_folder_may_be_named(runs, base, data, tmp_path)
 def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_that_counts(runs, base, data, tmp_path):
     folder = copied(runs["unbroken"], tmp_path / "out")
     back = run_options(base, data, folder, resume_from_checkpoint=folder / "checkpoint-8")
+    run = play(back, command=NO_ROOM)  # it trains nothing anew
+    assert "File too large" in run.error() and checkpoints(folder) == ([4, 8, 12, 16, 18], [])
     seen = []
     run = play(back, until="step 10/", then=lambda process: (seen.append(checkpoints(folder)), kill(process)))
     assert f"{folder}/checkpoint-12: of steps that are trained anew, no longer used\n" in run.err
