@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import struct
@@ -235,7 +236,25 @@ def test_code_in_a_pickle_is_refused_and_not_run(source, tmp_path):
         pickled = b"\x80\x02}X\x01\x00\x00\x00ac" + f"{module}\n{name}\n".encode() + b")Rs."
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", pickled)
+            archive.writestr("archive/version", "3\n")
         assert refusal(source).startswith(f"{path}: its pickle asks for {module}.{name}, which no weights need")
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(path, weights_only=True)
+
+
+def test_what_is_read_from_a_pickle_is_what_torchs_weights_only_reads(tmp_path):
+    path = tmp_path / "all.bin"
+    dtypes = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+    tensors = {name: torch.arange(6).view(2, 3).to(getattr(torch, name)) for name in dtypes}
+    tensors |= {"turned": tensors["float32"].T, "part": tensors["float16"][1:, 1:], "one": torch.tensor(7.0)}
+    torch.save(tensors | {"parameter": torch.nn.Parameter(torch.ones(2))}, path)
+    read, wanted = utils.open_weights(path), torch.load(path, weights_only=True)
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (read[name].dtype, read[name].shape) == (str(tensor.dtype)[6:], tuple(tensor.shape))
+        found = torch.from_numpy(read[name].read()).view(tensor.dtype).reshape(tensor.shape)
+        assert torch.equal(found, tensor.detach()), name
+    utils.close_weights(read)
 
 
 @pytest.mark.parametrize(
