@@ -568,8 +568,9 @@ def tiktoken_ranks(count):
 
 @pytest.fixture(scope="session")
 def ranks():
-    ranks = tiktoken_ranks(743)
-    return ranks | {b" qwxzk": 743}  # a token that no two tokens make: it is taken where it is a whole piece
+    ranks = tiktoken_ranks(742)
+    assert b"23" not in ranks  # with it 2023, which is cut after three digits, shows where it was cut
+    return ranks | {b"23": 742, b" qwxzk": 743}  # the last no two tokens make: it is taken where it is a whole piece
 
 
 def write_tiktoken(path, ranks):
@@ -591,7 +592,7 @@ def test_a_tiktoken_file_becomes_a_right_fast_tokenizer(newer, ranks, pieces, tm
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     rows = (ROOT / "examples" / "tiny_corpus.txt").read_text(encoding="utf-8").split("\n\n")[:200]
     assert encoding.encode_ordinary("a qwxzk b")[1] == 743
-    for text in ["a qwxzk b", *utils.NASTY_STRINGS, *rows]:
+    for text in ["a qwxzk b", "in 2023, 1234567", *utils.NASTY_STRINGS, *rows]:
         wanted = encoding.encode_ordinary(text)
         assert tokenizer(text, add_special_tokens=False).input_ids == wanted, text
         assert tokenizer(text).input_ids == [744, *wanted] and tokenizer.decode(wanted) == text
