@@ -148,6 +148,27 @@ def test_a_tokenizer_without_a_limit_cuts_nothing(base):
     assert data["labels"][0].tolist()[-1] == 2
 
 
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("window", [10, 512])
+def test_ids_are_those_of_a_call_for_each_text(window, side, split_special_tokens, tokenizer):
+    tokenizer = with_window(tokenizer, window)
+    tokenizer.truncation_side, tokenizer.split_special_tokens = side, split_special_tokens
+    texts = [*utils.NASTY_STRINGS, "a</s> b<s>", "", *(answer for _, answer in varied_pairs(50))]
+    expected = [tokenizer(text, truncation=True).input_ids for text in texts]
+    tokenizer(texts[:3], padding="max_length", max_length=20)  # leaves the Rust half padding
+    assert train.token_ids(texts, tokenizer) == expected
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called(base, tokenizer):
+    class Reversed(transformers.PreTrainedTokenizerFast):
+        def _encode_plus(self, text, **options):
+            return super()._encode_plus([one[::-1] for one in text], **options)
+
+    own = Reversed.from_pretrained(base)
+    assert train.token_ids(["river", "no"], own) == train.token_ids(["revir", "on"], tokenizer)
+
+
 # --- SupervisedDataset -----------------------------------------------------------------------------------------------
 
 
