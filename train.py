@@ -167,7 +167,9 @@ def token_ids(texts, tokenizer):
     options = {"return_attention_mask": False, "verbose": False}
     if tokenizer.model_max_length < 10**9:  # a tokenizer without a limit says 10^30
         options |= {"truncation": True, "max_length": tokenizer.model_max_length}
-    if getattr(type(tokenizer), "_encode_plus", None) is not transformers.PreTrainedTokenizerFast._encode_plus:
+    own, library = type(tokenizer), transformers.PreTrainedTokenizerFast
+    steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
+    if any(getattr(own, step, None) is not getattr(library, step) for step in steps):
         return tokenizer(texts, **options).input_ids
     tokenizer(texts[:1], **options)
     return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
@@ -541,8 +543,9 @@ class ProgressLine(TrainerCallback):
             self.targets += logs["num_targets"]
             seconds, done = now - self.started, step - self.first_step
             left = int((state.max_steps - step) * seconds / done)
+            speed = done * utils.global_batch(args) / seconds
             rates = (
-                f"  {done * utils.global_batch(args) / seconds:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
+                f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
                 f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             )
         norm = logs.get("grad_norm")

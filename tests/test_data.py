@@ -160,13 +160,21 @@ def test_ids_are_those_of_a_call_for_each_text(window, side, split_special_token
     assert train.token_ids(texts, tokenizer) == expected
 
 
-def test_a_tokenizer_with_a_call_of_its_own_is_called(base, tokenizer):
-    class Reversed(transformers.PreTrainedTokenizerFast):
-        def _encode_plus(self, text, **options):
-            return super()._encode_plus([one[::-1] for one in text], **options)
+@pytest.mark.parametrize("step", ["__call__", "_encode_plus", "_convert_encoding"])
+def test_a_tokenizer_with_a_step_of_its_own_is_called(step, base, tokenizer):
+    library = transformers.PreTrainedTokenizerFast
 
-    own = Reversed.from_pretrained(base)
-    assert train.token_ids(["river", "no"], own) == train.token_ids(["revir", "on"], tokenizer)
+    def backwards(self, text, *arguments, **options):
+        return getattr(library, step)(self, [one[::-1] for one in text], *arguments, **options)
+
+    def spoilt(self, *arguments, **options):
+        made, encodings = library._convert_encoding(self, *arguments, **options)
+        return made | {"input_ids": [ids[::-1] for ids in made["input_ids"]]}, encodings
+
+    own = type("Own", (library,), {step: spoilt if step == "_convert_encoding" else backwards}).from_pretrained(base)
+    texts = ["river", "no", "lamp"]
+    assert train.token_ids(texts, own) == own(texts).input_ids
+    assert train.token_ids(texts, own) != tokenizer(texts).input_ids
 
 
 # --- SupervisedDataset -----------------------------------------------------------------------------------------------
