@@ -507,9 +507,10 @@ def parse_options(parser, words):
 
 def truth(word):
     """The value of an option that is True or False."""
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{word} is neither True nor False")
-    return word.lower() == "true"
+    known = {"true": True, "1": True, "false": False, "0": False}
+    if word.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
+    return known[word.lower()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

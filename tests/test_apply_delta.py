@@ -1031,20 +1031,22 @@ def test_spellings_of_the_originals(words):
     assert not args.check_integrity_naively and not args.overwrite and not args.make
 
 
-def test_checksum_option():
+@pytest.mark.parametrize(
+    ("word", "value"), [([], True), (["True"], True), (["1"], True), (["false"], False), (["0"], False)]
+)
+def test_checksum_option(word, value):
     common = ["--path_raw", "B", "--path_diff", "D", "--path_tuned", "T"]
-    assert script.parse_args([*common, "--check_integrity_naively"]).check_integrity_naively is True
-    assert script.parse_args([*common, "--check_integrity_naively", "True"]).check_integrity_naively is True
+    assert script.parse_args([*common, "--check_integrity_naively", *word]).check_integrity_naively is value
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--base B --delta D", "the following arguments are required: --target/"),
-        ("--base B --delta D --target T --check_integrity_naively Ture", "argument --check_integrity_naively: Ture is "
+        ("--base B --delta D --target T --check_integrity_naively Ture", "argument --check_integrity_naively: 'Ture' is "
          "neither True nor False"),
         ("--base B --delta D --target T --dtype fp16", "argument --dtype: invalid choice: 'fp16'"),
-        ("--base B --delta D --target T --exakt", "unknown option: --exakt (did you mean --exact?); --help lists those"),
+        ("--base B --delta D --target T --exakt", "unknown option: --exakt (did you mean --exact?); --help"),
     ],
 )  # fmt: skip
 def test_wrong_options(words, message):

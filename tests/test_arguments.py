@@ -330,3 +330,39 @@ def test_help_lists_the_commands_and_every_own_option():
 def test_read_only_output_is_one_line(base, data):
     run = train(basic_options(base, data, "/proc/nowhere"))
     assert run.code == 2 and run.error().startswith("error: /proc/nowhere: ")
+
+
+def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
+    def settings(*words, sha256="1"):
+        model_args, _, args, _ = parse("--output_dir", tmp_path, *words)
+        return utils.settings_of(args, model_args, {"data.json": sha256})
+
+    plain = settings()
+    for words, key in {
+        "model_max_length 256": "model_max_length", "pad_token add": "pad_token", "seed 1": "seed",
+        "data_seed 1": "data_seed", "learning_rate 1": "learning_rate", "lr_scheduler_type cosine": "lr_scheduler_type",
+        'lr_scheduler_kwargs {"a":1}': "lr_scheduler_kwargs", "warmup_steps 5": "warmup_steps",
+        "num_train_epochs 9": "num_train_epochs", "max_steps 9": "max_steps", "optim sgd": "optim",
+        "optim_args a=1": "optim_args", "adam_beta1 0.5": "adam_beta1", "adam_beta2 0.5": "adam_beta2",
+        "adam_epsilon 1": "adam_epsilon", "weight_decay 1": "weight_decay", "max_grad_norm 9": "max_grad_norm",
+        "bf16 True": "bf16", "label_smoothing_factor 0.5": "label_smoothing_factor",
+        "neftune_noise_alpha 1": "neftune_noise_alpha",
+        "train_sampling_strategy sequential": "train_sampling_strategy",
+        "average_tokens_across_devices False": "average_tokens_across_devices",
+        "model_name_or_path gpt2": "model", "dtype bfloat16": "dtype", "per_device_train_batch_size 3": "global_batch",
+        "gradient_accumulation_steps 3": "global_batch",
+    }.items():  # fmt: skip
+        other = settings(*f"--{words}".split(maxsplit=1))
+        assert [name for name in plain if other[name] != plain[name]] == [key], words
+    assert [name for name in plain if settings(sha256="2")[name] != plain[name]] == ["data"]
+    for words in ("logging_steps 7", "save_steps 7", "padded True", "save_dtype float16"):
+        assert settings(*f"--{words}".split()) == plain, words
+
+
+@pytest.mark.parametrize("flag", ["overwrite_output_dir", "resume_anyway"])
+def test_what_may_be_done_with_the_output_folder_is_passed_on(flag, monkeypatch, tmp_path):
+    args = parse("--output_dir", tmp_path, "--resume_from_checkpoint", "c", f"--{flag}", "True")[2]
+    monkeypatch.setattr(utils, "claim_folder", lambda folder: None)
+    monkeypatch.setattr(utils, "resume_point", lambda *words: words)
+    wanted = (str(tmp_path), {}, "c", flag == "overwrite_output_dir", flag == "resume_anyway")
+    assert utils.open_output(args, {}) == wanted

@@ -680,7 +680,7 @@ def test_a_conversation_remembers_drops_and_goes_on_after_an_error(endless, monk
             "--do_sample False and --temperature, --top_k contradict each other",
         ),
         ("--do_sample --temperature 0", "--do_sample and --temperature 0 contradict each other"),
-        ("--do_sample maybe", "argument --do_sample: maybe is neither True nor False"),
+        ("--do_sample maybe", "argument --do_sample: 'maybe' is neither True nor False"),
     ],
 )
 def test_refusals(words, message):
