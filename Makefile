@@ -10,6 +10,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RELEASES := tests/requirements-tested.txt
 
+# Packages are compiled when a process first imports them, a third of their files, and not all by pip.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test test-all demo clean
 
 test: $(VENV)/.built
@@ -27,8 +30,8 @@ $(VENV)/.built: $(RELEASES)
 	  echo "error: $(VENV) was not made by this Makefile; move it away, or use: make test VENV=.venv-test" >&2; exit 2; fi
 	mkdir -p $(VENV) && touch $(VENV)/.building
 	$(PYTHON) -m venv --clear $(VENV) && touch $(VENV)/.building
-	$(VENV)/bin/python -m pip install -q "$$(grep '^torch==' $(RELEASES))"
-	$(VENV)/bin/python -m pip install -q -r $(RELEASES)
+	$(VENV)/bin/python -m pip install -q --no-compile "$$(grep '^torch==' $(RELEASES))"
+	$(VENV)/bin/python -m pip install -q --no-compile -r $(RELEASES)
 	mv $(VENV)/.building $@
 
 clean:
