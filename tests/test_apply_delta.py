@@ -1050,9 +1050,15 @@ def test_checksum_option(word, value):
     ],
 )  # fmt: skip
 def test_wrong_options(words, message):
-    run = run_script(*words.split())
+    with pytest.raises(UserError) as caught:
+        script.parse_args(words.split())
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_a_wrong_option_is_one_line():
+    run = run_script("--base", "B", "--delta", "D")
     assert (run.code, run.out) == (2, "")
-    assert run.err.startswith(f"error: {message}") and run.err.count("\n") == 1
+    assert run.err.startswith("error: the following arguments are required: --target/") and run.err.count("\n") == 1
 
 
 def run_script(*words):

@@ -282,6 +282,7 @@ def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
     assert field(f"({shape})", steps[1])
 
 
+@pytest.mark.slow
 def test_off_a_terminal_lines_come_every_logging_steps(base, data, tmp_path):
     run = train(basic_options(base, data, tmp_path / "out", logging_steps=4)).finished()
     steps = [line for line in run.err.splitlines() if line.startswith("step ")]

@@ -159,11 +159,8 @@ def test_fp16_files_give_fp32_masters_unless_asked_otherwise(early_llama, tmp_pa
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    ("processes", "engine"),
-    [(1, ()), pytest.param(2, FSDP, marks=pytest.mark.slow), pytest.param(2, ZERO3, marks=pytest.mark.slow)],
-    ids=["single", "fsdp", "zero3"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "engine"), [(1, ()), (2, FSDP), (2, ZERO3)], ids=["single", "fsdp", "zero3"])
 @pytest.mark.usefixtures("deepspeed_ready")
 def test_pad_token_add_gives_a_row_with_the_mean_of_the_old(processes, engine, base, data, tmp_path):
     options = basic_options(base, data, tmp_path / "out", pad_token="add", max_steps=1, learning_rate=0)
