@@ -64,7 +64,7 @@ def parse_args(argv=None):
     add("--new_rows", choices=("zero", "mean"), help="What rows that the base lacks are taken to be in it.")
     add("--any_base", action="store_true", help="Skip the checks that base and delta belong together.")
     add("--overwrite", action="store_true", help="Write into a folder that exists; only namesakes are replaced.")
-    truth = {"type": utils.truth, "nargs": "?", "const": True, "metavar": "True|False"}
+    truth = utils.TRUTH | {"metavar": "True|False"}
     add("--check_integrity_naively", **truth, help=f"Stanford Alpaca 7B: the sum of all numbers must be {ALPACA_SUM}.")
     add("--low-cpu-mem", "--low_cpu_mem", action="store_true", help=argparse.SUPPRESS)
     return utils.parse_options(parser, argv)

@@ -39,13 +39,7 @@ def parse_arguments(words):
     add("--data_path", help="A file of questions: lines of text, JSON Lines or a JSON list; - is standard input.")
     add("--prompt_style", help=f"{', '.join(PROMPT_STYLES)}; by default what the model's run.json says, else alpaca.")
     add("--max_new_tokens", type=int, default=512, help="Longest answer (default: 512).")
-    add(
-        "--do_sample",
-        type=utils.truth,
-        nargs="?",
-        const=True,
-        help="Sample; implied by the next three. Default: greedy.",
-    )
+    add("--do_sample", **utils.TRUTH, help="Sample; implied by the next three. Default: greedy.")
     add("--temperature", type=float, help="1.0 where sampling and not given; 0 is greedy.")
     add("--top_p", type=float, help="Sample from the likeliest tokens with this sum of probabilities.")
     add("--top_k", type=int, help="Sample from so many likeliest tokens.")

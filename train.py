@@ -121,7 +121,6 @@ def parse_arguments(words):
     classes = (ModelArguments, DataArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = utils.refuse
     words, notices = utils.translate_old_options(words)
     saved = {}
     if words and words[0].endswith(".json"):
@@ -133,9 +132,7 @@ def parse_arguments(words):
     if sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
         raise UserError("--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON")
     parser.set_defaults(**{key: value for key, value in saved.items() if key != "data_path"})
-    namespace, rest = parser.parse_known_args(words)
-    if rest:
-        raise utils.unknown_options(rest, [f"--{f.name}" for cls in classes for f in dataclasses.fields(cls)])
+    namespace = utils.parse_options(parser, words)
     namespace.data_path = namespace.data_path or saved.get("data_path")
     for notice in notices:
         say(notice)

@@ -491,14 +491,13 @@ def unknown_options(words, known):
     return UserError(f"unknown option: {', '.join(hints)}; --help lists those that exist")
 
 
-def refuse(message):
-    """What an argparse parser calls as its `error`: one line, without the usage."""
+def _refuse(message):
     raise UserError(message)
 
 
 def parse_options(parser, words):
     """Parse `words` with an argparse parser. Raises UserError for whatever it refuses, unknown options included."""
-    parser.error = refuse
+    parser.error = _refuse  # one line, without the usage
     args, rest = parser.parse_known_args(words)
     if rest:
         raise unknown_options(rest, [name for action in parser._actions for name in action.option_strings])
@@ -511,6 +510,9 @@ def truth(word):
     if word.lower() not in known:
         raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
     return known[word.lower()]
+
+
+TRUTH = {"type": truth, "nargs": "?", "const": True}  # of add_argument; the bare option is True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
