@@ -12,6 +12,7 @@ tokenizer into one flat folder. Tensors stream through in blocks, so memory does
 import argparse
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
@@ -290,6 +291,30 @@ def check_tensors(llama, shards, folder):
                 raise UserError(f"{folder}: tensor {raw} differs between {one} and {other}; download both again")
 
 
+def check_values(tensors, dtype=None):
+    """Read all of `tensors`: checksums hold, every value is finite, and has a place in `dtype` where one is given.
+
+    So nothing is written of damaged weights. The checksums are checked again by who reads on: a model that is larger
+    than the memory comes from the disk a second time.
+    """
+
+    def check(tensor):
+        where = f"{tensor.file.path}: tensor {tensor.name}"
+        for start, stop in utils.row_blocks(tensor.shape, tensor.dtype):
+            block = tensor.read(start, stop)
+            utils.check_finite(block, tensor.dtype, where)
+            if dtype and dtype != tensor.dtype:
+                cast(block, tensor.dtype, dtype, where)
+        return tensor.nbytes
+
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        with utils.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
+            for size in threads.map(check, tensors):
+                meter.add(size)
+    for file in {tensor.file for tensor in tensors}:
+        file.rewind()
+
+
 def are_equal(one, other):
     """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
     if (one.file, one.offset, one.strides) == (other.file, other.offset, other.strides):
@@ -340,13 +365,13 @@ def joined(parts, axis, multiple=1):
             yield part.read(start, stop)
 
 
-def cast(block, old, new, name):
+def cast(block, old, new, where):
     """A block's bits in another dtype, rounded once. Raises UserError where a value has no place in it."""
     import torch
 
     numbers = torch.from_numpy(block).view(getattr(torch, old)).to(getattr(torch, new))
     bits = numbers.view(getattr(torch, f"uint{8 * numbers.itemsize}")).numpy()
-    utils.check_finite(bits, new, f"tensor {name}: cast to {new} it", "choose another --dtype")
+    utils.check_finite(bits, new, f"{where}: cast to {new} it", "choose another --dtype")
     return bits
 
 
@@ -360,7 +385,7 @@ def model_plan(llama, shards, dtype=None):
 
 
 def write_model(llama, shards, folder, plan, max_shard_size):
-    """Stream all tensors into safetensors in `folder`; every value is finite and every checksum of the source holds."""
+    """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
     meter = utils.Meter("weights", utils.plan_size(plan))
     with utils.WeightWriter(folder, plan, max_shard_size) as writer, meter:
         for raw, (name, axis, _) in llama.tensors().items():
@@ -370,7 +395,6 @@ def write_model(llama, shards, folder, plan, max_shard_size):
             copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
             old, new = shards[0][raw].dtype, plan[name][0]
             for block in joined([shard[raw] for shard in shards[::copies]], axis, llama.head_dim if is_rotated else 1):
-                utils.check_finite(block, old, f"{shards[0][raw].file.path.parent}: tensor {raw}")
                 block = permute(block, llama.head_dim) if is_rotated else block
                 block = block if old == new else cast(block, old, new, raw)
                 writer.append(name, block)
@@ -803,6 +827,7 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
     size, total = utils.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(utils.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
+        check_values(list(sources.values()))
         shards = [RawShard(target / name, plan) for name in names]
         for shard in shards:
             stack.callback(shard.close)
@@ -815,7 +840,6 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
             for first in range(0, shape[0], share):
                 for start, stop in utils.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
                     block = sources[name].read(first + start, first + stop)
-                    utils.check_finite(block, plan[raw][0], f"{folder}: tensor {name}")
                     block = unpermute(block, llama.head_dim) if is_rotated else block
                     if axis == COLUMNS:
                         records[first // share].write(np.ascontiguousarray(block))
@@ -896,6 +920,8 @@ def convert(args):
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = load_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
     with utils.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
+        written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
+        check_values([shard[raw] for raw in written for shard in shards], args.dtype)
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")

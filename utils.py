@@ -7,7 +7,6 @@ functions that need them, so that every script starts with only what it uses.
 import argparse
 import asyncio
 import bisect
-import collections
 import concurrent.futures
 import contextlib
 import copy
@@ -21,7 +20,6 @@ import io
 import json
 import math
 import os
-import pickle
 import queue
 import random
 import re
@@ -956,7 +954,7 @@ def write_model(trainer, weights, folder):
 # Weight files, streamed
 #
 # What convert_llama_weights.py and apply_delta.py share: tensors of any size go from file to file in blocks of BLOCK
-# bytes, so that memory does not depend on the model. numpy only; torch is not imported.
+# bytes, so that memory does not depend on the model. numpy only; torch is imported where there is a pickle to read.
 #
 #     with new_folder(target, size, inputs=[source], overwrite=False) as folder:     # hidden until the block ends well
 #         tensors = open_weights(find_model(source))       # {name: StoredTensor(file, name, dtype, shape, ...)}
@@ -1034,8 +1032,8 @@ class WeightFile:
     """One .safetensors file, or one zip of torch.save (.pth, .bin), kept open: what was listed is what is read.
 
     `tensors` maps names to StoredTensor. Records of a zip have their CRC-32 checked as they are read, and what was not
-    read in one go by `finish`. Pickles are read by an unpickler that knows tensors and nothing else, so none can run
-    code. Raises UserError for a file that is truncated, damaged or of another kind.
+    read in one go by `finish`. Pickles are read with torch's `weights_only`, so none can run code. Raises UserError
+    for a file that is truncated, damaged or of another kind.
     """
 
     def __init__(self, path):
@@ -1131,14 +1129,16 @@ class WeightFile:
             raise UserError(f"{self.path}: a zip, but none of torch.save: {_REWRITE}")
         if "byteorder" in starts and self._pread(*starts["byteorder"]).tobytes() != b"little":
             raise UserError(f"{self.path}: its numbers are big-endian: {_REWRITE}")
-        found = _Unpickler(self, io.BytesIO(self._pread(*starts["data.pkl"]).tobytes())).read()
-        for name, (dtype, record, numel, offset, shape, strides) in found.items():
-            size, (start, room) = DTYPES[dtype][1], starts.get(f"data/{record}", (0, -1))
-            last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-            sane = all(type(n) is int and n >= 0 for n in (numel, offset, *shape, *strides))
-            if not sane or numel * size > room or (0 not in shape and last >= numel):
+        for name, tensor in _unpickle(self._pread(*starts["data.pkl"]).tobytes(), self.path).items():
+            dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+            storage = tensor.untyped_storage()
+            start, room = starts.get(f"data/{storage.record}", (0, -1))
+            if dtype not in DTYPES:
+                raise UserError(f"{self.path}: tensor {name} is {dtype}, which is not supported")
+            if storage.nbytes() > room:
                 raise UserError(f"{self.path}: damaged: tensor {name} {list(shape)} reaches past its record")
-            self.tensors[name] = StoredTensor(self, name, dtype, shape, strides, start + offset * size)
+            offset = start + tensor.storage_offset() * DTYPES[dtype][1]
+            self.tensors[name] = StoredTensor(self, name, dtype, shape, tensor.stride(), offset)
 
     def _needed(self):
         """What a zip whose end is lost should hold, as words: by its list of tensors, which torch puts first."""
@@ -1146,8 +1146,8 @@ class WeightFile:
             local = self._pread(0, 30)
             start = 30 + int(local[26:28].view("<u2")[0]) + int(local[28:30].view("<u2")[0])
             pickled = self._pread(start, min(MAX_HEADER, self.size - start)).tobytes()
-            found = _Unpickler(self, io.BytesIO(pickled)).read()
-            records = {record: numel * DTYPES[dtype][1] for dtype, record, numel, *_ in found.values()}
+            storages = (tensor.untyped_storage() for tensor in _unpickle(pickled, self.path).values())
+            records = {storage.record: storage.nbytes() for storage in storages}
             return f", its tensors alone need {sum(records.values()):,},"
         except Exception:  # then so much is lost that nothing can be said
             return ""
@@ -1205,6 +1205,11 @@ class WeightFile:
             for i, piece in enumerate(pieces):
                 self.gather(piece, offset + i * strides[axis] * out.itemsize, rest)
 
+    def rewind(self):
+        """Let the checksums be checked anew: what was read is going to be read a second time."""
+        for record in self.records.values():
+            record[2:] = 0, 0
+
     def finish(self):
         """Read what of the zip's records was not read in order, check it, and close the file, which must not have
         changed since it was opened."""
@@ -1238,49 +1243,41 @@ def _kind_of_file(head, path):
     return f"no zip of torch.save (damaged, or of another program); if torch can load it, {_REWRITE}"
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads the pickle of a state dict; the only callables it hands out are the inert ones below."""
+def _unpickle(pickled, path):
+    """{name: tensor on the meta device} of a pickled state dict; its untyped_storage().record is its data's name.
 
-    def __init__(self, weight_file, stream):
-        super().__init__(stream)
-        self.path = weight_file.path
+    The unpickler is that of torch.load(weights_only=True): it knows tensors and a few harmless types, and runs nothing
+    else. Not through torch.load, which reads all the data and does not tell where in the file a tensor lies.
+    """
+    import torch
+    from torch._weights_only_unpickler import Unpickler
 
-    def find_class(self, module, name):
-        if module == "torch" and name in STORAGE_DTYPES:
-            return STORAGE_DTYPES[name]  # a str: nothing that could be called
-        known = {
-            ("collections", "OrderedDict"): collections.OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda s, offset, shape, strides, *_: (*s, offset, shape, strides),
-            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
-        }
-        if (module, name) not in known:
+    def storage(saved):
+        _, kind, record, _, numel = saved
+        dtype = getattr(kind, "dtype", torch.uint8)
+        found = torch.UntypedStorage(numel * dtype.itemsize, device="meta")
+        found.record = record
+        return torch.storage.TypedStorage(wrap_storage=found, dtype=dtype, _internal=True)
+
+    unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
+    unpickler.persistent_load = storage
+    try:
+        found = unpickler.load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{self.path}: its pickle asks for {module}.{name}, which no weights need; nothing of it was run; "
-                "get the weights as safetensors, or from somebody you trust"
-            )
-        return known[module, name]
-
-    def persistent_load(self, saved):
-        _, dtype, record, _, numel = saved
-        return dtype, record, numel
-
-    def read(self):
-        """{name: (dtype, record, elements of the record, offset, shape, strides)}"""
-        try:
-            found = self.load()
-        except UserError:
-            raise
-        except Exception:  # a damaged pickle can fail in any way
-            raise UserError(f"{self.path}: damaged: its list of tensors cannot be read; download it again") from None
-        if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
-            found = next(iter(found.values()))  # {"model": {...}}
-        if not isinstance(found, dict) or not found:
-            raise UserError(f"{self.path}: holds no dict of tensors; {_REWRITE}")
-        for name, value in found.items():
-            whole = isinstance(value, tuple) and len(value) == 6 and value[0] in DTYPES
-            if not isinstance(name, str) or not whole or not len(value[4]) == len(value[5]):
-                raise UserError(f"{self.path}: entry {name!r} is no tensor, so this is no file of weights")
-        return found
+                f"{path}: its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the "
+                "weights as safetensors, or from somebody you trust"
+            ) from None
+        raise UserError(f"{path}: damaged: its list of tensors cannot be read; download it again") from None
+    if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
+        found = next(iter(found.values()))  # {"model": {...}}
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{path}: holds no dict of tensors; {_REWRITE}")
+    for name, tensor in found.items():
+        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
+            raise UserError(f"{path}: entry {name!r} is no tensor, so this is no file of weights")
+    return found
 
 
 def contiguous(shape):
