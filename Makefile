@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RELEASES := tests/requirements-tested.txt
+# In alphabetical order: the last files, which one core works on alone, are then quick ones.
+PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Packages are compiled when a process first imports them, a third of their files, and not all by pip.
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,10 +18,10 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: test test-all demo clean
 
 test: $(VENV)/.built
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
 
 test-all: $(VENV)/.built
-	$(VENV)/bin/python -m pytest -q -n 2 --dist loadfile tests
+	$(PYTEST) tests
 
 demo: $(VENV)/.built
 	$(VENV)/bin/python examples/demo.py

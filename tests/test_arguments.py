@@ -230,6 +230,7 @@ def test_dry_run_shows_examples_and_counts_and_loads_no_weights(base, data, toke
     assert field(r"tokens per epoch: [\d,]+, of which trained ([\d,]+)", run.out) == f"{targets:,}"
 
 
+@pytest.mark.slow
 def test_error_is_said_once_by_two_processes(base, tmp_path):
     (tmp_path / "data.json").write_text('[{"instruction": "x"}]')
     run = train(basic_options(base, tmp_path / "data.json", tmp_path / "out"), processes=2)
@@ -259,6 +260,7 @@ def test_busy_port_is_one_line(base, data, tmp_path):
     assert done.stderr.splitlines()[-1].endswith(f"if port {port} is in use, choose another with --master_port")
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
     """On a pseudo-terminal every step rewrites one line; the rates appear from the second step."""
     master, slave = pty.openpty()

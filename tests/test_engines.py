@@ -68,8 +68,8 @@ EQUAL = {
     "zero2": ("ZeRO-2 with offload", ALL, "4 flat x accumulation 1"),
     "zero3 accumulated": ("ZeRO-3 with offload", HALF, "2 flat x accumulation 2"),
 }
-SLOW_SINGLES = ("bf16 saved in float32", "deepspeed without launcher")
-QUICK = ("single", "padded", "ddp", "fsdp", "zero3 accumulated")
+QUICK_SINGLES = ("single", "padded", "opt", "torn", "learning rate 1e30")
+QUICK = ("single", "padded", "ddp", "fsdp", "zero3 accumulated")  # of EQUAL
 slow = pytest.mark.slow
 
 
@@ -136,7 +136,7 @@ def runs(bases, data, tmp_path_factory):
         processes = RUNS[name][1]
         if processes == 1 and name not in made:  # together: alone, each would leave all but one core idle
             group = [other for other, run in RUNS.items() if run[1] == 1]
-            singles = [other for other in group if (other in SLOW_SINGLES) == (name in SLOW_SINGLES)]
+            singles = [other for other in group if (other in QUICK_SINGLES) == (name in QUICK_SINGLES)]
             started = [start(options_of(other)) for other in singles]
             for other, process in zip(singles, started, strict=True):
                 made[other] = finish(process, options_of(other))
@@ -334,13 +334,9 @@ def test_the_layer_class_of_early_2023_is_corrected_with_a_notice(runs):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@slow
 @pytest.mark.parametrize(
-    ("name", "weights"),
-    [
-        ("bf16", "float32"),
-        pytest.param("bf16 fsdp", "float32", marks=slow),
-        pytest.param("bf16 zero3", "bfloat16", marks=slow),
-    ],
+    ("name", "weights"), [("bf16", "float32"), ("bf16 fsdp", "float32"), ("bf16 zero3", "bfloat16")]
 )
 @pytest.mark.usefixtures("deepspeed_ready")
 def test_bf16_computes_in_16_bits_over_masters_of_32(runs, name, weights):
@@ -448,7 +444,8 @@ def test_a_model_that_mixes_the_examples_of_a_flat_row_is_padded(runs, name):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("deepspeed", marks=slow)])
+@slow
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_an_engine_of_several_processes_is_refused_without_a_launcher(runs, engine):
     run = runs(f"{engine} without launcher")
     assert run.code == 2
@@ -560,6 +557,7 @@ def test_a_run_that_diverges_stops_with_step_records_dtypes_and_checkpoint(runs)
     assert [path.name for path in run.folder.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+@slow
 def test_a_base_model_that_is_not_finite_stops_at_the_first_step(runs):
     run = runs("torn, not rehearsed")
     assert run.error().startswith("error: step 1: the loss is nan and the gradient norm nan; records of process 0: ")

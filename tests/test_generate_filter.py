@@ -76,8 +76,9 @@ def make_texts(count, seed=0):
     return texts
 
 
-def test_every_score_of_100_000_pairs_is_rouge_scores_bit_for_bit():
-    texts, scorer, pairs = make_texts(330), scoring.RougeScorer(["rougeL"]), 0
+@pytest.mark.parametrize("count", [160, pytest.param(330, marks=pytest.mark.slow)])
+def test_every_score_of_all_pairs_is_rouge_scores_bit_for_bit(count):
+    texts, scorer, pairs = make_texts(count), scoring.RougeScorer(["rougeL"]), 0
     tokens = [tokenize(text) for text in texts]
     for one, known in zip(texts, tokens, strict=True):
         pool = RougeFilter(threshold=-1)  # everything is a duplicate, with the score of the only known text
@@ -89,7 +90,7 @@ def test_every_score_of_100_000_pairs_is_rouge_scores_bit_for_bit():
             else:
                 assert verdict == {"kept": False, "reason": "no words"}
             pairs += 1
-    assert pairs == 330**2 >= 100_000
+    assert pairs == count**2  # 108,900 of them
     one, other = SEEDS[0], SEEDS[1]  # the scorer's public face gives the same
     found = scoring._score_lcs(tokenize(one), tokenize(other)).fmeasure
     assert scorer.score(one, other)["rougeL"].fmeasure == found

@@ -180,21 +180,18 @@ def heavy_base(base, tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(base, data, tmp_path_factory):
     """Runs of one process, each in a new folder: name -> Run."""
-    folder, seen = tmp_path_factory.mktemp("runs"), []
+    folder = tmp_path_factory.mktemp("runs")
 
-    def options(name, **changes):
-        return run_options(base, data, folder / name, **changes)
+    def options(name):
+        return run_options(base, data, folder / name)
 
-    one_kept = options("one_kept", save_total_limit=1)
     return together(
         {
             "unbroken": lambda: play(options("unbroken")),
             "terminated": lambda: play(options("terminated"), until="step 5/", then=send(signal.SIGTERM)),
             "killed": lambda: play(options("killed"), until="step 6/", then=kill),
-            "one kept": lambda: play(one_kept, until="engine: ", then=watch_checkpoints(folder / "one_kept", seen)),
-            "no room": lambda: play(options("no_room"), command=NO_ROOM),
         }
-    ) | {"seen beside one kept": seen}
+    )
 
 
 @pytest.fixture(scope="session")
@@ -312,10 +309,12 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed(runs, tmp_path, capsys
     assert capsys.readouterr().err == f"{folder}: its run has no whole checkpoint yet; starting from the first step\n"
 
 
-def test_one_kept_checkpoint_goes_only_when_the_next_is_whole(runs):
-    run = runs["one kept"].finished()
+@slow
+def test_one_kept_checkpoint_goes_only_when_the_next_is_whole(runs, base, data, tmp_path):
+    seen, options = [], run_options(base, data, tmp_path / "out", save_total_limit=1)
+    run = play(options, until="engine: ", then=watch_checkpoints(tmp_path / "out", seen)).finished()
     assert checkpoints(run.folder) == ([18], [])
-    assert set(runs["seen beside one kept"]) <= {1, 2} and len(runs["seen beside one kept"]) > 10
+    assert set(seen) <= {1, 2} and len(seen) > 10
     assert rows_of(run) == rows_of(runs["unbroken"])
 
 
@@ -533,8 +532,9 @@ def test_a_model_that_cannot_be_saved_is_refused_before_the_first_step(heavy_bas
     assert names_in(run.folder) == {".lock", "run.json"}
 
 
-def test_a_disk_without_room_is_found_before_the_first_step(runs):
-    run = runs["no room"]
+@slow
+def test_a_disk_without_room_is_found_before_the_first_step(base, data, tmp_path):
+    run = play(run_options(base, data, tmp_path / "out"), command=NO_ROOM)
     assert run.code == 2 and printed_steps(run) == []
     assert "File too large" in run.error() and run.error().count("make room") == 1 and "Traceback" not in run.err
     assert names_in(run.folder) - {".rehearsal"} == {".lock", "run.json"}
