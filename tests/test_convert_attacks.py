@@ -96,6 +96,21 @@ def test_flipped_bits_in_a_tensor(name, source, unwritten):
     assert message.startswith(f"{path}: damaged: the CRC-32 of tensor {name} is ") and message.endswith(f"; {COPY}")
 
 
+def test_what_is_written_has_its_checksum_looked_at_once_more(source, monkeypatch):
+    path, check = source / "consolidated.00.pth", convert.check_values
+    found = utils.open_weights(path)["norm.weight"]
+
+    def checking(*arguments):
+        check(*arguments)
+        with open(path, "r+b") as file:  # as a disk that reads wrongly would have it: the file's time stays
+            file.seek(found.offset)
+            file.write(b"\x01")
+        os.utime(path, ns=(path.stat().st_atime_ns, found.file.status.st_mtime_ns))
+
+    monkeypatch.setattr(convert, "check_values", checking)
+    assert refusal(source).startswith(f"{path}: damaged: the CRC-32 of tensor norm.weight is ")
+
+
 def test_a_record_that_no_tensor_reads_is_checked_too(source):
     path = source / "consolidated.00.pth"
     data = bytearray(path.read_bytes())
@@ -190,9 +205,9 @@ def test_key_value_copies_that_differ(wrong, pieces, tmp_path):  # noqa: F811
 def test_values_that_are_not_finite(value, dtype, pieces, tmp_path, unwritten):  # noqa: F811
     weights = make_weights(dtype=dtype)
     weights["layers.1.attention.wk.weight"][63, 63] = value
-    source = make_raw(tmp_path / "raw", pieces, weights)
+    source = make_raw(tmp_path / "raw", pieces, weights, shards=2)
     assert refusal(source) == (
-        f"{source / 'consolidated.00.pth'}: tensor layers.1.attention.wk.weight: holds values that are not finite "
+        f"{source / 'consolidated.01.pth'}: tensor layers.1.attention.wk.weight: holds values that are not finite "
         "(infinite or NaN); the weights are damaged"
     )
 
