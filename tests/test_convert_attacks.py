@@ -296,6 +296,20 @@ def test_pickles_that_are_no_weights(pickled, message, source):
     assert refusal(source).startswith(f"{path}: {message}")
 
 
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(2, 2).to_sparse(), "entry 'a' is no tensor, so this is no file of weights"),
+        (torch.ones(2, dtype=torch.complex64), "tensor a is complex64, which is not supported"),
+        (torch.ones(2).to(torch.float8_e4m3fn), "tensor a is float8_e4m3fn, which is not supported"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers(tensor, message, source):
+    path = source / "consolidated.00.pth"
+    torch.save({"a": tensor}, path)
+    assert refusal(source) == f"{path}: {message}"
+
+
 def test_a_tensor_that_reaches_past_its_record(source):
     path = source / "consolidated.00.pth"
     data = path.read_bytes()
