@@ -972,8 +972,8 @@ def write_model(trainer, weights, folder):
 # UserError that names file and tensor.
 # ---------------------------------------------------------------------------------------------------------------------
 
-BLOCK = 8 * 2**20  # bytes
-SYNC = 128 * 2**20  # bytes that may wait in the page cache
+BLOCK = 2 * 2**20  # bytes
+SYNC = 32 * 2**20  # bytes that may wait in the page cache
 DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set means infinite or no number)
     "float64": ("F64", 8, 0x7FF0000000000000),
     "float32": ("F32", 4, 0x7F800000),
