@@ -294,8 +294,7 @@ def check_tensors(llama, shards, folder):
 def check_values(tensors, dtype=None):
     """Read all of `tensors`: checksums hold, every value is finite, and has a place in `dtype` where one is given.
 
-    So nothing is written of damaged weights. The checksums are checked again by who reads on: a model that is larger
-    than the memory comes from the disk a second time.
+    So nothing is written of damaged weights, for the price of reading them twice.
     """
 
     def check(tensor):
@@ -311,8 +310,6 @@ def check_values(tensors, dtype=None):
         with utils.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
             for size in threads.map(check, tensors):
                 meter.add(size)
-    for file in {tensor.file for tensor in tensors}:
-        file.rewind()
 
 
 def are_equal(one, other):

@@ -1205,11 +1205,6 @@ class WeightFile:
             for i, piece in enumerate(pieces):
                 self.gather(piece, offset + i * strides[axis] * out.itemsize, rest)
 
-    def rewind(self):
-        """Let the checksums be checked anew: what was read is going to be read a second time."""
-        for record in self.records.values():
-            record[2:] = 0, 0
-
     def finish(self):
         """Read what of the zip's records was not read in order, check it, and close the file, which must not have
         changed since it was opened."""
@@ -1302,8 +1297,12 @@ def row_blocks(shape, dtype, multiple=1, block=None):
 
 def check_finite(block, dtype, where, advice="the weights are damaged"):
     """Raise UserError, naming `where`, for bits that stand for an infinite value or for no number (NaN)."""
-    exponent = DTYPES[dtype][2]
-    if exponent and block.size and int((block & block.dtype.type(exponent)).max()) == exponent:
+    exponent, sign = DTYPES[dtype][2], 1 << 8 * block.itemsize - 1
+    if not exponent or not block.size:
+        return
+    # As integers with a sign the numbers above 0 are ordered like themselves, those below 0 without one: two maxima
+    # tell, in a third of the time of a mask and without its memory.
+    if int(block.view(f"i{block.itemsize}").max()) >= exponent or int(block.max()) >= sign + exponent:
         raise UserError(f"{where}: holds values that are not finite (infinite or NaN); {advice}")
 
 

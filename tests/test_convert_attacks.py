@@ -1,5 +1,6 @@
 """convert_llama_weights.py and damaged, mixed or malicious files, full disks, signals: refused, and nothing is left."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import convert_llama_weights as convert
+import numpy as np
 import pytest
 import torch
 import utils
@@ -94,21 +96,6 @@ def test_flipped_bits_in_a_tensor(name, source, unwritten):
         file.write(bytes([byte]))
     message = refusal(source)
     assert message.startswith(f"{path}: damaged: the CRC-32 of tensor {name} is ") and message.endswith(f"; {COPY}")
-
-
-def test_what_is_written_has_its_checksum_looked_at_once_more(source, monkeypatch):
-    path, check = source / "consolidated.00.pth", convert.check_values
-    found = utils.open_weights(path)["norm.weight"]
-
-    def checking(*arguments):
-        check(*arguments)
-        with open(path, "r+b") as file:  # as a disk that reads wrongly would have it: the file's time stays
-            file.seek(found.offset)
-            file.write(b"\x01")
-        os.utime(path, ns=(path.stat().st_atime_ns, found.file.status.st_mtime_ns))
-
-    monkeypatch.setattr(convert, "check_values", checking)
-    assert refusal(source).startswith(f"{path}: damaged: the CRC-32 of tensor norm.weight is ")
 
 
 def test_a_record_that_no_tensor_reads_is_checked_too(source):
@@ -210,6 +197,24 @@ def test_values_that_are_not_finite(value, dtype, pieces, tmp_path, unwritten): 
         f"{source / 'consolidated.01.pth'}: tensor layers.1.attention.wk.weight: holds values that are not finite "
         "(infinite or NaN); the weights are damaged"
     )
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool"])
+def test_finite_is_what_torch_says_it_is(name):
+    dtype, (_, size, exponent) = getattr(torch, name), utils.DTYPES[name]
+    kind, sign = np.dtype(f"u{size}"), 1 << 8 * size - 1
+    if size <= 2:
+        patterns = np.arange(2 if name == "bool" else 256**size, dtype=kind)  # all there are
+    else:
+        edges = [half + bits + i for half in (0, sign) for bits in (0, exponent, sign - 1) for i in (-1, 0, 1)]
+        patterns = np.random.default_rng(0).integers(0, 256**size, 1000, dtype=kind)
+        patterns = np.append(patterns, np.array([bits % 256**size for bits in edges], dtype=kind))
+    wanted = torch.isfinite(torch.from_numpy(patterns).view(dtype)).tolist()
+    for others in ([], [0, 1], [min(sign, int(patterns.max()))]):
+        for bits, finite in zip(patterns, wanted, strict=True):
+            block = np.array([bits, *others], dtype=kind)
+            with contextlib.nullcontext() if finite else pytest.raises(utils.UserError, match="^here: holds values"):
+                utils.check_finite(block, name, "here")
 
 
 def test_unknown_and_missing_tensors(source):
