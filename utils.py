@@ -1132,7 +1132,7 @@ class WeightFile:
         for name, tensor in _unpickle(self._pread(*starts["data.pkl"]).tobytes(), self.path).items():
             dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
             storage = tensor.untyped_storage()
-            start, room = starts.get(f"data/{storage.record}", (0, -1))
+            start, room = starts.get(f"data/{getattr(storage, 'record', None)}", (0, -1))
             if dtype not in DTYPES:
                 raise UserError(f"{self.path}: tensor {name} is {dtype}, which is not supported")
             if storage.nbytes() > room:

@@ -307,6 +307,7 @@ def test_pickles_that_are_no_weights(pickled, message, source):
         (torch.ones(2, 2).to_sparse(), "entry 'a' is no tensor, so this is no file of weights"),
         (torch.ones(2, dtype=torch.complex64), "tensor a is complex64, which is not supported"),
         (torch.ones(2).to(torch.float8_e4m3fn), "tensor a is float8_e4m3fn, which is not supported"),
+        (torch.ones(2, device="meta"), "damaged: tensor a [2] reaches past its record"),
     ],
 )
 def test_tensors_that_are_no_plain_numbers(tensor, message, source):
