@@ -240,6 +240,7 @@ def test_error_is_said_once_by_two_processes(base, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_busy_port_is_one_line(base, data, tmp_path):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -330,6 +331,7 @@ def test_help_lists_the_commands_and_every_own_option():
         assert f"--{name}" in done.stdout
 
 
+@pytest.mark.slow
 def test_read_only_output_is_one_line(base, data):
     run = train(basic_options(base, data, "/proc/nowhere"))
     assert run.code == 2 and run.error().startswith("error: /proc/nowhere: ")

@@ -704,6 +704,7 @@ def test_greedy_unless_something_asks_for_sampling(words, sampled):
     assert chat.parse_arguments(["--model_name_or_path", "m", *words.split()]).do_sample is sampled
 
 
+@pytest.mark.slow
 def test_a_pipe_starts_with_only_what_it_uses(chinese):
     code = (
         "import sys, chat; print('torch' in sys.modules, 'transformers' in sys.modules)\n"
