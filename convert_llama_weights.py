@@ -43,6 +43,11 @@ LAYER = {
     "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS),
     "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS),
 }
+STORAGES = {  # of torch's pickles
+    "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
+    "uint8": "ByteStorage", "bool": "BoolStorage",
+}  # fmt: skip
 ROTARY = re.compile(r"(^|\.)rope\.freqs$")  # a table that both sides compute anew
 INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")  # of params.json
 FLOATS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor")
@@ -741,8 +746,7 @@ def _pickled(plan):
     class Pickler(pickle.Pickler):
         def persistent_id(self, item):
             if isinstance(item, Storage):
-                kind = next(name for name, dtype in utils.STORAGE_DTYPES.items() if dtype == item.dtype)
-                return "storage", getattr(torch, kind), str(item.number), "cpu", math.prod(item.shape)
+                return "storage", getattr(torch, STORAGES[item.dtype]), str(item.number), "cpu", math.prod(item.shape)
 
         def reducer_override(self, item):
             if not isinstance(item, Tensor):

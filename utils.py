@@ -986,11 +986,6 @@ DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set mea
     "uint8": ("U8", 1, 0),
     "bool": ("BOOL", 1, 0),
 }
-STORAGE_DTYPES = {  # of torch's pickles
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
-    "ByteStorage": "uint8", "BoolStorage": "bool",
-}  # fmt: skip
 MAX_HEADER = 100 * 2**20  # bytes of a safetensors header or of a pickle: enough for a million tensors
 LEGACY_PICKLE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
