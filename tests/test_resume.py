@@ -244,6 +244,7 @@ def test_a_terminated_run_stops_with_a_checkpoint_and_no_model(runs):
 
 
 @slow
+@pytest.mark.skipif(signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="nohup is around the tests themselves")
 def test_a_run_that_is_hung_up_stops_like_a_terminated_one(base, data, tmp_path):
     run = play(run_options(base, data, tmp_path / "out"), until="step 5/", then=send(signal.SIGHUP))
     assert run.code == 143
