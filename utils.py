@@ -1166,12 +1166,13 @@ class WeightFile:
         for start in self._record_of(offset):
             size_there, wanted, position, crc = record = self.records[start]
             if position == offset - start and position + size <= size_there:
-                record[2:] = position + size, zlib.crc32(data, crc)
-                if record[2] == size_there and record[3] != wanted:
+                position, crc = position + size, zlib.crc32(data, crc)
+                record[2:] = position, crc  # judged by the local two: another thread may read the record and write here
+                if position == size_there and crc != wanted:
                     names = [t.name for t in self.tensors.values() if start <= t.offset < start + size_there]
                     what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
                     raise UserError(
-                        f"{self.path}: damaged: the CRC-32 of {what} is {record[3]:08x} and should be {wanted:08x}; "
+                        f"{self.path}: damaged: the CRC-32 of {what} is {crc:08x} and should be {wanted:08x}; "
                         "copy or download it again"
                     )
 

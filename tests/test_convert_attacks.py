@@ -98,6 +98,23 @@ def test_flipped_bits_in_a_tensor(name, source, unwritten):
     assert message.startswith(f"{path}: damaged: the CRC-32 of tensor {name} is ") and message.endswith(f"; {COPY}")
 
 
+def test_a_checksum_is_judged_by_what_its_own_thread_computed(source):
+    class SetBack(list):
+        """The entry of a record that another thread reads too, and stores its own progress in."""
+
+        def __setitem__(self, key, value):
+            super().__setitem__(key, (0, 0))
+
+    path = source / "consolidated.00.pth"
+    norm = utils.open_weights(path)["norm.weight"]
+    entry = norm.file.records[norm.offset]
+    for wanted, raises in ((entry[1], False), (entry[1] ^ 1, True)):
+        norm.file.records[norm.offset] = SetBack([entry[0], wanted, 0, 0])
+        message = f"the CRC-32 of tensor norm.weight is {entry[1]:08x} and should be {wanted:08x}"
+        with pytest.raises(utils.UserError, match=message) if raises else contextlib.nullcontext():
+            norm.read()
+
+
 def test_a_record_that_no_tensor_reads_is_checked_too(source):
     path = source / "consolidated.00.pth"
     data = bytearray(path.read_bytes())
