@@ -612,6 +612,8 @@ def train():
     bones = utils.skeleton(config)
     num_params, steps = sum(p.numel() for p in bones.parameters()), utils.num_steps(len(dataset), args)
     utils.fix_layer_class(args, bones)
+    if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
+        args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     os.makedirs(args.output_dir, exist_ok=True)
     utils.check_needs(args, model_args.dtype, num_params, steps)
     filled = FilledDataset(dataset, utils.global_batch(args), tokenizer.eos_token_id)
@@ -668,7 +670,7 @@ def finish(trainer, run):
     run["status"], run["results"] = "finished", utils.results_of(trainer)
     run["files"] = [*names, "loss.csv"]
     utils.write_json(run, folder / "run.json")
-    size = f"{utils.weights_size(folder) / GIB:.2f} GiB {utils.save_dtype(args)}"
+    size = f"{utils.weights_size(folder) / GIB:.2f} GiB {utils.save_dtype(args)}".replace("torch.", "")
     print(f"{folder}: model saved ({size}), last loss {run['results']['last_loss']:.4f}", flush=True)
 
 

@@ -203,10 +203,16 @@ def render_prompt(record):
     return template.format_map(record)
 
 
+def json_type(value):
+    """What a value read from JSON is, in JSON's words: "a number", "text", "null"."""
+    words = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return words.get(type(value)) or json.dumps(value)
+
+
 def check_record(record, required=("instruction", "output")):
     """What is wrong with a record, as words; "" where nothing is. Keys that are not `required` may be null."""
     if not isinstance(record, dict):
-        return f"a {type(record).__name__}, expected an object with the keys instruction, input (optional), output"
+        return f"{json_type(record)}, expected an object with the keys instruction, input (optional), output"
     missing = [key for key in required if key not in record]
     if missing:
         return (
@@ -216,7 +222,7 @@ def check_record(record, required=("instruction", "output")):
     for key in ("instruction", "input", "output"):
         value = record.get(key)
         if not isinstance(value, str) and not (key not in required and value is None):
-            return f"{key} is a {type(value).__name__}, expected text"
+            return f"{key} is {json_type(value)}, expected text"
         try:
             (value or "").encode("utf-8")
         except UnicodeEncodeError:

@@ -538,7 +538,7 @@ BAD = {
         "no instruction; keys found: question; keys expected: instruction, input (optional), output (optional)",
     ),
     55: ("[1, 2]", "a list, expected an object with the keys instruction, input (optional), output"),
-    56: ('{"instruction": 3}', "instruction is a int, expected text"),
+    56: ('{"instruction": 3}', "instruction is a number, expected text"),
     80: ('{"instruction": " "}', "the instruction is empty"),
     100: (
         '{"instruction": "' + "river " * 300 + '"}',

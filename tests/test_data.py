@@ -236,8 +236,8 @@ def test_the_account_of_a_dataset_is_exact(smiling, tmp_path, capsys):
     tokenizer = utils.tokenizer_from_sentencepiece(smiling, model_max_length=512)
     dataset = SupervisedDataset(data_path=[str(path)], tokenizer=tokenizer, skip_bad_records=True)
     keys = "instruction, input (optional), output"
-    problems = [f"d.json[6]: a str, expected an object with the keys {keys}"]
-    problems.insert(0, "d.json[5]: output is a int, expected text")
+    problems = [f"d.json[6]: text, expected an object with the keys {keys}"]
+    problems.insert(0, "d.json[5]: output is a number, expected text")
     assert dataset.report == {
         "read": 9,
         "kept": 6,
@@ -338,15 +338,15 @@ def test_bad_records_are_refused_by_name(tokenizer, tmp_path):
     with pytest.raises(UserError) as caught:
         SupervisedDataset(path, tokenizer)
     assert str(caught.value) == (
-        "1 of 3 records cannot be used: d.json[1]: output is a int, expected text; mend them, "
+        "1 of 3 records cannot be used: d.json[1]: output is a number, expected text; mend them, "
         "or drop and count them with --skip_bad_records True"
     )
     write_records(path, plain([1, 2.5, None, True]))
     with pytest.raises(UserError) as caught:
         SupervisedDataset(path, tokenizer)
     assert str(caught.value) == (
-        "4 of 4 records cannot be used: d.json[0]: output is a int, expected text; "
-        "d.json[1]: output is a float, expected text; d.json[2]: output is a NoneType, expected text; ...; mend them, "
+        "4 of 4 records cannot be used: d.json[0]: output is a number, expected text; "
+        "d.json[1]: output is a number, expected text; d.json[2]: output is null, expected text; ...; mend them, "
         "or drop and count them with --skip_bad_records True"
     )
 

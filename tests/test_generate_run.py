@@ -714,10 +714,10 @@ BAD_SEEDS = {
         lines(*FOUR, {"name": "x"}),
         f"seeds:5: no instruction and no output; keys found: name; {KEYS}{MEND}",
     ),
-    "number": (lines(*FOUR, seed(4, instruction=7)), f"seeds:5: instruction is a int, expected text{MEND}"),
+    "number": (lines(*FOUR, seed(4, instruction=7)), f"seeds:5: instruction is a number, expected text{MEND}"),
     "null": (
         lines(*FOUR, seed(4, instances=[{"input": "", "output": None}])),
-        f"seeds:5: output is a NoneType, expected text{MEND}",
+        f"seeds:5: output is null, expected text{MEND}",
     ),
     "two problems": (
         lines({}, {}),

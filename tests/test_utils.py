@@ -157,7 +157,7 @@ def test_parse_records_reads_every_instance_of_a_self_instruct_seed_task():
         record(output="c", source="seed.jsonl:2"),
     ]
     assert problems == [
-        f"seed.jsonl:1: a int, expected an object with the keys {KEYS}",
+        f"seed.jsonl:1: a number, expected an object with the keys {KEYS}",
         f"seed.jsonl:1: no output; keys found: input, instruction; keys expected: {KEYS}",
     ]
 
@@ -174,15 +174,19 @@ def test_a_seed_task_without_instances_is_counted_as_a_problem():
         ({"instruction": "i", "output": "o"}, ""),
         ({"instruction": "", "input": None, "output": ""}, ""),
         (["i", "o"], f"a list, expected an object with the keys {KEYS}"),
-        (3, f"a int, expected an object with the keys {KEYS}"),
-        (None, f"a NoneType, expected an object with the keys {KEYS}"),
+        (3, f"a number, expected an object with the keys {KEYS}"),
+        (None, f"null, expected an object with the keys {KEYS}"),
         ({"instruction": "i", "text": "t"}, f"no output; keys found: instruction, text; keys expected: {KEYS}"),
         ({"output": "o"}, f"no instruction; keys found: output; keys expected: {KEYS}"),
         ({}, f"no instruction and no output; keys found: none; keys expected: {KEYS}"),
-        ({"instruction": "i", "output": 3}, "output is a int, expected text"),
-        ({"instruction": "i", "output": None}, "output is a NoneType, expected text"),
+        ({"instruction": "i", "output": 3}, "output is a number, expected text"),
+        ({"instruction": "i", "output": None}, "output is null, expected text"),
         ({"instruction": ["i"], "output": "o"}, "instruction is a list, expected text"),
-        ({"instruction": "i", "input": False, "output": "o"}, "input is a bool, expected text"),
+        ({"instruction": "i", "input": False, "output": "o"}, "input is false, expected text"),
+        ({"instruction": {}, "output": "o"}, "instruction is an object, expected text"),
+        ("i", f"text, expected an object with the keys {KEYS}"),
+        (1.5, f"a number, expected an object with the keys {KEYS}"),
+        (True, f"true, expected an object with the keys {KEYS}"),
         (
             {"instruction": "i", "input": "\ud83d", "output": "o"},
             r"input holds a lone surrogate (half of a character, such as \ud83d), which has no UTF-8 form",
@@ -197,7 +201,7 @@ def test_problems_name_the_record_and_the_good_ones_stay():
     text = f'[{GOOD}, [1], {GOOD}, {{"instruction": "i", "output": 1}}]'
     assert utils.parse_records(text, "d.json") == (
         [record(source="d.json[0]"), record(source="d.json[2]")],
-        [f"d.json[1]: a list, expected an object with the keys {KEYS}", "d.json[3]: output is a int, expected text"],
+        [f"d.json[1]: a list, expected an object with the keys {KEYS}", "d.json[3]: output is a number, expected text"],
     )
 
 
@@ -207,7 +211,7 @@ def test_a_broken_line_is_named_among_good_ones():
     assert [r["source"] for r in records] == ["d.jsonl:1", "d.jsonl:4"]
     assert sorted(problems) == [
         "d.jsonl:2: not valid JSON, Expecting value at column 32",
-        f"d.jsonl:3: a NoneType, expected an object with the keys {KEYS}",
+        f"d.jsonl:3: null, expected an object with the keys {KEYS}",
         "d.jsonl:5: not valid JSON, Unterminated string starting at at column 2",
     ]
 
@@ -223,7 +227,7 @@ def test_read_records_joins_files_in_order_and_names_them_without_folders(tmp_pa
     (tmp_path / "b.jsonl").write_text(f"{GOOD}\n7\n", encoding="utf-8")
     assert utils.read_records([tmp_path / "b.jsonl", tmp_path / "a.json"]) == (
         [record(source="b.jsonl:1"), record(source="a.json[0]")],
-        [f"b.jsonl:2: a int, expected an object with the keys {KEYS}"],
+        [f"b.jsonl:2: a number, expected an object with the keys {KEYS}"],
     )
 
 
