@@ -479,6 +479,7 @@ class RunCallback(TrainerCallback):
         trainer.dtypes = utils.measured_dtypes(trainer, compute)
         say(utils.start_line(trainer, state.max_steps))
         trainer.count_steps_of(state)
+        utils.replay_cpu_adam(trainer)
         if args.save_rehearsal:
             rehearse_save(trainer)
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew

@@ -865,7 +865,8 @@ def weights_size(folder):
 def is_disk_full(error):
     """Whether an exception says that there was no room to write, in the words of Python, torch or safetensors."""
     words = ("No space left on device", "File too large", "Disk quota exceeded", "file write failed")
-    return any(word in str(error) for word in words)
+    of_torch_save = ("iostream error", "unexpected pos")  # it counts what it wrote, and does not say why it is less
+    return any(word in str(error) for word in words + of_torch_save)
 
 
 def check_weights(folder, expected, may_lack=()):
@@ -2252,6 +2253,27 @@ def enable_fsdp2_on_cpu(trainer):
         shared["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
     trainer.is_fsdp_enabled = True
+
+
+def replay_cpu_adam(trainer):
+    """Take DeepSpeed's CPU Adam, where a run resumes with it, through the steps of the checkpoint on a stand-in.
+
+    Its bias correction is a product that takes another factor at every step and is in no checkpoint. A resumed one
+    would begin with a power in its place, which differs in the last bits, from step 18 on always.
+    """
+    import torch
+
+    optimizer = getattr(trainer.model_wrapped, "basic_optimizer", None)
+    if type(optimizer).__name__ != "DeepSpeedCPUAdam":
+        return
+    steps = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
+    groups, stand_in = optimizer.param_groups, torch.nn.Parameter(torch.zeros(1))
+    stand_in.grad = torch.zeros(1)
+    optimizer.param_groups = [groups[0] | {"params": [stand_in]}]
+    for _ in range(steps):
+        optimizer.step()
+    optimizer.param_groups = groups
+    optimizer.state.pop(stand_in, None)
 
 
 def local_numel(parameter):

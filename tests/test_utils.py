@@ -596,6 +596,23 @@ def save_tensors(folder, name="model.safetensors", **tensors):
     save_file(tensors, folder / name)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is a device of Linux")
+def test_a_full_disk_is_known_by_the_words_of_each_library():
+    import torch
+
+    few, many = {"w": torch.zeros(3)}, {"w": torch.zeros(600_000)}
+    writers = {
+        "Python": lambda: Path("/dev/full").write_bytes(b"x"),
+        "torch, at the end": lambda: torch.save(few, "/dev/full"),
+        "torch, amid a tensor": lambda: torch.save(many, "/dev/full"),
+    }
+    for name, write in writers.items():
+        with pytest.raises((OSError, RuntimeError)) as raised:
+            write()
+        assert utils.is_disk_full(raised.value), (name, raised.value)
+    assert not utils.is_disk_full(RuntimeError("Expected all tensors to be on the same device"))
+
+
 def test_check_weights_counts_what_it_read_over_all_files(tmp_path):
     import torch
 
