@@ -32,6 +32,7 @@ import torch
 import transformers
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import utils
 from utils import GIB, IGNORE_INDEX, PROMPT_DICT, UserError, find_checkpoints, render_prompt, say  # noqa: F401
@@ -42,6 +43,7 @@ DEFAULT_BOS_TOKEN = "<s>"
 DEFAULT_UNK_TOKEN = "<unk>"
 CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
 Dtype = Literal["float32", "bfloat16", "float16"]
+LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
 MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,6 +100,13 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 are both set; keep one of them")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: it must be at least 1")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            raise UserError(f"--num_train_epochs {self.num_train_epochs:g} trains nothing; it must be more than 0")
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: it must not be negative")
         utils.fit_device(self)
         utils.check_launcher(self)
         if self.fsdp:
@@ -108,7 +117,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.tensorboard_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
-        self.disable_tqdm, self.logging_nan_inf_filter = True, False
+        self.disable_tqdm, self.logging_nan_inf_filter, self.remove_unused_columns = True, False, False
         super().__post_init__()
         utils.configure_more(self)
 
@@ -462,13 +471,13 @@ class AlreadyTrained(Exception):
 class RunCallback(TrainerCallback):
     """What happens around the steps: proofs before the first, signals between them, markers behind checkpoints."""
 
-    def __init__(self, trainer):
-        self.trainer, self.signal, self.handlers = trainer, 0, {}
+    def __init__(self, trainer, run):
+        self.trainer, self.run, self.began, self.signal, self.handlers = trainer, run, False, 0, {}
         # The Trainer deletes an old checkpoint before the new one is known to be whole; on_save does it after.
         self.num_kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
+        trainer, self.began = self.trainer, True
         utils.check_engine(trainer)
         reason, compute = utils.probe(trainer)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
@@ -482,6 +491,9 @@ class RunCallback(TrainerCallback):
         utils.replay_cpu_adam(trainer)
         if args.save_rehearsal:
             rehearse_save(trainer)
+        if args.should_save and args.overwrite_output_dir:  # not before: what there was is kept until this run works
+            utils.delete_run(args.output_dir)
+            utils.write_json(self.run, Path(args.output_dir, "run.json"))
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
             utils.unmark_checkpoints_after(state.global_step, args.output_dir)
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -493,6 +505,12 @@ class RunCallback(TrainerCallback):
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
             raise AlreadyTrained
+        # group_by_length draws from the global generator, which differs between processes and after resuming.
+        batches = kwargs["train_dataloader"].batch_sampler
+        sampler = getattr(batches, "batch_sampler", batches).sampler
+        if isinstance(sampler, LengthGroupedSampler):
+            epoch = state.global_step // (len(self.trainer.train_dataset) // utils.global_batch(args))
+            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
     def note_signal(self, number, frame):
         self.signal = number
@@ -507,6 +525,7 @@ class RunCallback(TrainerCallback):
         if stop:
             self.signal = int(stop)
             control.should_save = control.should_training_stop = True
+            args.save_only_model = False  # the same command is to go on from this checkpoint
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()
@@ -593,6 +612,8 @@ def train():
     if utils.rank() != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     model_args, data_args, args, given = parse_arguments(sys.argv[1:])
+    if args.eval_strategy != "no":
+        raise UserError(f"--eval_strategy {args.eval_strategy.value}: there is no data to evaluate on; leave it out")
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
     config = utils.load_config(model_args.model_name_or_path, args.cache_dir)
     tokenizer = utils.load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
@@ -604,8 +625,9 @@ def train():
             print(utils.summarize(dataset, args))
         return
     hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
-    settings = utils.settings_of(args, model_args, hashes)
-    finished, checkpoint = utils.from_first_process(utils.open_output, args, settings)
+    settings = utils.settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
+    model_path = model_args.model_name_or_path
+    finished, checkpoint = utils.from_first_process(utils.open_output, args, settings, model_path)
     if finished:
         return
     if checkpoint and not os.path.isdir(checkpoint):
@@ -613,6 +635,7 @@ def train():
     bones = utils.skeleton(config)
     num_params, steps = sum(p.numel() for p in bones.parameters()), utils.num_steps(len(dataset), args)
     utils.fix_layer_class(args, bones)
+    utils.check_positions(bones, max(map(len, dataset.input_ids)))
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     os.makedirs(args.output_dir, exist_ok=True)
@@ -620,7 +643,7 @@ def train():
     filled = FilledDataset(dataset, utils.global_batch(args), tokenizer.eos_token_id)
     say(f"data: {filled.num_filled} rows without targets fill the last global batch of {utils.global_batch(args)}")
     run = utils.started_run(args, given, settings, hashes, filled)
-    if utils.rank() == 0:
+    if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
     model = load_model(model_args, args, config, tokenizer)
     try:
@@ -631,11 +654,11 @@ def train():
             data_collator=FlatCollator(module["data_collator"], padded=args.padded),
             processing_class=tokenizer,
         )
-    except ValueError as error:  # options that the Trainer refuses, in its own words
+    except LIBRARY_ERRORS as error:  # options that the Trainer refuses, in its own words
         raise UserError(" ".join(str(error).split())) from None
     del model, bones
     gc.collect()
-    watch = RunCallback(trainer)
+    watch = RunCallback(trainer, run)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(watch)
     trainer.add_callback(ProgressLine())
@@ -650,7 +673,9 @@ def train():
         finish(trainer, run)
     except UserError:
         raise
-    except Exception as error:  # of the libraries that write checkpoints
+    except Exception as error:  # of the libraries that make optimizer and schedule, or write checkpoints
+        if isinstance(error, LIBRARY_ERRORS) and not watch.began:
+            raise UserError(" ".join(str(error).split())) from None
         if not utils.is_disk_full(error):
             raise
         what = utils.first_line(error)

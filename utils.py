@@ -245,9 +245,10 @@ def decode_text(data, path):
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
+        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "GB18030"
         raise UserError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8; "
-            f"convert the file, for example: iconv -f GB18030 -t UTF-8 {path} > converted.json"
+            f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
         ) from None
 
 
@@ -359,10 +360,11 @@ def summarize(dataset, args):
     targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
     at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
     steps = num_steps(len(dataset), args)
+    epochs = round(steps / -(-len(dataset) // global_batch(args)), 2) if args.max_steps > 0 else args.num_train_epochs
     return (
         f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
         f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
-        f"steps: {steps:,} of {global_batch(args):,} examples ({args.num_train_epochs:g} epochs)"
+        f"steps: {steps:,} of {global_batch(args):,} examples ({epochs:g} epochs)"
     )
 
 
@@ -456,9 +458,12 @@ OLD_OPTIONS = {
         "save_safetensors half_precision_backend fp16_backend fp16_opt_level use_mps_device use_ipex xpu_backend "
         "sharded_ddp jit_mode_eval past_index tpu_num_cores tpu_metrics_debug ray_scope include_tokens_per_second "
         "include_inputs_for_metrics mp_parameters dispatch_batches split_batches lazy_preprocess use_fast_tokenizer "
-        "overwrite_cache push_to_hub_organization".split()
+        "overwrite_cache push_to_hub_organization torchdynamo use_legacy_prediction_loop".split()
     ),
 }
+
+
+OLD_VALUES = {("optim", "adamw_hf"): ["--optim", "adamw_torch"], ("debug", ""): []}  # of options that are still there
 
 
 def translate_old_options(words):
@@ -467,7 +472,7 @@ def translate_old_options(words):
     Returns (words, notices). `--old value`, `--old=value` and `--old-name` are all understood. For example
     ["--evaluation_strategy", "no"] gives (["--eval_strategy", "no"], ["--evaluation_strategy is now --eval_strategy"]).
     """
-    result, notices, position = [], [], 0
+    result, notices, position, last = [], [], 0, []
     while position < len(words):
         word, position = words[position], position + 1
         name, equals, value = word.partition("=")
@@ -475,16 +480,37 @@ def translate_old_options(words):
         if key == "local_rank":  # torch.distributed.launch and deepspeed pass it; the environment says it too
             position += not equals
             continue
+        following = value if equals else "".join(words[position : position + 1])
+        if (key, following) in OLD_VALUES:
+            position, new = position + (not equals), OLD_VALUES[key, following]
+            result += new
+            notices.append(
+                f"{name} {following} is now {' '.join(new)}" if new else f"{name} '' has no meaning; ignored"
+            )
+            continue
         if key not in OLD_OPTIONS:
             result.append(word)
             continue
         while not equals and position < len(words) and not words[position].startswith("--"):
             value, position = f"{value} {words[position]}".strip(), position + 1
         new = OLD_OPTIONS[key](value) if OLD_OPTIONS[key] else None
-        result += new or []
+        steps = _last_value("--warmup_steps", words) if key == "warmup_ratio" else ""
+        if steps.strip("0."):
+            notices.append(f"{name} gives way to --warmup_steps {steps}, as it did")
+            continue
+        if steps:  # 0, which in 2023 counted as none
+            last = new
+        else:
+            result += new or []
         meaning = f"is now {' '.join(w for w in new if w != value)}" if new else "has no meaning any more; ignored"
         notices.append(f"{name} {meaning}")
-    return result, notices
+    return result + last, notices
+
+
+def _last_value(name, words):
+    """The value that option `name` has in `words`, "" where it is not given."""
+    pairs = [word.partition("=")[::2] if "=" in word else (word, after) for word, after in zip(words, [*words[1:], ""])]
+    return next((value for word, value in reversed(pairs) if word == name), "")
 
 
 def unknown_options(words, known):
@@ -941,14 +967,16 @@ def write_model(trainer, weights, folder):
     Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
     """
     import torch
+    from transformers.core_model_loading import revert_weight_conversion
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    weights = revert_weight_conversion(model, weights)  # the names of published files, where the library's differ
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with staged(folder) as staging:
-        model.save_pretrained(staging, state_dict=weights, max_shard_size="5GB")
+        model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
         config = jload(staging / "config.json") | {"dtype": str(save_dtype(trainer.args))[6:]}
         jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
         trainer.processing_class.save_pretrained(staging)
@@ -1742,7 +1770,7 @@ def read_run(folder):
 
 
 def settings_of(args, model_args, hashes):
-    """The settings that decide what a run computes; a resumed run must have the same."""
+    """The settings that decide what a run computes; a resumed run must have the same. `hashes` are of the data files."""
     names = (
         "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
         "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
@@ -1751,8 +1779,11 @@ def settings_of(args, model_args, hashes):
     settings = {name: getattr(args, name) for name in names.split()}
     model = model_args.model_name_or_path
     settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
-    settings |= {"data": list(hashes.values())}
+    settings |= {"data": hashes}
     settings |= {"global_batch": global_batch(args), "engine": engine_name(args).removesuffix(" with offload")}
+    for name in ("optimizer", "scheduler"):  # which DeepSpeed's JSON may set in place of the options
+        if args.deepspeed and name in args.deepspeed:
+            settings[f"DeepSpeed's {name}"] = args.deepspeed[name]
     if args.deepspeed or args.fsdp:
         settings["processes"] = args.world_size  # its checkpoints are in as many parts
     return json.loads(json.dumps(settings, default=str))
@@ -1862,8 +1893,26 @@ def unmark_checkpoints_after(step, folder):
 
 def delete_checkpoint(path):
     """Remove a checkpoint; the marker goes first, so that a kill in between leaves nothing that counts."""
+    if path.is_symlink():  # what it leads to was put there by the user
+        path.unlink()
+        return
     (path / COMPLETE).unlink(missing_ok=True)
     shutil.rmtree(path)
+
+
+def delete_run(folder):
+    """Remove what a run of ours wrote into `folder`, and nothing else."""
+    folder = Path(folder)
+    for path in sum(find_checkpoints(folder), []):
+        if any(any(path.glob(pattern)) for pattern in (COMPLETE, *RUN_FILES)):
+            delete_checkpoint(path)
+        else:
+            say(f"{path}: holds nothing of a run; left")
+    for name in [*(read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
+        if Path(folder, name).is_dir():
+            shutil.rmtree(Path(folder, name))
+        else:
+            Path(folder, name).unlink(missing_ok=True)
 
 
 def is_resumable(path):
@@ -1875,8 +1924,8 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     """Decide what a run does with its output folder. Returns (finished, checkpoint to resume from or None).
 
     `settings` decide what the run computes; a resumed run must have the same unless `anyway`. `wanted` is the value of
-    --resume_from_checkpoint. `overwrite` deletes what an earlier run of ours wrote, and nothing else. Raises UserError
-    where the folder belongs to something else or its run had other settings.
+    --resume_from_checkpoint. With `overwrite` an earlier run of ours does not count; `delete_run` removes it once the
+    new one is known to work. Raises UserError where the folder belongs to something else or its run had other settings.
     """
     folder, wanted = Path(folder), str(wanted or "").strip()
     run = read_run(folder)
@@ -1885,14 +1934,7 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     foreign = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern)) if run is None else []
     if foreign:
         raise UserError(f"{folder}: holds {foreign[0]}, which is not of a run of ours; choose another --output_dir")
-    if run is not None and overwrite:
-        for path in sum(find_checkpoints(folder), []):
-            delete_checkpoint(path)
-        for name in [*run.get("files", []), "loss.csv", "run.json"]:
-            if Path(folder, name).is_dir():
-                shutil.rmtree(Path(folder, name))
-            else:
-                Path(folder, name).unlink(missing_ok=True)
+    if overwrite:
         run = None
     for hidden in (".saving", ".rehearsal"):  # of a run that was killed
         shutil.rmtree(folder / hidden, ignore_errors=True)
@@ -1928,9 +1970,12 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
         return False, str(named)
     if wanted.lower() == "false":
         raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
-    if run["status"] == "finished" and not changed:
+    gone = [name for name in run.get("files", []) if not Path(folder, name).exists()]
+    if run["status"] == "finished" and not changed and not gone:
         say(f"{folder}: this run is finished ({run['results']['steps']} steps); nothing to do")
         return True, None
+    if run["status"] == "finished" and gone:
+        say(f"{folder}: this run was finished, but {gone[0]} is gone")
     whole, unfinished = find_checkpoints(folder)
     for path in unfinished:
         say(f"{path}: unfinished checkpoint, not used")
@@ -1944,10 +1989,20 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     return False, str(resumable[-1]) if resumable else None
 
 
-def open_output(args, settings):
-    """Take the output folder for this process, and decide what to do with it; see `resume_point`."""
+def open_output(args, settings, model):
+    """Take the output folder for this process, and decide what to do with it; see `resume_point`.
+
+    Raises UserError where --overwrite_output_dir would delete what the run reads: `model`, the folder that it starts
+    from, or the checkpoint that it is to resume from.
+    """
     claim_folder(args.output_dir)
     wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
+    folder = Path(args.output_dir).resolve()
+    for path in (Path(name).resolve() for name in (model, wanted) if overwrite and os.path.isdir(str(name))):
+        if path == folder or (path.parent == folder and path.name.startswith("checkpoint-")):
+            raise UserError(
+                f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
+            )
     return resume_point(args.output_dir, settings, wanted, overwrite, anyway)
 
 
@@ -2014,6 +2069,19 @@ def check_launcher(args):
         say(f"using GPU {visible} of {devices}; for all of them: {command}")
 
 
+# The keys of --fsdp_config, without "fsdp_": those that FSDP2 heeds, those that only FSDP1 did, accelerate's names.
+FSDP_KEYS = set(
+    "activation_checkpointing auto_wrap_policy cpu_offload cpu_ram_efficient_loading min_num_params "
+    "reshard_after_forward state_dict_type transformer_layer_cls_to_wrap version".split()
+)
+FSDP1_KEYS = set(
+    "backward_prefetch forward_prefetch limit_all_gathers sync_module_states use_orig_params "
+    "xla xla_fsdp_grad_ckpt xla_fsdp_v2".split()
+)
+FSDP_NAMES = {"offload_params": "cpu_offload", "sharding_strategy": "reshard_after_forward"}
+RESHARD = {"TRUE": True, "FULL_SHARD": True, "1": True, "FALSE": False, "SHARD_GRAD_OP": False, "2": False}
+
+
 def configure_fsdp(args):
     """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
     words = args.fsdp.lower().split() if isinstance(args.fsdp, str) else []
@@ -2022,8 +2090,28 @@ def configure_fsdp(args):
         raise UserError(f"--fsdp {args.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
     config = args.fsdp_config or {}
     if isinstance(config, str):
-        config = json.loads(config) if config.lstrip().startswith("{") else jload(config)
-    config = {key.removeprefix("fsdp_"): value for key, value in config.items()}
+        text = (
+            config if config.lstrip().startswith("{") else read_text(config, "; --fsdp_config takes JSON or its file")
+        )
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--fsdp_config: {_json_problem(error)}") from None
+    config = {FSDP_NAMES.get(key.removeprefix("fsdp_"), key.removeprefix("fsdp_")): config[key] for key in config}
+    if unknown := sorted(config.keys() - FSDP_KEYS - FSDP1_KEYS):
+        raise UserError(f"--fsdp_config: unknown key {unknown[0]}; those that exist: {', '.join(sorted(FSDP_KEYS))}")
+    if dropped := sorted(config.keys() & FSDP1_KEYS):
+        say(f"--fsdp_config: {', '.join(dropped)}: of FSDP1, without meaning in FSDP2; ignored")
+        config = {key: value for key, value in config.items() if key not in dropped}
+    if str(config.get("version", 2)) != "2":
+        raise UserError("--fsdp_config: there is FSDP2 only; leave version out")
+    strategy = str(config.get("reshard_after_forward", "true")).upper()
+    if strategy not in RESHARD:
+        raise UserError(
+            f"--fsdp_config: {strategy} is not there in FSDP2; choose FULL_SHARD, SHARD_GRAD_OP or no --fsdp"
+        )
+    if "reshard_after_forward" in config:
+        config["reshard_after_forward"] = RESHARD[strategy]
     config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
     config.setdefault("cpu_offload", "offload" in words)
     config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
@@ -2057,9 +2145,16 @@ def configure_deepspeed(args):
     args.deepspeed, notices = complete_ds_config(config)
     for notice in notices:
         say(f"{path}: {notice}")
+    if args.deepspeed["zero_optimization"].get("stage") not in (1, 2, 3):
+        raise UserError(f"{path}: its zero_optimization has no stage 1, 2 or 3; ds_config.json is a whole one")
     fp16 = args.deepspeed["fp16"]
-    asked = args.fp16 or fp16.get("enabled") is True
-    if asked and args.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
+    for name in ("fp16", "bf16"):
+        if args.deepspeed[name].get("enabled") is True and not getattr(args, name):
+            say(f"{path}: it asks for {name}, as --{name} True does")
+            setattr(args, name, True)
+    if args.fp16 and args.bf16:
+        raise UserError(f"{path}: fp16 and bf16 are both asked for; keep one of them")
+    if args.fp16 and args.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
         say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
         args.fp16, fp16["enabled"] = False, "auto"
 
@@ -2096,6 +2191,19 @@ def fix_layer_class(args, model):
             wanted[i] = match
     if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
         args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
+
+
+def check_positions(model, longest):
+    """Refuse rows that are longer than a model's table of learned positions (GPT-2, OPT); `longest` is in tokens."""
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+            rows = module.num_embeddings - getattr(module, "offset", 0)
+            if longest > rows:
+                raise UserError(
+                    f"rows of up to {longest} tokens, but this model has {rows} positions; give --model_max_length {rows}"
+                )
 
 
 def complete_ds_config(config):
@@ -2225,6 +2333,8 @@ def check_needs(args, dtype, num_params, steps):
     kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
     disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))
     free = shutil.disk_usage(args.output_dir).free
+    if args.overwrite_output_dir:  # what there is goes before the first step
+        free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     if disk > free:
         raise UserError(
             f"{args.output_dir}: the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "

@@ -7,6 +7,7 @@ import pty
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -206,7 +207,8 @@ def test_missing_data_path_is_refused(tokenizer):
 @pytest.mark.slow
 def test_evaluation_without_data_is_refused_in_one_line(base, data, tmp_path):
     run = train(basic_options(base, data, tmp_path / "out", evaluation_strategy="steps"))
-    assert run.code == 2 and "eval_dataset" in run.error()
+    assert run.code == 2
+    assert run.error() == "error: --eval_strategy steps: there is no data to evaluate on; leave it out"
 
 
 def test_dry_run_shows_examples_and_counts_and_loads_no_weights(base, data, tokenizer, tmp_path):
@@ -338,9 +340,9 @@ def test_read_only_output_is_one_line(base, data):
 
 
 def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
-    def settings(*words, sha256="1"):
+    def settings(*words, sha256="1", more=()):
         model_args, _, args, _ = parse("--output_dir", tmp_path, *words)
-        return utils.settings_of(args, model_args, {"data.json": sha256})
+        return utils.settings_of(args, model_args, [sha256, *more])
 
     plain = settings()
     for words, key in {
@@ -360,6 +362,7 @@ def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
         other = settings(*f"--{words}".split(maxsplit=1))
         assert [name for name in plain if other[name] != plain[name]] == [key], words
     assert [name for name in plain if settings(sha256="2")[name] != plain[name]] == ["data"]
+    assert [name for name in plain if settings(more=["1"])[name] != plain[name]] == ["data"]  # the same file twice
     for words in ("logging_steps 7", "save_steps 7", "padded True", "save_dtype float16"):
         assert settings(*f"--{words}".split()) == plain, words
 
@@ -370,4 +373,140 @@ def test_what_may_be_done_with_the_output_folder_is_passed_on(flag, monkeypatch,
     monkeypatch.setattr(utils, "claim_folder", lambda folder: None)
     monkeypatch.setattr(utils, "resume_point", lambda *words: words)
     wanted = (str(tmp_path), {}, "c", flag == "overwrite_output_dir", flag == "resume_anyway")
-    assert utils.open_output(args, {}) == wanted
+    assert utils.open_output(args, {}, "some/model") == wanted
+
+
+@pytest.mark.parametrize("reads", ["out", "out/checkpoint-5", "named out/checkpoint-5"])
+def test_overwriting_what_the_run_reads_is_refused(reads, tmp_path):
+    (tmp_path / "out" / "checkpoint-5").mkdir(parents=True)
+    path = tmp_path / reads.removeprefix("named ")
+    named = ["--resume_from_checkpoint", path] if reads.startswith("named") else []
+    args = parse("--output_dir", tmp_path / "out", "--overwrite_output_dir", "True", *named)[2]
+    message = f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
+    with pytest.raises(UserError) as caught:
+        utils.open_output(args, {}, tmp_path if named else path)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--per_device_train_batch_size 0", "--per_device_train_batch_size 0: it must be at least 1"),
+        ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: it must be at least 1"),
+        ("--model_max_length -5", "--model_max_length -5: it must be at least 1"),
+        ("--num_train_epochs 0", "--num_train_epochs 0 trains nothing; it must be more than 0"),
+        ("--seed -1", "--seed -1: it must not be negative"),
+    ],
+)
+def test_a_number_without_sense_is_refused(words, message):
+    with pytest.raises(UserError) as caught:
+        parse(*words.split())
+    assert str(caught.value) == message
+    assert parse("--num_train_epochs", "0", "--max_steps", "3")[2].max_steps == 3
+
+
+def fsdp_config(text, **more):
+    args = SimpleNamespace(fsdp="full_shard auto_wrap", fsdp_config=text, gradient_checkpointing=False, **more)
+    utils.configure_fsdp(args)
+    return args.fsdp_config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ('{"fsdp_offload_params": true}', "cpu_offload", True),
+        ('{"fsdp_sharding_strategy": "FULL_SHARD"}', "reshard_after_forward", True),
+        ('{"fsdp_sharding_strategy": "SHARD_GRAD_OP"}', "reshard_after_forward", False),
+        ('{"sharding_strategy": 2}', "reshard_after_forward", False),
+        ('{"fsdp_reshard_after_forward": false}', "reshard_after_forward", False),
+        ('{"version": 2}', "reshard_after_forward", True),
+    ],
+)
+def test_the_keys_of_an_fsdp_config_have_accelerates_names_too(text, key, value, fsdp_environment):
+    assert fsdp_config(text)[key] is value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"fsdp_sharding_strategy": "NO_SHARD"}', "NO_SHARD is not there in FSDP2; choose FULL_SHARD, SHARD_GRAD_OP or "
+         "no --fsdp"),
+        ('{"version": 1}', "there is FSDP2 only; leave version out"),
+        ('{"cpu_ofload": true}', "unknown key cpu_ofload; those that exist: activation_checkpointing, auto_wrap_policy, "
+         "cpu_offload, cpu_ram_efficient_loading, min_num_params, reshard_after_forward, state_dict_type, "
+         "transformer_layer_cls_to_wrap, version"),
+        ('{"a": ', "not valid JSON, Expecting value at column 7"),
+    ],
+)  # fmt: skip
+def test_an_fsdp_config_that_would_not_be_heeded_is_refused(text, message, fsdp_environment):
+    with pytest.raises(UserError) as caught:
+        fsdp_config(text)
+    assert str(caught.value) == f"--fsdp_config: {message}"
+
+
+def test_keys_of_fsdp1_are_named_and_ignored(fsdp_environment, capsys):
+    config = fsdp_config('{"fsdp_backward_prefetch": "BACKWARD_PRE", "fsdp_use_orig_params": "false"}')
+    assert not {"backward_prefetch", "use_orig_params"} & config.keys()
+    assert capsys.readouterr().err == (
+        "--fsdp_config: backward_prefetch, use_orig_params: of FSDP1, without meaning in FSDP2; ignored\n"
+    )
+
+
+@pytest.fixture
+def fsdp_environment(monkeypatch):
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_STATE_DICT_TYPE"):  # which configure_fsdp sets
+        monkeypatch.setenv(name, "")
+
+
+@needs_deepspeed
+def test_a_deepspeed_json_may_ask_for_bf16(capsys):
+    args = SimpleNamespace(
+        deepspeed={"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, fp16=False, bf16=False
+    )
+    args.use_cpu = True
+    utils.configure_deepspeed(args)
+    assert (args.fp16, args.bf16) == (False, True)
+    assert "DeepSpeed configuration: it asks for bf16, as --bf16 True does\n" in capsys.readouterr().err
+    args.fp16 = True
+    with pytest.raises(
+        UserError, match="^DeepSpeed configuration: fp16 and bf16 are both asked for; keep one of them$"
+    ):
+        utils.configure_deepspeed(args)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
+def test_deepspeed_without_zero_is_refused(zero):
+    args = SimpleNamespace(deepspeed=zero, fp16=False, bf16=False, use_cpu=True)
+    message = "its zero_optimization has no stage 1, 2 or 3; ds_config.json is a whole one"
+    with pytest.raises(UserError, match=f"^DeepSpeed configuration: {message}$"):
+        utils.configure_deepspeed(args)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--report_to wandb", "wandb"),
+        ("--learning_rate -1", "Invalid learning rate: -1.0"),
+        ("--optim adamw_bnb_8bit", "bitsandbytes"),
+    ],
+)
+def test_what_a_library_refuses_is_said_in_a_line(words, message, base, data, tmp_path):
+    run = train([*basic_options(base, data, tmp_path / "out"), *words.split()])
+    assert run.code == 2 and message in run.error()
+
+
+def test_rows_longer_than_the_table_of_positions_are_refused():
+    small = {"vocab_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "hidden_size": 8}
+    opt = transformers.OPTConfig(max_position_embeddings=64, ffn_dim=8, word_embed_proj_dim=8, **small)
+    gpt2 = transformers.GPT2Config(n_positions=64, **small)
+    for config in (opt, gpt2):
+        model = utils.skeleton(config)
+        utils.check_positions(model, 64)
+        with pytest.raises(UserError) as caught:
+            utils.check_positions(model, 65)
+        assert str(caught.value) == (
+            "rows of up to 65 tokens, but this model has 64 positions; give --model_max_length 64"
+        )
+    utils.check_positions(utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small)), 65)

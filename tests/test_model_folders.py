@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import utils
 from conftest import FSDP, ZERO3, basic_options, train
 from safetensors.torch import load_file, save_file
@@ -208,3 +210,55 @@ def test_tied_model_is_saved_once_and_loads(base, data, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert run.losses()[-1] < run.losses()[0]
+
+
+SMALL = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL |= {"intermediate_size": 64, "tie_word_embeddings": False}
+PUBLISHED = {  # configuration, and a name that the library changes when it loads
+    "gpt_neox": (transformers.GPTNeoXConfig(**SMALL), "embed_out.weight"),
+    "mixtral": (
+        transformers.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight",
+    ),
+    "llama": (transformers.LlamaConfig(**SMALL), "lm_head.weight"),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tokenizer, tmp_path_factory):
+    """Folders of small random models as they are on the hub: name -> folder."""
+    folders = {}
+    for name, (config, _) in PUBLISHED.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_is_saved_with_the_names_of_its_published_files(name, published, tokenizer, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(published[name])
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        model_wrapped=model,
+        processing_class=tokenizer,
+        state=transformers.TrainerState(),
+        args=SimpleNamespace(bf16=False, fp16=False),
+    )
+    assert "model.safetensors" in utils.write_model(trainer, dict(model.state_dict()), tmp_path)
+    before, after = load_file(published[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert PUBLISHED[name][1] in after and after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], FSDP, ZERO3], ids=["single", "fsdp", "zero3"])
+@pytest.mark.parametrize("name", ["gpt_neox", "mixtral"])
+@pytest.mark.usefixtures("deepspeed_ready")
+def test_a_model_whose_names_the_library_changes_is_trained_and_saved(name, options, published, data, tmp_path):
+    """At a learning rate of 0, so that the model saved is the one that was read."""
+    words = basic_options(published[name], data, tmp_path / "out", learning_rate=0, max_steps=2)
+    run = train([*words, *options], 2 if options else 1).finished()
+    before, after = load_file(published[name] / "model.safetensors"), run.weights()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)

@@ -384,6 +384,26 @@ def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(in_use):
 
 
 @slow
+def test_a_signal_saves_the_optimizer_of_a_run_that_saves_models_only(runs, base, data, tmp_path):
+    options = run_options(base, data, tmp_path / "out", save_only_model=True)
+    stopped = play(options, until="step 6/", then=send(signal.SIGTERM))
+    step = assert_stopped_with_a_checkpoint(stopped)
+    assert_same_end(play(options), runs["unbroken"], step)
+
+
+@slow
+def test_what_there_was_is_kept_until_a_run_that_overwrites_it_works(runs, base, data, tmp_path):
+    folder = copied(runs["unbroken"], tmp_path / "copy")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    half = Path(shutil.copytree(base, tmp_path / "half"))
+    (half / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:300_000])
+    for model in (half, folder):
+        run = play(run_options(model, data, folder, overwrite_output_dir=True))
+        assert run.code == 2 and ("cannot load its weights" if model == half else "would delete") in run.error()
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@slow
 def test_overwriting_deletes_the_model_of_the_run_before_an_interrupted_one(runs, base, data, tmp_path):
     folder = copied(runs["unbroken"], tmp_path / "copy")
     more = run_options(base, data, folder, num_train_epochs=3, resume_anyway=True)
@@ -633,6 +653,19 @@ def test_a_terminated_run_of_two_processes_resumes_to_the_same_bits(engine, stop
         assert "\nSIGTERM: saving a checkpoint after this step, then exit 143\n" in stopped.err
     step = assert_stopped_with_a_checkpoint(stopped)
     assert_same_end(play(options, 2), unbroken(engine), step)
+
+
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_grouped_by_length_resumes_to_the_same_bits(processes, base, data, tmp_path):
+    def options(name):
+        return run_options(base, data, tmp_path / name, processes, train_sampling_strategy="group_by_length")
+
+    whole = play(options("whole"), processes).finished()
+    targets = [int(row["num_targets"]) for row in rows_of(whole)]
+    assert sum(targets[:9]) == sum(targets[9:]) and targets[:9] != targets[9:]  # all in each epoch, in another order
+    play(options("out"), processes, until="step 13/", then=kill)
+    assert_same_end(play(options("out"), processes), whole, 12)
 
 
 @slow

@@ -352,6 +352,8 @@ TRANSLATED = [
     ("lazy_preprocess", "True", [], GONE),
     ("use_fast_tokenizer", "False", [], GONE),
     ("overwrite_cache", "True", [], GONE),
+    ("torchdynamo", "eager", [], GONE),
+    ("use_legacy_prediction_loop", "True", [], GONE),
     ("push_to_hub_model_id", "m", ["--hub_model_id", "m"], "is now --hub_model_id"),
     ("push_to_hub_organization", "o", [], GONE),
     ("push_to_hub_token", "t", ["--hub_token", "t"], "is now --hub_token"),
@@ -388,6 +390,38 @@ def test_an_old_option_is_translated_in_every_spelling(name, value, words, meani
 def test_an_old_option_without_a_value_is_translated(name, words):
     assert utils.translate_old_options([f"--{name}", "--tf32", "True"])[0] == [*words, "--tf32", "True"]
     assert utils.translate_old_options([f"--{name}"])[0] == words
+
+
+@pytest.mark.parametrize("equals", [True, False])
+@pytest.mark.parametrize(
+    ("words", "today", "notice"),
+    [
+        ("--optim adamw_hf", "--optim adamw_torch", "--optim adamw_hf is now --optim adamw_torch"),
+        ("--optim adafactor", "--optim adafactor", None),
+        ("--debug ", "", "--debug '' has no meaning; ignored"),
+        ("--debug underflow_overflow", "--debug underflow_overflow", None),
+    ],
+)
+def test_an_old_value_of_an_option_that_is_still_there_is_translated(words, today, notice, equals):
+    join = "=" if equals else " "
+    given, expected = words.replace(" ", join), today if notice else today.replace(" ", join)
+    result = utils.translate_old_options([*(given.split(" ")), "--seed", "1"])
+    assert result == ([*expected.split(), "--seed", "1"], [notice] if notice else [])
+
+
+@pytest.mark.parametrize(
+    ("words", "value", "notice"),
+    [
+        ("--warmup_steps 10 --warmup_ratio 0.03", "10", "--warmup_ratio gives way to --warmup_steps 10, as it did"),
+        ("--warmup_ratio 0.03 --warmup_steps=10", "10", "--warmup_ratio gives way to --warmup_steps 10, as it did"),
+        ("--warmup_ratio 0.03 --warmup_steps 0", "0.03", "--warmup_ratio is now --warmup_steps"),
+        ("--warmup_steps=0 --warmup_ratio=0.03", "0.03", "--warmup_ratio is now --warmup_steps"),
+        ("--warmup_ratio 0.03", "0.03", "--warmup_ratio is now --warmup_steps"),
+    ],
+)
+def test_of_two_warm_ups_the_one_counts_that_counted_in_2023(words, value, notice):
+    result, notices = utils.translate_old_options(words.split())
+    assert result[-1].rpartition("=")[2] == value and notices == [notice]  # argparse takes the last
 
 
 def test_the_new_names_exist_today_and_the_old_ones_do_not():
@@ -857,15 +891,40 @@ def test_a_run_without_a_whole_checkpoint_starts_from_the_first_step(tmp_path, c
     assert capsys.readouterr().err == line
 
 
-def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path):
+def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path, capsys):
     make_run(tmp_path, "finished", files=["config.json", "model.safetensors", "already-gone.json"])
     make_checkpoint(tmp_path, 3)
     make_checkpoint(tmp_path, 4, mark=False)
     for name in ("config.json", "model.safetensors", "loss.csv", "notes.txt", "generation_config.json"):
         (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoint-999").mkdir()
+    (tmp_path / "checkpoint-999" / "thesis.txt").write_text("mine")
+    before = contents(tmp_path)
     changed = {"learning_rate": 9}
     assert utils.resume_point(tmp_path, changed, overwrite=True) == (False, None)
-    assert contents(tmp_path) == {name: name.encode() for name in ("notes.txt", "generation_config.json")}
+    assert contents(tmp_path) == before  # not before the new run is known to work
+    utils.delete_run(tmp_path)
+    left = {name: name.encode() for name in ("notes.txt", "generation_config.json")}
+    assert contents(tmp_path) == left | {"checkpoint-999": None, "checkpoint-999/thesis.txt": b"mine"}
+    assert capsys.readouterr().err == f"{tmp_path / 'checkpoint-999'}: holds nothing of a run; left\n"
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path):
+    make_checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoint-3").rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
+    whole = contents(tmp_path / "elsewhere")
+    utils.delete_checkpoint(tmp_path / "checkpoint-3")
+    assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"} and contents(tmp_path / "elsewhere") == whole
+
+
+def test_a_finished_run_whose_model_is_gone_is_not_finished(tmp_path, capsys):
+    make_run(tmp_path, "finished", files=["model.safetensors"])
+    make_checkpoint(tmp_path, 3)
+    assert utils.resume_point(tmp_path, SETTINGS) == (False, str(tmp_path / "checkpoint-3"))
+    assert capsys.readouterr().err == (
+        f"{tmp_path}: this run was finished, but model.safetensors is gone\nresuming from {tmp_path / 'checkpoint-3'}\n"
+    )
 
 
 # --- Engines ---------------------------------------------------------------------------------------------------------
