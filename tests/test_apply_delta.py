@@ -970,7 +970,7 @@ utils.run_main(apply_delta.main)
 """
 
 
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_stopped_run_leaves_no_half_model(tmp_path, base, delta, signal, capsys):
     target = tmp_path / "out"
     words = {"base": str(base), "delta": str(delta), "target": str(target), "root": str(ROOT), "signal": signal}

@@ -114,7 +114,7 @@ def peer_judge(pool, texts, threshold=0.7):
     return results
 
 
-@pytest.mark.parametrize("size", [1, 7, 20, 400])
+@pytest.mark.parametrize("size", [1, pytest.param(7, marks=pytest.mark.slow), 20, 400])
 def test_decisions_top_ten_and_mean_are_those_of_a_plain_loop(size):
     texts = make_texts(400, seed=size)[120:]
     ours, found = RougeFilter(), []

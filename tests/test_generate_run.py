@@ -307,7 +307,7 @@ def test_the_folder_is_free_again_after_a_run_in_the_same_process(server, tmp_pa
     utils.claim_folder(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_waits_for_answers_on_their_way(number, tmp_path):
     with Server(delay=1.5) as server:
         words = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--base_url", server.url]
@@ -323,6 +323,7 @@ def test_a_signal_waits_for_answers_on_their_way(number, tmp_path):
     assert f"stopped by {number.name}; the same command goes on\n" in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path):
     with Server(script={0: {}}, fault="hang") as server:
         words = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--base_url", server.url]
@@ -360,6 +361,7 @@ def test_a_full_disk_ends_the_run_with_all_that_was_written(server, tmp_path):
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+@pytest.mark.slow
 def test_clock_jumps_do_no_harm(server, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import random, time\nnow = time.time\ntime.time = lambda: now() + random.uniform(-1e9, 1e9)\n"
