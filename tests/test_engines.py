@@ -309,7 +309,8 @@ def test_only_the_first_process_speaks(runs, name):
     run = runs(name).finished()
     lines = [line for line in run.err.splitlines() if line and not line.startswith(("W", "*"))]  # torchrun's own
     assert len(lines) == len(set(lines)), run.err
-    assert not any(line.startswith("[rank") for line in lines), run.err  # torch warns in each process's name
+    warnings = [line for line in lines if line.startswith("[rank")]  # torch warns in each process's name
+    assert not [line for line in warnings if "No CUDA runtime" not in line], run.err  # of a torch for CUDA
     assert run.out.count("model saved") == 1
 
 
