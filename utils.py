@@ -1970,7 +1970,8 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
         return False, str(named)
     if wanted.lower() == "false":
         raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
-    gone = [name for name in run.get("files", []) if not Path(folder, name).exists()]
+    weights = [name for name in run.get("files", []) if name.endswith(".safetensors")]
+    gone = [name for name in weights if not Path(folder, name).exists()]
     if run["status"] == "finished" and not changed and not gone:
         say(f"{folder}: this run is finished ({run['results']['steps']} steps); nothing to do")
         return True, None
