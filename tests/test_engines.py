@@ -69,7 +69,7 @@ EQUAL = {
     "zero3 accumulated": ("ZeRO-3 with offload", HALF, "2 flat x accumulation 2"),
 }
 QUICK_SINGLES = ("single", "padded", "opt", "torn", "learning rate 1e30")
-QUICK = ("single", "padded", "ddp", "fsdp", "zero3 accumulated")  # of EQUAL
+QUICK = ("single", "padded", "fsdp", "zero3 accumulated")  # of EQUAL
 slow = pytest.mark.slow
 
 

@@ -264,7 +264,7 @@ def kill_while_running(server, folder, options, draw):
     return alive
 
 
-@pytest.mark.parametrize("rounds", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_9_and_resume_loses_and_doubles_nothing(rounds, tmp_path):
     draw = random.Random(rounds)
     options = [
