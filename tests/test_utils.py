@@ -263,6 +263,12 @@ def test_bytes_that_are_not_utf8_are_named_with_line_and_offset(data, where, byt
     )
 
 
+def test_a_file_in_utf16_is_recognized(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_bytes("[]".encode("utf-16"))
+    assert f"for example: iconv -f UTF-16 -t UTF-8 {path} > " in refusal(utils.read_records, [path])
+
+
 # --- Prompts ---------------------------------------------------------------------------------------------------------
 
 PREAMBLE = "Below is an instruction that describes a task"
