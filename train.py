@@ -507,7 +507,7 @@ class RunCallback(TrainerCallback):
             raise AlreadyTrained
         # group_by_length draws from the global generator, which differs between processes and after resuming.
         batches = kwargs["train_dataloader"].batch_sampler
-        sampler = getattr(batches, "batch_sampler", batches).sampler
+        sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
         if isinstance(sampler, LengthGroupedSampler):
             epoch = state.global_step // (len(self.trainer.train_dataset) // utils.global_batch(args))
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)

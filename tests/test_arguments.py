@@ -199,6 +199,13 @@ def test_group_by_length_runs_to_the_end(base, data, tmp_path):
     assert len(run.losses()) == 9 and len(list((tmp_path / "tb").rglob("events.out.tfevents.*"))) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["sequential", "batch_rebalance"])
+def test_every_other_sampling_strategy_runs_to_the_end(strategy, base, data, tmp_path):
+    run = train(basic_options(base, data, tmp_path / "out", train_sampling_strategy=strategy)).finished()
+    assert len(run.losses()) == 9
+
+
 def test_missing_data_path_is_refused(tokenizer):
     with pytest.raises(UserError, match="^--data_path is missing: name one or more JSON or JSON Lines files$"):
         trainer.make_supervised_data_module(tokenizer, parse()[1])
