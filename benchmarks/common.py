@@ -136,7 +136,7 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
                 train_dataset=train.FilledDataset(rows, batch, tokenizer.eos_token_id),
                 data_collator=train.FlatCollator(train.DataCollatorForSupervisedDataset(tokenizer)),
             )
-            trainer.add_callback(train.RunCallback(trainer))
+            trainer.add_callback(train.RunCallback(trainer, {}))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Clock())
         started = time.perf_counter()
