@@ -1,7 +1,7 @@
 """Converting raw weights: wall time, CPU time, peak memory and bytes written, beside `cp` and a released converter.
 
-    python benchmarks/weights.py --work_dir out/weights --size 1b
-    python benchmarks/weights.py --work_dir out/weights --size 7b --tokenizer tokenizer.model \\
+    python benchmarks/convert.py --work_dir out/weights --size 1b
+    python benchmarks/convert.py --work_dir out/weights --size 7b --tokenizer tokenizer.model \\
         --data_path alpaca_data.json --peer_python ENV/bin/python --peer_script convert_llama_weights_to_hf.py
 
 The peer is Hugging Face's converter, last released in the wheel of transformers 4.47.1, with an environment of
@@ -121,7 +121,7 @@ def main():
     parser.add_argument("--peer_python", help="python of an environment with transformers 4.57")
     parser.add_argument("--peer_script", help="convert_llama_weights_to_hf.py of transformers 4.47.1")
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each arm (default: 3)")
-    common.add_output(parser, "weights")
+    common.add_output(parser, "convert")
     measure_in_folder(parser.parse_args(), compare, "ids_that_differ")
 
 
