@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 
 import utils
-from utils import DTYPES, StoredTensor, UserError, row_blocks, say
+import weights
+from utils import UserError, say
+from weights import DTYPES, StoredTensor, row_blocks
 
 ALPACA_SUM = 50637.1836  # of all numbers of Stanford Alpaca 7B; from its weight_diff.py
 RULES = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
@@ -280,7 +282,7 @@ def check_rows(rows, part, start, stop):
     for tensor in (part.base, *((part.change.a, part.change.b) if lora else [part.change] if part.change else [])):
         number = (*tensor.shape, 1)[0]
         first, last = (0, number) if lora and tensor is not part.base else (min(start, number), min(stop, number))
-        utils.check_finite(tensor.read(first, last), tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
+        weights.check_finite(tensor.read(first, last), tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
     wider = "float32 or bfloat16" if part.dtype == "float16" else "float32"
     raise UserError(f"tensor {part.name}: the result is too large for {part.dtype}; give --dtype {wider}")
 
@@ -292,8 +294,8 @@ def check_rows(rows, part, start, stop):
 
 def open_inputs(output, option, **paths):
     """The folders of two inputs, {option: path or name on the hub}; `output` must be outside of both, they apart."""
-    folders = [utils.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
-    if utils.same_place(*folders):
+    folders = [weights.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
+    if weights.same_place(*folders):
         (one, first), (two, second) = paths.items()
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
@@ -323,7 +325,7 @@ def record_of(folder):
 
 def open_model(path):
     """The tensors of a model, without the rotary frequencies that early releases of transformers stored."""
-    tensors = utils.open_weights(path)
+    tensors = weights.open_weights(path)
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
@@ -460,7 +462,7 @@ def check_record(record, delta, folder):
 def check_base(parts, record, folder):
     """Refuse a base other than the one that the delta was made from; it is read as the delta sees it."""
     found = Fingerprint()
-    with utils.Meter("checking the base", sum(part.base.nbytes for part in parts)) as meter:
+    with weights.Meter("checking the base", sum(part.base.nbytes for part in parts)) as meter:
         for part in parts:
             seen = part.change.dtype if is_float(part.change.dtype) else part.dtype
             working = getattr(torch, working_dtype(seen, seen) if is_float(part.change.dtype) else seen)
@@ -519,7 +521,7 @@ def open_adapter(folder):
     """The tensors of an adapter's folder. Raises UserError where there are none."""
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
-            if tensors := utils.open_weights(folder / name):
+            if tensors := weights.open_weights(folder / name):
                 return tensors
             raise UserError(f"{folder / name}: holds not one tensor; the run that saved it saved nothing, train again")
     raise UserError(f"{folder}: has adapter_config.json and neither adapter_model.safetensors nor adapter_model.bin")
@@ -600,7 +602,7 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
 def write_weights(folder, parts, rows_of, what):
     """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows)."""
     plan = plan_of(parts)
-    with utils.WeightWriter(folder, plan) as writer, utils.Meter(what, utils.plan_size(plan)) as meter:
+    with weights.WeightWriter(folder, plan) as writer, weights.Meter(what, weights.plan_size(plan)) as meter:
         for part, start, stop, rows in ahead((part, *block) for part in parts for block in rows_of(part)):
             check_rows(rows, part, start, stop)
             writer.append(part.name, array(rows))
@@ -618,7 +620,7 @@ def ahead(items):
 
 
 def plan_of(parts):
-    """The Parts as a plan of utils.WeightWriter."""
+    """The Parts as a plan of weights.WeightWriter."""
     return {part.name: (part.dtype, part.shape) for part in parts}
 
 
@@ -658,7 +660,7 @@ def write_run(folder, **facts):
     about = {"made_by": "cria", "script": "apply_delta.py", "status": "finished"}
     about |= {key: value for key, value in facts.items() if value is not None}
     about |= {"versions": utils.versions("torch"), "git_commit": utils.git_commit()}
-    files = sorted(path.name for path in folder.iterdir() if path.name != utils.UNFINISHED)
+    files = sorted(path.name for path in folder.iterdir() if path.name != weights.UNFINISHED)
     utils.write_json(about | {"files": files}, folder / "run.json")
 
 
@@ -688,8 +690,8 @@ def apply_delta(
     else:
         parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
     is_recorded = bool(record) and not any_base and dtype is None and rule == record["new_rows"]
-    size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
-    utils.check_output(target_model_path, inputs, overwrite, files, "--target")
+    size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
+    weights.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:
         check_base(parts, record, base_path)
 
@@ -701,9 +703,9 @@ def apply_delta(
                 total[0] += rows.double().sum().item()
             yield start, stop, rows
 
-    with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
+    with weights.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
         write_weights(folder, parts, rows_of, "applying")
-        utils.close_weights(base), utils.close_weights(delta)
+        weights.close_weights(base), weights.close_weights(delta)
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
         if check_sum:
@@ -765,10 +767,10 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
             differing[0] += int((result != target).sum())
             yield start, stop, rows
 
-    size, files = utils.plan_size(plan_of(parts)), utils.weight_file_names(plan_of(parts))
-    with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
+    size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
+    with weights.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
         write_weights(folder, parts, rows_of, "making")
-        utils.close_weights(base), utils.close_weights(target)
+        weights.close_weights(base), weights.close_weights(target)
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {
             "format": "exact" if exact else "weights",

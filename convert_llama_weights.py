@@ -27,7 +27,9 @@ import zipfile
 from pathlib import Path
 
 import utils
-from utils import DTYPES, UserError, say
+import weights
+from utils import UserError, say
+from weights import DTYPES
 
 # How a tensor lies in the shards of Meta's model parallel layout: ColumnParallelLinear splits the outputs (dim 0),
 # RowParallelLinear the inputs (dim 1), norms are whole in every shard.
@@ -117,7 +119,7 @@ class Llama:
 
 def find_folder(input_dir, model_size=None):
     """The folder that holds the shards: `input_dir`, its subfolder `model_size`, or its only subfolder with shards."""
-    input_dir = utils.find_model(input_dir, ("*.pth", "*params.json", "*tokenizer.model"), "--input_dir")
+    input_dir = weights.find_model(input_dir, ("*.pth", "*params.json", "*tokenizer.model"), "--input_dir")
     if not input_dir.is_dir():
         raise UserError(f"--input_dir {input_dir}: not a folder; give the one that holds params.json")
     if model_size and (input_dir / model_size).is_dir():
@@ -179,7 +181,7 @@ def read_params(folder):
 
 def open_shards(paths):
     """The tensors of each shard. Raises UserError where shards differ in names, shapes or dtypes."""
-    shards = [utils.open_weights(path) for path in paths]
+    shards = [weights.open_weights(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         for name in sorted(set(shards[0]) ^ set(shard)):
             holder, other = (paths[0], path) if name in shards[0] else (path, paths[0])
@@ -304,15 +306,15 @@ def check_values(tensors, dtype=None):
 
     def check(tensor):
         where = f"{tensor.file.path}: tensor {tensor.name}"
-        for start, stop in utils.row_blocks(tensor.shape, tensor.dtype):
+        for start, stop in weights.row_blocks(tensor.shape, tensor.dtype):
             block = tensor.read(start, stop)
-            utils.check_finite(block, tensor.dtype, where)
+            weights.check_finite(block, tensor.dtype, where)
             if dtype and dtype != tensor.dtype:
                 cast(block, tensor.dtype, dtype, where)
         return tensor.nbytes
 
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        with utils.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
+        with weights.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
             for size in threads.map(check, tensors):
                 meter.add(size)
 
@@ -321,7 +323,7 @@ def are_equal(one, other):
     """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
     if (one.file, one.offset, one.strides) == (other.file, other.offset, other.strides):
         return True
-    blocks = utils.row_blocks(one.shape, one.dtype)
+    blocks = weights.row_blocks(one.shape, one.dtype)
     return all((one.read(start, stop) == other.read(start, stop)).all() for start, stop in blocks)
 
 
@@ -359,11 +361,11 @@ def joined(parts, axis, multiple=1):
 
     if axis == ROWS and len(parts) > 1:
         shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
-        for start, stop in utils.row_blocks(shape, parts[0].dtype):
+        for start, stop in weights.row_blocks(shape, parts[0].dtype):
             yield np.concatenate([part.read(start, stop) for part in parts], axis=1)
         return
     for part in parts[:1] if axis == WHOLE else parts:
-        for start, stop in utils.row_blocks(part.shape, part.dtype, multiple):
+        for start, stop in weights.row_blocks(part.shape, part.dtype, multiple):
             yield part.read(start, stop)
 
 
@@ -373,7 +375,7 @@ def cast(block, old, new, where):
 
     numbers = torch.from_numpy(block).view(getattr(torch, old)).to(getattr(torch, new))
     bits = numbers.view(getattr(torch, f"uint{8 * numbers.itemsize}")).numpy()
-    utils.check_finite(bits, new, f"{where}: cast to {new} it", "choose another --dtype")
+    weights.check_finite(bits, new, f"{where}: cast to {new} it", "choose another --dtype")
     return bits
 
 
@@ -388,8 +390,8 @@ def model_plan(llama, shards, dtype=None):
 
 def write_model(llama, shards, folder, plan, max_shard_size):
     """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
-    meter = utils.Meter("weights", utils.plan_size(plan))
-    with utils.WeightWriter(folder, plan, max_shard_size) as writer, meter:
+    meter = weights.Meter("weights", weights.plan_size(plan))
+    with weights.WeightWriter(folder, plan, max_shard_size) as writer, meter:
         for raw, (name, axis, _) in llama.tensors().items():
             if name not in plan:
                 continue
@@ -402,10 +404,10 @@ def write_model(llama, shards, folder, plan, max_shard_size):
                 writer.append(name, block)
                 meter.add(block.nbytes)
     for shard in shards:
-        utils.close_weights(shard)
-    written = utils.open_weights(folder)
+        weights.close_weights(shard)
+    written = weights.open_weights(folder)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
-    utils.close_weights(written)
+    weights.close_weights(written)
 
 
 def context_length(llama):
@@ -751,7 +753,7 @@ def _pickled(plan):
         def reducer_override(self, item):
             if not isinstance(item, Tensor):
                 return NotImplemented
-            storage, strides = Storage(item.number, item.dtype, item.shape), utils.contiguous(item.shape)
+            storage, strides = Storage(item.number, item.dtype, item.shape), weights.contiguous(item.shape)
             arguments = (storage, 0, item.shape, strides, False, collections.OrderedDict())
             return torch._utils._rebuild_tensor_v2, arguments
 
@@ -806,9 +808,9 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
     """Write Meta's layout from a model folder of transformers; see `main`."""
     import numpy as np
 
-    folder = utils.find_model(input_dir, option="--input_dir")
+    folder = weights.find_model(input_dir, option="--input_dir")
     llama = read_llama(folder, num_shards)
-    found = utils.open_weights(folder)
+    found = weights.open_weights(folder)
     sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
     if llama.tied and "lm_head.weight" not in sources:
@@ -825,21 +827,21 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
     kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
     plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
-    size, total = utils.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
+    size, total = weights.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
     with contextlib.ExitStack() as stack:
-        target = stack.enter_context(utils.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
+        target = stack.enter_context(weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
         check_values(list(sources.values()))
         shards = [RawShard(target / name, plan) for name in names]
         for shard in shards:
             stack.callback(shard.close)
-        meter = stack.enter_context(utils.Meter("weights", total))
+        meter = stack.enter_context(weights.Meter("weights", total))
         for raw, (name, axis, shape) in llama.tensors().items():
             is_rotated = raw.endswith(("wq.weight", "wk.weight"))
             records = [stack.enter_context(shard.tensor(raw)) for shard in shards]
             share = plan[raw][1][0] if axis == COLUMNS else shape[0]  # rows of a shard
             multiple = llama.head_dim if is_rotated else 1
             for first in range(0, shape[0], share):
-                for start, stop in utils.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
+                for start, stop in weights.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
                     block = sources[name].read(first + start, first + stop)
                     block = unpermute(block, llama.head_dim) if is_rotated else block
                     if axis == COLUMNS:
@@ -856,7 +858,7 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
             with shard.tensor("rope.freqs") as record:
                 record.write(cast(table.astype(np.float32).view(np.uint32), "float32", kind, "rope.freqs"))
             shard.close()
-        utils.close_weights(found)
+        weights.close_weights(found)
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
         for name in ("tokenizer.model", "tokenizer.tiktoken"):
             if (folder / name).is_file():
@@ -901,7 +903,7 @@ def convert(args):
         llama.rope_factor = args.rope_factor
     tokenizer = find_tokenizer(folder, args.tokenizer)
     plan, dtype = model_plan(llama, shards, args.dtype), args.dtype or llama.dtype
-    size = utils.plan_size(plan)
+    size = weights.plan_size(plan)
     count = sum(math.prod(shape) for _, shape in plan.values())
     say(
         f"{folder}: {len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}; "
@@ -917,10 +919,10 @@ def convert(args):
         origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
-    files = utils.weight_file_names(plan, args.max_shard_size)
+    files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = load_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
-    with utils.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
+    with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
         written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
         check_values([shard[raw] for raw in written for shard in shards], args.dtype)
         if loaded:
@@ -936,7 +938,7 @@ def convert(args):
     reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
     say(
         f"{args.output_dir}: {len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each "
-        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(utils.split_plan(plan, args.max_shard_size))} files"
+        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(weights.split_plan(plan, args.max_shard_size))} files"
     )
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 
@@ -953,7 +955,7 @@ def parse_arguments(words):
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)"
     )
-    parser.add_argument("--max_shard_size", type=utils.parse_size, default=utils.SHARD_SIZE, help="default: 5GB")
+    parser.add_argument("--max_shard_size", type=weights.parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
     parser.add_argument("--context", type=int, help="context length in tokens; printed with its reason when left out")
     parser.add_argument("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
     parser.add_argument("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import common
 
+import weights
+
 SIZES = {  # dim, layers, heads, rows of w1; parameters with a vocabulary of 32,000
     "tiny": (256, 4, 8, 688),
     "1b": (2048, 24, 16, 5632),  # 1.36 billion, 2.73 GB
@@ -45,8 +47,9 @@ print(json.dumps(tokenizer(json.load(open(sys.argv[2], encoding="utf-8")), add_s
 
 def make_raw(folder, size, num_shards):
     """Write raw shards of random float16 numbers, streamed; returns their bytes."""
-    import convert_llama_weights as convert
     import numpy as np
+
+    import convert_llama_weights as convert
 
     dim, layers, heads, ffn = SIZES[size]
     sizes = (dim, layers, heads, heads, ffn, VOCAB_SIZE)
@@ -62,7 +65,7 @@ def make_raw(folder, size, num_shards):
     for i in range(num_shards):
         shard = convert.RawShard(folder / f"consolidated.{i:02}.pth", plan | table)
         for name, entry in plan.items():
-            left = common.utils.plan_size({name: entry})
+            left = weights.plan_size({name: entry})
             with shard.tensor(name) as record:
                 if len(entry[1]) == 1:
                     record.write(ones)

@@ -18,6 +18,8 @@ import statistics
 import sys
 
 import common
+
+import weights
 from weights import SIZES, VOCAB_SIZE, measure, measure_in_folder
 
 BOUNDS = {"peak_rss_gb": 0.5, "low_cpu_mem_wall_of_ours": 10.0}  # the second from LARGE bytes on
@@ -53,7 +55,7 @@ def make_folder(folder, size, scale, shift, kind, tokenizer):
         return noise[i : i + count].reshape(shape)  # each begins elsewhere
 
     if kind == "safetensors":
-        with common.utils.WeightWriter(folder, plan) as writer:
+        with weights.WeightWriter(folder, plan) as writer:
             for i, (name, (_, shape)) in enumerate(plan.items()):
                 writer.append(name, tensor(i, shape).contiguous().view(torch.uint8).numpy())
     else:
@@ -83,12 +85,12 @@ def make_folder(folder, size, scale, shift, kind, tokenizer):
 
 def equal_tensors(one, other):
     """(tensors that are bit-equal in two folders, tensors in all)."""
-    first, second = (common.utils.open_weights(folder) for folder in (one, other))
+    first, second = (weights.open_weights(folder) for folder in (one, other))
     equal = 0
     for name, tensor in first.items():
         there = second.get(name)
         if there is not None and (there.dtype, there.shape) == (tensor.dtype, tensor.shape):
-            blocks = common.utils.row_blocks(tensor.shape, tensor.dtype)
+            blocks = weights.row_blocks(tensor.shape, tensor.dtype)
             equal += all((tensor.read(*rows) == there.read(*rows)).all() for rows in blocks)
     return equal, len(first | second)
 
@@ -111,7 +113,7 @@ def compare(args, work):
         for kind in ("safetensors", "bin"):
             for i, (name, scale) in enumerate((("base", 0.02), ("delta", 0.0005))):
                 pool.submit(make_folder, work / kind / name, args.size, scale, i, kind, args.tokenizer).result()
-    out, size = work / "out", common.utils.plan_size(plan_of(args.size))
+    out, size = work / "out", weights.plan_size(plan_of(args.size))
 
     def command(python, script, kind, *words):
         folders = ["--base", work / kind / "base", "--delta", work / kind / "delta", "--target", out]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import apply_delta as script
 import utils
+import weights
 from utils import UserError
 
 CONFIG = {"model_type": "llama", "vocab_size": 40, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -57,7 +58,7 @@ def model(folder, tensors, config=None, tokenizer=None):
     return folder
 
 
-def weights(folder):
+def tensors_in(folder):
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
@@ -89,7 +90,7 @@ def refused(*arguments, **options):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of a few rows, so that every tensor takes several."""
-    monkeypatch.setattr(utils, "BLOCK", 100)
+    monkeypatch.setattr(weights, "BLOCK", 100)
 
 
 @pytest.fixture
@@ -111,8 +112,8 @@ def delta(tmp_path):
 def test_float16_delta_is_added_to_the_base_in_float16(tmp_path, delta, dtype, capsys):
     base = model(tmp_path / "base", numbers(dtype))
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
-    old, change = weights(base), weights(delta)
-    assert_bits(weights(tmp_path / "out"), {name: old[name].half() + change[name] for name in old})
+    old, change = tensors_in(base), tensors_in(delta)
+    assert_bits(tensors_in(tmp_path / "out"), {name: old[name].half() + change[name] for name in old})
     shown = capsys.readouterr()
     assert f"delta: {delta} is a weight delta in float16; new rows: none, the vocabularies are the same" in shown.err
     assert "arithmetic: float16(base) + delta, as FastChat; result in float16" in shown.err
@@ -121,7 +122,7 @@ def test_float16_delta_is_added_to_the_base_in_float16(tmp_path, delta, dtype, c
 
 def test_the_order_of_casts_matters(tmp_path, delta):
     """What the test above would not see if its numbers were tame: casting first and adding first differ."""
-    old, change = numbers(FLOAT), weights(delta)
+    old, change = numbers(FLOAT), tensors_in(delta)
     first = {name: old[name].half() + change[name] for name in old}
     last = {name: (old[name] + change[name].float()).half() for name in old}
     assert sum(int((first[name] != last[name]).sum()) for name in old) > 50
@@ -132,11 +133,11 @@ def test_vicuna_v0_new_rows_of_the_base_are_zero(tmp_path, base, capsys):
     delta = model(tmp_path / "delta", change, {"vocab_size": 32000})
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     expected = {}
-    for name, old in weights(base).items():
+    for name, old in tensors_in(base).items():
         grown = torch.zeros(change[name].shape, dtype=HALF)
         grown[: len(old)] = old
         expected[name] = grown + change[name]
-    assert_bits(weights(tmp_path / "out"), expected)
+    assert_bits(tensors_in(tmp_path / "out"), expected)
     rule = "new rows: 40 -> 42, those that the base lacks are zero in it (FastChat's rule for float16 deltas)"
     assert rule in capsys.readouterr().err
     assert read(tmp_path / "out" / "config.json")["vocab_size"] == 42
@@ -149,11 +150,11 @@ def test_stanford_new_rows_of_the_base_are_the_mean(tmp_path, base, capsys):
     delta = model(tmp_path / "diff", change)
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     expected = {}
-    for name, old in weights(base).items():
+    for name, old in tensors_in(base).items():
         old = old.float()
         new = old.mean(dim=0, keepdim=True).expand(len(change[name]) - len(old), *old.shape[1:])
         expected[name] = change[name] + torch.cat([old, new])
-    assert_bits(weights(tmp_path / "out"), expected)
+    assert_bits(tensors_in(tmp_path / "out"), expected)
     shown = capsys.readouterr().err
     assert "those that the base lacks are the mean of the old ones in it (Stanford Alpaca's rule for float32" in shown
     assert "arithmetic: base + delta in float32, rounded once; result in float32" in shown
@@ -163,9 +164,9 @@ def test_stanford_new_rows_of_the_base_are_the_mean(tmp_path, base, capsys):
 def test_mean_of_slices_of_columns_is_the_mean_of_the_whole(tmp_path, monkeypatch):
     matrix = torch.randn(3001, 320, generator=torch.Generator().manual_seed(0)).half()
     save_file({"x": matrix}, tmp_path / "x.safetensors")
-    monkeypatch.setattr(utils, "BLOCK", 2**16)
+    monkeypatch.setattr(weights, "BLOCK", 2**16)
     monkeypatch.setattr(script, "PRODUCT", 4 * 3001 * 64)
-    row = script.mean_row(utils.open_weights(tmp_path / "x.safetensors")["x"])
+    row = script.mean_row(weights.open_weights(tmp_path / "x.safetensors")["x"])
     assert torch.equal(row, matrix.float().mean(dim=0))
 
 
@@ -173,8 +174,8 @@ def test_bfloat16_delta_is_added_in_float32_and_rounded_once(tmp_path, base):
     change = numbers(BRAIN, seed=1, scale=0.01)
     delta = model(tmp_path / "delta", change)
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
-    expected = {name: (old.float() + change[name].float()).bfloat16() for name, old in weights(base).items()}
-    assert_bits(weights(tmp_path / "out"), expected)
+    expected = {name: (old.float() + change[name].float()).bfloat16() for name, old in tensors_in(base).items()}
+    assert_bits(tensors_in(tmp_path / "out"), expected)
     assert "prompt_style" not in read(tmp_path / "out" / "run.json")  # of no family that is known
 
 
@@ -186,16 +187,18 @@ def test_new_rows_without_a_rule_are_asked_for(tmp_path, base):
         "the base has 40 rows of vocabulary and the other 41; no rule says what a bfloat16 delta takes the missing "
         "ones to be; give --new_rows zero (FastChat's rule) or mean (Stanford Alpaca's)"
     )
-    for rule, row in (("zero", torch.zeros(8)), ("mean", weights(base)["lm_head.weight"].float().mean(dim=0))):
+    for rule, row in (("zero", torch.zeros(8)), ("mean", tensors_in(base)["lm_head.weight"].float().mean(dim=0))):
         script.apply_delta(str(base), str(tmp_path / rule), str(delta), new_rows=rule)
-        found = weights(tmp_path / rule)["lm_head.weight"][40]
+        found = tensors_in(tmp_path / rule)["lm_head.weight"][40]
         assert torch.equal(found, (row + change["lm_head.weight"][40].float()).bfloat16())
 
 
 def test_dtype_of_the_result(tmp_path, base, delta):
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta), dtype="float32")
-    change = weights(delta)
-    assert_bits(weights(tmp_path / "out"), {n: old.float() + change[n].float() for n, old in weights(base).items()})
+    change = tensors_in(delta)
+    assert_bits(
+        tensors_in(tmp_path / "out"), {n: old.float() + change[n].float() for n, old in tensors_in(base).items()}
+    )
     assert read(tmp_path / "out" / "config.json")["torch_dtype"] == "float32"
 
 
@@ -210,14 +213,14 @@ def test_overflow_is_refused_and_the_way_round_works(tmp_path, delta):
     )
     assert names_in(tmp_path) == {"base", "delta"}
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta), dtype="bfloat16")
-    assert weights(tmp_path / "out")["model.layers.1.mlp.down_proj.weight"][7, 3] > 69000
+    assert tensors_in(tmp_path / "out")["model.layers.1.mlp.down_proj.weight"][7, 3] > 69000
 
 
 @pytest.mark.parametrize("culprit", ["base", "delta"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_refused_by_file(tmp_path, base, delta, culprit, value):
     folder = {"base": base, "delta": delta}[culprit]
-    tensors = weights(folder)
+    tensors = tensors_in(folder)
     tensors["lm_head.weight"][39, 7] = value
     model(folder, tensors)
     message = refused(base, tmp_path / "out", delta)
@@ -229,7 +232,7 @@ def test_values_that_are_not_finite_are_refused_by_file(tmp_path, base, delta, c
 
 def test_bin_files_and_rotary_frequencies(tmp_path, base, delta):
     """One .bin file, several with an index, the frequencies of early conversions; safetensors go before .bin."""
-    old, change = weights(base), weights(delta)
+    old, change = tensors_in(base), tensors_in(delta)
     expected = {name: old[name] + change[name] for name in old}
     frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.arange(4.0) for i in range(2)}
     (base / "model.safetensors").unlink()
@@ -242,22 +245,22 @@ def test_bin_files_and_rotary_frequencies(tmp_path, base, delta):
     index = {"weight_map": {name: file for part, file in zip(parts, files) for name in part}}
     (delta / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
-    assert_bits(weights(tmp_path / "out"), expected)
+    assert_bits(tensors_in(tmp_path / "out"), expected)
     model(base, {name: tensor * 0 for name, tensor in old.items()})
     script.apply_delta(str(base), str(tmp_path / "again"), str(delta))
-    assert_bits(weights(tmp_path / "again"), change)
+    assert_bits(tensors_in(tmp_path / "again"), change)
 
 
 def test_result_is_split_into_shards(tmp_path, base, delta, monkeypatch):
-    monkeypatch.setattr(utils.split_plan, "__defaults__", (500,))
-    monkeypatch.setattr(utils.weight_file_names, "__defaults__", (500,))
-    defaults = utils.WeightWriter.__init__.__defaults__
-    monkeypatch.setattr(utils.WeightWriter.__init__, "__defaults__", (500, *defaults[1:]))
+    monkeypatch.setattr(weights.split_plan, "__defaults__", (500,))
+    monkeypatch.setattr(weights.weight_file_names, "__defaults__", (500,))
+    defaults = weights.WeightWriter.__init__.__defaults__
+    monkeypatch.setattr(weights.WeightWriter.__init__, "__defaults__", (500, *defaults[1:]))
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     index = read(tmp_path / "out" / "model.safetensors.index.json")
     assert len(set(index["weight_map"].values())) > 3
-    change = weights(delta)
-    assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(base).items()})
+    change = tensors_in(delta)
+    assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(base).items()})
 
 
 def test_config_and_tokenizer_are_those_of_the_right_side(tmp_path, base, delta):
@@ -307,7 +310,7 @@ def test_train_refuses_to_resume_in_a_folder_of_ours(tmp_path, base, delta):
 def test_checksum_of_stanford_is_asked_for_and_never_forced(tmp_path, base, monkeypatch, capsys):
     change = numbers(FLOAT, seed=1, scale=0.01)
     delta = model(tmp_path / "diff", change)
-    total = sum((old.double() + change[name]).sum().item() for name, old in weights(base).items())
+    total = sum((old.double() + change[name]).sum().item() for name, old in tensors_in(base).items())
     script.apply_delta(str(base), str(tmp_path / "free"), str(delta))
     message = refused(base, tmp_path / "out", delta, check_sum=True)
     assert message.startswith(f"--check_integrity_naively: the sum of all numbers is {total:.4f}, with rotary")
@@ -361,7 +364,7 @@ def spoil(tensors, what):
     "what", ["missing", "extra layer", "renamed", "shape", "rows of a layer", "two ways", "fewer rows", "integers"]
 )
 def test_tensors_are_compared_before_anything_is_written(tmp_path, base, delta, what):
-    tensors = weights(delta)
+    tensors = tensors_in(delta)
     expected = spoil(tensors, what)
     model(delta, tensors, {"vocab_size": 40})
     message = refused(base, tmp_path / "new" / "out", delta)
@@ -376,19 +379,19 @@ def test_a_long_list_is_cut_and_counted(tmp_path, base):
 
 
 def test_heads_are_compared_though_no_shape_shows_them(tmp_path, base, delta):
-    model(delta, weights(delta), {"num_attention_heads": 4})
+    model(delta, tensors_in(delta), {"num_attention_heads": 4})
     assert "num_attention_heads is 2 in the base's config and 4 in the delta's" in refused(base, tmp_path / "o", delta)
 
 
 def test_a_whole_model_is_no_delta(tmp_path, base):
-    tuned = {name: tensor + 0.01 for name, tensor in weights(base).items()}
+    tuned = {name: tensor + 0.01 for name, tensor in tensors_in(base).items()}
     delta = model(tmp_path / "vicuna-v1.3", tuned)
     assert refused(base, tmp_path / "out", delta) == (
         f"{delta}: a whole model, it seems, and no delta: its model.norm.weight is nearly the base's; "
         "use it as it is, or if it is a delta all the same, give --any_base"
     )
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta), any_base=True)
-    assert_bits(weights(tmp_path / "out"), {name: old + tuned[name] for name, old in weights(base).items()})
+    assert_bits(tensors_in(tmp_path / "out"), {name: old + tuned[name] for name, old in tensors_in(base).items()})
 
 
 DAMAGES = {
@@ -403,7 +406,7 @@ DAMAGES = {
 @pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
 def test_damaged_files_are_refused_by_name(tmp_path, base, delta, kind, damage):
     if kind == "pytorch_model.bin":
-        torch.save(weights(delta), delta / kind)
+        torch.save(tensors_in(delta), delta / kind)
         (delta / "model.safetensors").unlink()
     spoil_file, words = DAMAGES[damage]
     spoil_file(delta / kind)
@@ -413,7 +416,7 @@ def test_damaged_files_are_refused_by_name(tmp_path, base, delta, kind, damage):
 
 
 def test_flipped_byte_in_a_bin_is_found_by_its_checksum(tmp_path, base, delta):
-    tensors = weights(delta)
+    tensors = tensors_in(delta)
     torch.save(tensors, delta / "pytorch_model.bin")
     (delta / "model.safetensors").unlink()
     data = bytearray((delta / "pytorch_model.bin").read_bytes())
@@ -427,10 +430,11 @@ def test_flipped_byte_in_a_bin_is_found_by_its_checksum(tmp_path, base, delta):
 
 def test_a_missing_shard_is_refused(tmp_path, base, delta):
     """FastChat wrote 14 of 21 tensors and exited with 0."""
-    names = list(weights(base))
+    names = list(tensors_in(base))
     index = {"weight_map": {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}}
     save_file(
-        {n: t for n, t in weights(base).items() if names.index(n) % 2 == 0}, base / "model-00001-of-00002.safetensors"
+        {n: t for n, t in tensors_in(base).items() if names.index(n) % 2 == 0},
+        base / "model-00001-of-00002.safetensors",
     )
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -440,7 +444,7 @@ def test_a_missing_shard_is_refused(tmp_path, base, delta):
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, base, delta):
     (delta / "model.safetensors").rename(tmp_path / "x.safetensors")
-    names = dict.fromkeys(weights(base), "../x.safetensors")
+    names = dict.fromkeys(tensors_in(base), "../x.safetensors")
     (delta / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     assert "names ../x.safetensors, which is not a file beside it" in refused(base, tmp_path / "out", delta)
 
@@ -479,7 +483,7 @@ def make(base, target, delta, **options):
 @pytest.mark.parametrize("rows", [40, 41])
 def test_fastchat_format(tmp_path, base, rows, capsys):
     tuned = numbers(seed=0, rows=rows)
-    old = weights(base)
+    old = tensors_in(base)
     grown = {n: torch.cat([t, torch.zeros(len(tuned[n]) - len(t), *t.shape[1:], dtype=HALF)]) for n, t in old.items()}
     tuned = {
         n: (t + torch.randn(t.shape, generator=torch.Generator().manual_seed(3)) * 0.01).half()
@@ -488,11 +492,11 @@ def test_fastchat_format(tmp_path, base, rows, capsys):
     target = model(tmp_path / "tuned", tuned, tokenizer="the target's")
     make(base, target, tmp_path / "d")
     expected = {name: tuned[name] - grown[name] for name in tuned}
-    assert_bits(weights(tmp_path / "d"), expected)
+    assert_bits(tensors_in(tmp_path / "d"), expected)
     assert (tmp_path / "d" / "tokenizer.model").read_text() == "the target's"
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "d"))
     result = {name: grown[name] + expected[name] for name in tuned}
-    assert_bits(weights(tmp_path / "out"), result)
+    assert_bits(tensors_in(tmp_path / "out"), result)
     lost = sum(int((result[name] != tuned[name]).sum()) for name in tuned)
     total = sum(tensor.numel() for tensor in tuned.values())
     shown = capsys.readouterr().err
@@ -509,13 +513,13 @@ def test_stanford_format(tmp_path, base):
     """--dtype float32, whose rule is the mean; Stanford's own arithmetic gives the target back."""
     tuned = numbers(FLOAT, seed=5, rows=41)
     make(base, model(tmp_path / "tuned", tuned), tmp_path / "d", dtype="float32")
-    for name, diff in weights(tmp_path / "d").items():
-        old = weights(base)[name].float()
+    for name, diff in tensors_in(tmp_path / "d").items():
+        old = tensors_in(base)[name].float()
         if len(old) < len(diff):
             old = torch.cat([old, old.mean(dim=0, keepdim=True)])
         assert torch.equal(diff, tuned[name] - old)
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "d"))
-    for name, tensor in weights(tmp_path / "out").items():
+    for name, tensor in tensors_in(tmp_path / "out").items():
         assert torch.allclose(tensor, tuned[name], rtol=0, atol=1e-6)
 
 
@@ -532,19 +536,19 @@ def test_exact_format_gives_every_bit_back(tmp_path, dtypes):
         tuned[name] = torch.where(wild.isfinite(), wild, tensor)
     base, target = model(tmp_path / "base", old), model(tmp_path / "tuned", tuned, tokenizer="t")
     make(base, target, tmp_path / "d", exact=True)
-    assert all(not tensor.is_floating_point() for tensor in weights(tmp_path / "d").values())
+    assert all(not tensor.is_floating_point() for tensor in tensors_in(tmp_path / "d").values())
     size = sum(tensor.nbytes for tensor in tuned.values())
-    assert sum(tensor.nbytes for tensor in weights(tmp_path / "d").values()) == size
+    assert sum(tensor.nbytes for tensor in tensors_in(tmp_path / "d").values()) == size
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "d"))
-    assert_bits(weights(tmp_path / "out"), tuned)
+    assert_bits(tensors_in(tmp_path / "out"), tuned)
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_wrong_base_is_refused_before_anything_is_written(tmp_path, base, exact):
-    tuned = {name: tensor + 0.01 for name, tensor in weights(base).items()}
+    tuned = {name: tensor + 0.01 for name, tensor in tensors_in(base).items()}
     make(base, model(tmp_path / "tuned", tuned), tmp_path / "d", exact=exact)
     record = read(tmp_path / "d" / "run.json")["delta"]
-    other = weights(base)
+    other = tensors_in(base)
     other["model.layers.0.self_attn.q_proj.weight"][7, 7] += 0.5
     other = model(tmp_path / "other", other)
     message = refused(other, tmp_path / "new" / "out", tmp_path / "d")
@@ -558,26 +562,26 @@ def test_wrong_base_is_refused_before_anything_is_written(tmp_path, base, exact)
     else:  # a difference can be added to a relative of its base
         assert message.endswith("or for any base --any_base")
         script.apply_delta(str(other), str(tmp_path / "out"), str(tmp_path / "d"), any_base=True)
-        change = weights(tmp_path / "d")
-        assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(other).items()})
+        change = tensors_in(tmp_path / "d")
+        assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(other).items()})
 
 
 def test_the_right_base_in_another_dtype_and_format_is_accepted(tmp_path, base):
     """The delta sees float16(base), so a float32 copy in .bin files is the same base to it."""
-    tuned = {name: tensor + 0.01 for name, tensor in weights(base).items()}
+    tuned = {name: tensor + 0.01 for name, tensor in tensors_in(base).items()}
     make(base, model(tmp_path / "tuned", tuned), tmp_path / "d")
     (tmp_path / "copy").mkdir()
     torch.save(
-        {name: tensor.float() for name, tensor in weights(base).items()}, tmp_path / "copy" / "pytorch_model.bin"
+        {name: tensor.float() for name, tensor in tensors_in(base).items()}, tmp_path / "copy" / "pytorch_model.bin"
     )
     script.apply_delta(str(tmp_path / "copy"), str(tmp_path / "out"), str(tmp_path / "d"))
-    change = weights(tmp_path / "d")
-    assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(base).items()})
+    change = tensors_in(tmp_path / "d")
+    assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(base).items()})
 
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_delta_that_was_changed_is_found_and_nothing_is_left(tmp_path, base, exact):
-    tuned = {name: tensor + 0.01 for name, tensor in weights(base).items()}
+    tuned = {name: tensor + 0.01 for name, tensor in tensors_in(base).items()}
     delta = make(base, model(tmp_path / "tuned", tuned, tokenizer="t"), tmp_path / "d", exact=exact)
     data = bytearray((delta / "model.safetensors").read_bytes())
     data[-1] ^= 1
@@ -637,7 +641,7 @@ def test_make_refuses_what_does_not_fit(tmp_path, base):
     target = model(tmp_path / "tuned", numbers(seed=4))
     with pytest.raises(UserError, match="^--exact has the target's dtype, and new rows do not matter"):
         make(base, target, tmp_path / "d", exact=True, dtype="float32")
-    tensors = weights(target)
+    tensors = tensors_in(target)
     tensors["lm_head.weight"][0, 0] = math.nan
     model(target, tensors)
     for exact in (False, True):
@@ -676,13 +680,13 @@ def test_adapter_is_merged_as_the_formula_says(tmp_path, base, file, capsys):
     """W + alpha / rank * B A, and every other tensor as it was."""
     tensors = adapter(tmp_path / "lora", file=file)
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"))
-    expected = weights(base)
+    expected = tensors_in(base)
     for key in [key for key in tensors if ".lora_A." in key]:
         product = tensors[key.replace("lora_A", "lora_B")] @ tensors[key] * 2.0
         name = key.removeprefix("base_model.model.").replace(".lora_A", "")
         expected[name] = (expected[name].float() + product).half()
-        assert not torch.equal(expected[name], weights(base)[name])
-    assert_bits(weights(tmp_path / "out"), expected)
+        assert not torch.equal(expected[name], tensors_in(base)[name])
+    assert_bits(tensors_in(tmp_path / "out"), expected)
     shown = capsys.readouterr().err
     assert f"delta: {tmp_path / 'lora'} is a LoRA adapter, rank 4: 4 weights are changed, 0 replaced, 7 kept" in shown
     assert "prompt style: not known; give chat.py --prompt_style" in shown
@@ -719,7 +723,7 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     """Bit for bit what merge_and_unload(safe_merge=False) gives, on a model that transformers loads."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    monkeypatch.setattr(utils, "BLOCK", 8 * 2**10)
+    monkeypatch.setattr(weights, "BLOCK", 8 * 2**10)
     dtype, options = CASES[case]
     options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]} | options
     extra = {key: options.pop(key, None) for key in ("bin", "tied", "resize", "half")}
@@ -750,8 +754,8 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     if extra["tied"]:
         assert torch.equal(expected.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
     script.apply_delta(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "lora"))
-    assert_bits(weights(tmp_path / "out"), expected)
-    before = weights(tmp_path / "base")
+    assert_bits(tensors_in(tmp_path / "out"), expected)
+    before = tensors_in(tmp_path / "base")
     assert any(not torch.equal(before[n], expected[n]) for n in before if before[n].shape == expected[n].shape)
     again, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -765,7 +769,7 @@ def test_products_in_blocks_are_the_product_of_the_whole(tmp_path, monkeypatch, 
     base = torch.randn(rows, 96, generator=generator)
     a, b = torch.randn(8, rows if embedding else 96, generator=generator), torch.randn(96 if embedding else rows, 8)
     save_file({"base": base, "a": a, "b": b}, tmp_path / "x.safetensors")
-    stored = utils.open_weights(tmp_path / "x.safetensors")
+    stored = weights.open_weights(tmp_path / "x.safetensors")
     lora = script.Lora(stored["a"], stored["b"], 0.37, embedding)
     part = script.Part("x", "float32", tuple(base.shape), stored["base"], lora)
     monkeypatch.setattr(script, "PRODUCT", 4 * 96 * 300)
@@ -781,7 +785,7 @@ def test_adapter_in_another_dtype_overflow_and_style(tmp_path, base):
         base, tmp_path / "o", tmp_path / "lora"
     )
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"), dtype="bfloat16")
-    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {BRAIN}
+    assert {tensor.dtype for tensor in tensors_in(tmp_path / "out").values()} == {BRAIN}
     utils.write_json({"made_by": "cria", "prompt_style": "alpaca", "settings": {}}, tmp_path / "lora" / "run.json")
     (tmp_path / "lora" / "tokenizer.model").write_text("the adapter's")
     script.apply_delta(str(base), str(tmp_path / "styled"), str(tmp_path / "lora"), dtype="float32")
@@ -793,7 +797,7 @@ def test_adapter_that_changes_nothing_is_named(tmp_path, base, capsys):
     adapter(tmp_path / "lora", scale=0.0)
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"))
     assert "is zero, so it changes nothing; was it saved before it was trained?" in capsys.readouterr().err
-    assert_bits(weights(tmp_path / "out"), weights(base))
+    assert_bits(tensors_in(tmp_path / "out"), tensors_in(base))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -828,7 +832,7 @@ def test_adapters_that_cannot_be_merged(tmp_path, base, case):
 
 
 def test_adapter_that_unties_the_embeddings(tmp_path, base):
-    tensors = weights(base)
+    tensors = tensors_in(base)
     del tensors["lm_head.weight"]
     model(base, tensors, {"tie_word_embeddings": True})
     adapter(tmp_path / "lora", tensors={"base_model.model.model.embed_tokens.weight": torch.ones(40, 8)})
@@ -955,8 +959,8 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, base, delta, monkeypatch)
 STOP = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import apply_delta, utils
-utils.BLOCK, blocks, append = 100, [], utils.WeightWriter.append
+import apply_delta, utils, weights
+weights.BLOCK, blocks, append = 100, [], weights.WeightWriter.append
 
 def stopping(self, name, block):
     append(self, name, block)
@@ -964,7 +968,7 @@ def stopping(self, name, block):
     if len(blocks) == 20:
         os.kill(os.getpid(), getattr(signal, {signal!r}))
 
-utils.WeightWriter.append = stopping
+weights.WeightWriter.append = stopping
 sys.argv = ["apply_delta.py", "--base", {base!r}, "--delta", {delta!r}, "--target", {target!r}]
 utils.run_main(apply_delta.main)
 """
@@ -984,8 +988,8 @@ def test_a_stopped_run_leaves_no_half_model(tmp_path, base, delta, signal, capsy
         script.apply_delta(str(base), str(target), str(delta))
         shown = capsys.readouterr().err
         assert f"{tmp_path / '.out.unfinished'}: left by a run that did not finish (1 files, 0.00 GB); removed" in shown
-        change = weights(delta)
-        assert_bits(weights(target), {name: old + change[name] for name, old in weights(base).items()})
+        change = tensors_in(delta)
+        assert_bits(tensors_in(target), {name: old + change[name] for name, old in tensors_in(base).items()})
         assert names_in(tmp_path) == {"base", "delta", "out"}
     else:
         assert run.returncode == {"SIGTERM": 143, "SIGINT": 130}[signal]
@@ -994,19 +998,19 @@ def test_a_stopped_run_leaves_no_half_model(tmp_path, base, delta, signal, capsy
 
 
 def test_two_runs_to_one_target(tmp_path, base, delta):
-    with utils.new_folder(tmp_path / "out", 0):
+    with weights.new_folder(tmp_path / "out", 0):
         assert "another run is writing it at this moment" in refused(base, tmp_path / "out", delta)
 
 
 @pytest.mark.parametrize("which", ["base", "delta"])
 def test_a_file_that_changes_while_it_is_read(tmp_path, base, delta, monkeypatch, which):
-    append = utils.WeightWriter.append
+    append = weights.WeightWriter.append
 
     def touching(self, name, block):
         os.utime(tmp_path / which / "model.safetensors", (1, 1))
         append(self, name, block)
 
-    monkeypatch.setattr(utils.WeightWriter, "append", touching)
+    monkeypatch.setattr(weights.WeightWriter, "append", touching)
     assert "somebody wrote to it while it was read" in refused(base, tmp_path / "out", delta)
     assert not (tmp_path / "out").exists()
 
@@ -1079,8 +1083,8 @@ def test_fastchat_command(tmp_path, base, delta):
     assert run.code == 0, run.err
     assert run.err.startswith("--low-cpu-mem: it never needs more; ignored\n")
     assert run.out == f"{tmp_path / 'out'}: 11 tensors, 0.00 GB\n"
-    change = weights(delta)
-    assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(base).items()})
+    change = tensors_in(delta)
+    assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(base).items()})
     again = run_script(*words)
     assert again.code == 2 and again.error().startswith(f"error: --target {tmp_path / 'out'}: exists and holds ")
 
@@ -1095,7 +1099,7 @@ def test_make_command(tmp_path, base, monkeypatch, capsys):
     script.main()
     assert "delta: exact, bit patterns; new rows: none" in capsys.readouterr().err
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "d"))
-    assert_bits(weights(tmp_path / "out"), weights(target))
+    assert_bits(tensors_in(tmp_path / "out"), tensors_in(target))
 
 
 def test_public_names_of_fastchat():
@@ -1129,6 +1133,6 @@ def test_names_on_the_hub(tmp_path, base, delta, monkeypatch):
     script.apply_delta("huggyllama/llama-7b", str(tmp_path / "out"), "lmsys/vicuna-7b-delta-v1.1")
     assert [name for name, _ in asked] == ["huggyllama/llama-7b", "lmsys/vicuna-7b-delta-v1.1"]
     assert all({"*.json", "*.safetensors", "*.bin", "tokenizer*"} <= set(patterns) for _, patterns in asked)
-    change = weights(delta)
-    assert_bits(weights(tmp_path / "out"), {name: old + change[name] for name, old in weights(base).items()})
+    change = tensors_in(delta)
+    assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(base).items()})
     assert read(tmp_path / "out" / "run.json")["arguments"]["base"] == "huggyllama/llama-7b"

@@ -8,14 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import convert_llama_weights as convert
 import pytest
 import torch
-import utils
 from conftest import ROOT, environment
 from make_tiny_llama import PRESETS, make_tiny_raw, raw_weights, write_raw
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import convert_llama_weights as convert
+import utils
+import weights
 
 IDS = [(i * 37 + 5) % 1000 for i in range(24)]
 PARAMS = {"dim": 64, "multiple_of": 4, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1}
@@ -336,7 +338,7 @@ def test_a_cast_that_overflows_is_refused(pieces, tmp_path, monkeypatch):
     weights["layers.1.feed_forward.w2.weight"][3, 4] = 1e5
     source = make_raw(tmp_path / "raw", pieces, weights)
     with pytest.raises(utils.UserError) as caught, monkeypatch.context() as patch:
-        patch.setattr(utils, "WeightWriter", None)  # nothing is begun
+        patch.setattr("weights.WeightWriter", None)  # nothing is begun
         run(source, tmp_path / "out", "--dtype", "float16")
     assert str(caught.value) == (
         f"{source / 'consolidated.00.pth'}: tensor layers.1.feed_forward.w2.weight: cast to float16 it: holds values "
@@ -384,7 +386,7 @@ def test_views_of_shared_storage_transposed_and_wrapped(pieces, tmp_path):
 def test_blocks_of_one_row_give_the_same_bytes(pieces, tmp_path, monkeypatch):
     source = make_raw(tmp_path / "raw", pieces, make_weights(2), 2, n_kv_heads=2)
     run(source, tmp_path / "out")
-    monkeypatch.setattr(utils, "BLOCK", 100)
+    monkeypatch.setattr(weights, "BLOCK", 100)
     run(source, tmp_path / "small", "--verify")
     for path in (tmp_path / "out").iterdir():
         assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes(), path.name
@@ -501,7 +503,7 @@ def test_options(pieces, tmp_path, capsys):
             run(source, tmp_path / "new", *words)
         assert str(caught.value) == message
     sizes = {"5GB": 5e9, "500MB": 5e8, "2GiB": 2**31, "1000": 1000, "1.5 kb": 1500, "3T": 3e12, "7B": 7}
-    assert {text: utils.parse_size(text) for text in sizes} == sizes
+    assert {text: weights.parse_size(text) for text in sizes} == sizes
 
 
 def test_help_and_errors_of_the_command(tmp_path):
@@ -681,31 +683,31 @@ def test_make_tiny_llama_writes_the_raw_layout(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The parts in utils.py
+# The parts in weights.py
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def test_row_blocks_cover_every_row_once_in_whole_heads():
-    assert list(utils.row_blocks((10, 4), "float16", block=24)) == [(0, 3), (3, 6), (6, 9), (9, 10)]
-    assert list(utils.row_blocks((8, 4), "float16", 4, block=60)) == [(0, 4), (4, 8)]
-    assert list(utils.row_blocks((8, 4), "float16", 4, block=1)) == [(0, 4), (4, 8)]  # a head is never split
-    assert list(utils.row_blocks((), "float32")) == [(0, 1)] and list(utils.row_blocks((0, 3), "float32")) == []
+    assert list(weights.row_blocks((10, 4), "float16", block=24)) == [(0, 3), (3, 6), (6, 9), (9, 10)]
+    assert list(weights.row_blocks((8, 4), "float16", 4, block=60)) == [(0, 4), (4, 8)]
+    assert list(weights.row_blocks((8, 4), "float16", 4, block=1)) == [(0, 4), (4, 8)]  # a head is never split
+    assert list(weights.row_blocks((), "float32")) == [(0, 1)] and list(weights.row_blocks((0, 3), "float32")) == []
 
 
 def test_a_plan_is_split_where_transformers_would():
     plan = {name: ("float16", (rows, 10)) for name, rows in {"a": 10, "b": 30, "c": 1, "d": 4}.items()}
-    assert utils.split_plan(plan, 10**6) == {"model.safetensors": plan}
-    parts = utils.split_plan(plan, 240)
+    assert weights.split_plan(plan, 10**6) == {"model.safetensors": plan}
+    parts = weights.split_plan(plan, 240)
     assert [list(part) for part in parts.values()] == [["a"], ["b"], ["c", "d"]]  # b alone is larger than a shard
     assert list(parts) == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert utils.weight_file_names(plan, 240) == [*parts, "model.safetensors.index.json"]
+    assert weights.weight_file_names(plan, 240) == [*parts, "model.safetensors.index.json"]
 
 
 def test_progress_on_a_terminal_and_elsewhere(capsys, monkeypatch):
     clock = iter([100.0, 102.0, 102.0, 104.0, 104.0, 104.0])
-    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(weights.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with utils.Meter("weights", 4 * 10**9) as meter:
+    with weights.Meter("weights", 4 * 10**9) as meter:
         meter.add(10**9)
         meter.add(3 * 10**9)
     bars = capsys.readouterr().err.split("\r\x1b[K")[1:]
@@ -726,6 +728,6 @@ def test_same_place_sees_through_links(tmp_path):
     os.remove(tmp_path / "c" / "model.safetensors")
     os.link(tmp_path / "a" / "model.safetensors", tmp_path / "c" / "model.safetensors")
     (tmp_path / "link").symlink_to("a")
-    places = {name: utils.same_place(tmp_path / "a", tmp_path / name) for name in ("a", "b", "c", "link", "gone")}
+    places = {name: weights.same_place(tmp_path / "a", tmp_path / name) for name in ("a", "b", "c", "link", "gone")}
     assert places == {"a": True, "b": False, "c": True, "link": True, "gone": False}
-    assert utils.same_place(tmp_path / "gone", tmp_path / "b" / ".." / "gone")
+    assert weights.same_place(tmp_path / "gone", tmp_path / "b" / ".." / "gone")

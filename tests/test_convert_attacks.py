@@ -14,14 +14,16 @@ import time
 import zipfile
 from pathlib import Path
 
-import convert_llama_weights as convert
 import numpy as np
 import pytest
 import torch
-import utils
 from conftest import ROOT, environment
 from safetensors.torch import load_file, save_file
 from test_convert import make_raw, make_weights, pieces, run  # noqa: F401 (pieces is a fixture)
+
+import convert_llama_weights as convert
+import utils
+import weights
 
 COPY = "copy or download it again"
 
@@ -47,7 +49,7 @@ def refusal(source, *words, target=None):
 @pytest.fixture
 def unwritten(monkeypatch):
     """A refusal of this test comes before a file is begun."""
-    monkeypatch.setattr(utils, "WeightWriter", None)
+    monkeypatch.setattr(weights, "WeightWriter", None)
     monkeypatch.setattr(convert, "RawShard", None)
     monkeypatch.setattr(convert, "write_tokenizer", None)
 
@@ -88,7 +90,7 @@ def test_truncated_shard(source):
 @pytest.mark.parametrize("name", ["layers.1.feed_forward.w2.weight", "tok_embeddings.weight", "norm.weight"])
 def test_flipped_bits_in_a_tensor(name, source, unwritten):
     path = source / "consolidated.01.pth"
-    found = utils.open_weights(path)[name]
+    found = weights.open_weights(path)[name]
     with open(path, "r+b") as file:
         file.seek(found.offset + found.nbytes // 2)
         byte = file.read(1)[0] ^ 1
@@ -106,7 +108,7 @@ def test_a_checksum_is_judged_by_what_its_own_thread_computed(source):
             super().__setitem__(key, (0, 0))
 
     path = source / "consolidated.00.pth"
-    norm = utils.open_weights(path)["norm.weight"]
+    norm = weights.open_weights(path)["norm.weight"]
     entry = norm.file.records[norm.offset]
     for wanted, raises in ((entry[1], False), (entry[1] ^ 1, True)):
         norm.file.records[norm.offset] = SetBack([entry[0], wanted, 0, 0])
@@ -218,7 +220,7 @@ def test_values_that_are_not_finite(value, dtype, pieces, tmp_path, unwritten): 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64", "int64", "uint8", "bool"])
 def test_finite_is_what_torch_says_it_is(name):
-    dtype, (_, size, exponent) = getattr(torch, name), utils.DTYPES[name]
+    dtype, (_, size, exponent) = getattr(torch, name), weights.DTYPES[name]
     kind, sign = np.dtype(f"u{size}"), 1 << 8 * size - 1
     if size <= 2:
         patterns = np.arange(2 if name == "bool" else 256**size, dtype=kind)  # all there are
@@ -231,7 +233,7 @@ def test_finite_is_what_torch_says_it_is(name):
         for bits, finite in zip(patterns, wanted, strict=True):
             block = np.array([bits, *others], dtype=kind)
             with contextlib.nullcontext() if finite else pytest.raises(utils.UserError, match="^here: holds values"):
-                utils.check_finite(block, name, "here")
+                weights.check_finite(block, name, "here")
 
 
 def test_unknown_and_missing_tensors(source):
@@ -294,13 +296,13 @@ def test_what_is_read_from_a_pickle_is_what_torchs_weights_only_reads(tmp_path):
     tensors = {name: torch.arange(6).view(2, 3).to(getattr(torch, name)) for name in dtypes}
     tensors |= {"turned": tensors["float32"].T, "part": tensors["float16"][1:, 1:], "one": torch.tensor(7.0)}
     torch.save(tensors | {"parameter": torch.nn.Parameter(torch.ones(2))}, path)
-    read, wanted = utils.open_weights(path), torch.load(path, weights_only=True)
+    read, wanted = weights.open_weights(path), torch.load(path, weights_only=True)
     assert read.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (read[name].dtype, read[name].shape) == (str(tensor.dtype)[6:], tuple(tensor.shape))
         found = torch.from_numpy(read[name].read()).view(tensor.dtype).reshape(tensor.shape)
         assert torch.equal(found, tensor.detach()), name
-    utils.close_weights(read)
+    weights.close_weights(read)
 
 
 @pytest.mark.parametrize(
@@ -385,7 +387,7 @@ def test_files_of_other_kinds(source):
 
 
 def test_a_source_that_changes_while_it_is_read(source, monkeypatch):
-    append, path = utils.WeightWriter.append, source / "consolidated.00.pth"
+    append, path = weights.WeightWriter.append, source / "consolidated.00.pth"
 
     def touching(self, name, block):
         append(self, name, block)
@@ -393,14 +395,14 @@ def test_a_source_that_changes_while_it_is_read(source, monkeypatch):
             with open(path, "ab") as file:
                 file.write(b" ")
 
-    monkeypatch.setattr(utils.WeightWriter, "append", touching)
+    monkeypatch.setattr(weights.WeightWriter, "append", touching)
     assert refusal(source) == f"{path}: somebody wrote to it while it was read; try again when it is whole"
 
     def cutting(self, name, block):
         append(self, name, block)
         os.truncate(path, 50000)  # a reader of mapped memory would die of SIGBUS
 
-    monkeypatch.setattr(utils.WeightWriter, "append", cutting)
+    monkeypatch.setattr(weights.WeightWriter, "append", cutting)
     assert refusal(source).startswith(f"{path}: ends at byte ")
 
 
@@ -623,13 +625,13 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
 SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}]
-import convert_llama_weights as convert, utils
-append = utils.WeightWriter.append
+import convert_llama_weights as convert, utils, weights
+append = weights.WeightWriter.append
 def slow(self, name, block):
     append(self, name, block)
     print("writing", flush=True)
     time.sleep(0.3)
-utils.WeightWriter.append = slow
+weights.WeightWriter.append = slow
 utils.run_main(lambda: convert.main({words!r}))
 """
 
@@ -802,14 +804,14 @@ def test_reverse_refuses_values_that_are_not_finite(model, unwritten):
 
 def note_calls(monkeypatch, calls):
     """Let `calls` collect, in order, what is synced, renamed and replaced, by names."""
-    sync, rename, replace = utils._sync, os.rename, os.replace
-    monkeypatch.setattr(utils, "_sync", lambda path: (calls.append(("sync", Path(path).name)), sync(path)))
+    sync, rename, replace = weights._sync, os.rename, os.replace
+    monkeypatch.setattr(weights, "_sync", lambda path: (calls.append(("sync", Path(path).name)), sync(path)))
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(("rename", Path(b).name)), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
 
 
 def write_some(target, **options):
-    with utils.new_folder(target, 10, **options) as folder:
+    with weights.new_folder(target, 10, **options) as folder:
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (folder / name).write_text("new", encoding="utf-8")
 
@@ -849,10 +851,10 @@ def test_a_write_that_the_disk_loses_is_an_error(fails, tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fdatasync", fdatasync)
-    monkeypatch.setattr(utils, "SYNC", 1)
+    monkeypatch.setattr(weights, "SYNC", 1)
     block = torch.zeros(4, 2, dtype=torch.int16).numpy()
     with pytest.raises(OSError, match="Input/output error"):
-        with utils.WeightWriter(tmp_path, {"a": ("int16", (12, 2))}) as writer:
+        with weights.WeightWriter(tmp_path, {"a": ("int16", (12, 2))}) as writer:
             for _ in range(3):
                 writer.append("a", block)
     assert len(calls) >= fails
