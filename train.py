@@ -12,9 +12,11 @@ The same command in the same folder resumes. The method and the public names are
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import gc
 import itertools
+import json
 import logging
 import math
 import os
@@ -34,8 +36,31 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+import engines
 import utils
-from utils import GIB, IGNORE_INDEX, PROMPT_DICT, UserError, find_checkpoints, render_prompt, say  # noqa: F401
+from utils import (  # noqa: F401
+    COMPLETE,
+    GIB,
+    IGNORE_INDEX,
+    PROMPT_DICT,
+    UserError,
+    claim_folder,
+    find_checkpoints,
+    first_line,
+    git_commit,
+    is_disk_full,
+    jdump,
+    jload,
+    process_group,
+    rank,
+    read_run,
+    render_prompt,
+    say,
+    staged,
+    versions,
+    weight_files,
+    write_json,
+)
 
 DEFAULT_PAD_TOKEN = "[PAD]"
 DEFAULT_EOS_TOKEN = "</s>"
@@ -45,6 +70,96 @@ CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encodin
 Dtype = Literal["float32", "bfloat16", "float16"]
 LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
 MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options of 2023
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _is_true(value):
+    return value.lower() in ("", "true", "1", "yes", "y", "t")
+
+
+def _renamed(new):
+    return lambda value: [f"--{new}", value] if value else [f"--{new}"]
+
+
+def _fsdp_config(key):
+    return lambda value: ["--fsdp_config", json.dumps({key: value})]
+
+
+# Spellings of 2023 that today's libraries reject. Each maps its value to today's words, [] where it only said the
+# default, or to None where nothing corresponds; None options are named and ignored.
+OLD_OPTIONS = {
+    "evaluation_strategy": _renamed("eval_strategy"),
+    "warmup_ratio": _renamed("warmup_steps"),  # today a warm-up below 1 is a share of all steps
+    "fsdp_transformer_layer_cls_to_wrap": _fsdp_config("transformer_layer_cls_to_wrap"),
+    "fsdp_min_num_params": _fsdp_config("min_num_params"),
+    "group_by_length": lambda v: ["--train_sampling_strategy", "group_by_length"] if _is_true(v) else [],
+    "no_cuda": lambda v: ["--use_cpu", v or "True"],
+    "logging_dir": lambda v: ["--tensorboard_dir", v],
+    "adafactor": lambda v: ["--optim", "adafactor"] if _is_true(v) else [],
+    "per_gpu_train_batch_size": _renamed("per_device_train_batch_size"),
+    "per_gpu_eval_batch_size": _renamed("per_device_eval_batch_size"),
+    "torch_dtype": _renamed("dtype"),
+    "push_to_hub_model_id": _renamed("hub_model_id"),
+    "push_to_hub_token": _renamed("hub_token"),
+    **dict.fromkeys(
+        "save_safetensors half_precision_backend fp16_backend fp16_opt_level use_mps_device use_ipex xpu_backend "
+        "sharded_ddp jit_mode_eval past_index tpu_num_cores tpu_metrics_debug ray_scope include_tokens_per_second "
+        "include_inputs_for_metrics mp_parameters dispatch_batches split_batches lazy_preprocess use_fast_tokenizer "
+        "overwrite_cache push_to_hub_organization torchdynamo use_legacy_prediction_loop".split()
+    ),
+}
+OLD_VALUES = {("optim", "adamw_hf"): ["--optim", "adamw_torch"], ("debug", ""): []}  # of options that are still there
+
+
+def translate_old_options(words):
+    """Turn a 2023 command line into today's. `words` is argv without the script's name.
+
+    Returns (words, notices). `--old value`, `--old=value` and `--old-name` are all understood. For example
+    ["--evaluation_strategy", "no"] gives (["--eval_strategy", "no"], ["--evaluation_strategy is now --eval_strategy"]).
+    """
+    result, notices, position, last = [], [], 0, []
+    while position < len(words):
+        word, position = words[position], position + 1
+        name, equals, value = word.partition("=")
+        key = name[2:].replace("-", "_") if name.startswith("--") else ""
+        if key == "local_rank":  # torch.distributed.launch and deepspeed pass it; the environment says it too
+            position += not equals
+            continue
+        following = value if equals else "".join(words[position : position + 1])
+        if (key, following) in OLD_VALUES:
+            position, new = position + (not equals), OLD_VALUES[key, following]
+            result += new
+            notices.append(
+                f"{name} {following} is now {' '.join(new)}" if new else f"{name} '' has no meaning; ignored"
+            )
+            continue
+        if key not in OLD_OPTIONS:
+            result.append(word)
+            continue
+        while not equals and position < len(words) and not words[position].startswith("--"):
+            value, position = f"{value} {words[position]}".strip(), position + 1
+        new = OLD_OPTIONS[key](value) if OLD_OPTIONS[key] else None
+        steps = _last_value("--warmup_steps", words) if key == "warmup_ratio" else ""
+        if steps.strip("0."):
+            notices.append(f"{name} gives way to --warmup_steps {steps}, as it did")
+            continue
+        if steps:  # 0, which in 2023 counted as none
+            last = new
+        else:
+            result += new or []
+        meaning = f"is now {' '.join(w for w in new if w != value)}" if new else "has no meaning any more; ignored"
+        notices.append(f"{name} {meaning}")
+    return result + last, notices
+
+
+def _last_value(name, words):
+    """The value that option `name` has in `words`, "" where it is not given."""
+    pairs = [word.partition("=")[::2] if "=" in word else (word, after) for word, after in zip(words, [*words[1:], ""])]
+    return next((value for word, value in reversed(pairs) if word == name), "")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -107,19 +222,19 @@ class TrainingArguments(transformers.TrainingArguments):
             raise UserError(f"--num_train_epochs {self.num_train_epochs:g} trains nothing; it must be more than 0")
         if self.seed < 0:
             raise UserError(f"--seed {self.seed}: it must not be negative")
-        utils.fit_device(self)
-        utils.check_launcher(self)
+        engines.fit_device(self)
+        engines.check_launcher(self)
         if self.fsdp:
-            utils.configure_fsdp(self)
+            engines.configure_fsdp(self)
         if self.deepspeed:
-            utils.configure_deepspeed(self)
+            engines.configure_deepspeed(self)
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
         if self.tensorboard_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
         self.disable_tqdm, self.logging_nan_inf_filter, self.remove_unused_columns = True, False, False
         super().__post_init__()
-        utils.configure_more(self)
+        engines.configure_more(self)
 
 
 def parse_arguments(words):
@@ -130,7 +245,7 @@ def parse_arguments(words):
     classes = (ModelArguments, DataArguments, TrainingArguments)
     parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    words, notices = utils.translate_old_options(words)
+    words, notices = translate_old_options(words)
     saved = {}
     if words and words[0].endswith(".json"):
         path = Path(words.pop(0))
@@ -251,7 +366,7 @@ class SupervisedDataset(Dataset):
             ],
             "end_token_trained": sum(int(labels[-1]) == tokenizer.eos_token_id for labels in self.labels),
         }
-        for line in utils.account(self.report, window):
+        for line in account(self.report, window):
             say(line)
         if not keep:
             raise UserError(
@@ -341,6 +456,29 @@ class FilledDataset(Dataset):
         return {**(self.dataset[i] if i < len(self.dataset) else self.filler), "row": i}
 
 
+def account(report, window):
+    """The lines that account for every record of a `SupervisedDataset.report`."""
+
+    def some(key, what):
+        names = report[key]
+        return [f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"] if names else []
+
+    kept, ends = report["kept"], report["end_token_trained"]
+    share = ends / max(kept, 1)
+    advice = "warning: models that seldom see the end token do not stop; raise --model_max_length"
+    return [
+        f"data: {kept:,} kept + {report['read'] - kept:,} dropped = {report['read']:,} read",
+        *some("unreadable", "data: dropped, unreadable"),
+        *some("prompt_fills_window", f"data: dropped, the prompt fills the window of {window} tokens"),
+        *some("truncated", f"data: truncated at {window} tokens"),
+        *some("straddling", "data: a token straddles the border of prompt and answer and is masked"),
+        *some("empty_output", "data: empty output, only the end token is trained"),
+        *some("special_tokens", "warning: special tokens such as </s> stand in the text of records"),
+        f"data: the end token is trained in {ends:,} of {kept:,} rows ({share:.1%})",
+        *([advice] if share < 0.99 else []),
+    ]
+
+
 def make_supervised_data_module(tokenizer, data_args) -> dict:
     """The data arguments of a Trainer: {train_dataset, eval_dataset, data_collator}."""
     if not data_args.data_path:
@@ -351,6 +489,37 @@ def make_supervised_data_module(tokenizer, data_args) -> dict:
         "eval_dataset": None,
         "data_collator": DataCollatorForSupervisedDataset(tokenizer),
     }
+
+
+def show_examples(dataset, tokenizer, count, colour):
+    """The first `count` rows as text with what is trained marked: green on a terminal, >>> <<< otherwise."""
+    shown = []
+    for i in range(min(count, len(dataset))):
+        ids, labels = dataset.input_ids[i], dataset.labels[i]
+        border = int((labels == IGNORE_INDEX).sum())
+        text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
+        tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
+        marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
+        shown.append(f"--- {dataset.sources[i]}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+    return "\n".join(shown)
+
+
+def summarize(dataset, args):
+    """What --dry_run prints of a dataset: lengths in tokens, and the steps that the run would take."""
+    lengths = sorted(map(len, dataset.input_ids))
+    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
+    at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
+    steps = engines.num_steps(len(dataset), args)
+    epochs = (
+        round(steps / -(-len(dataset) // engines.global_batch(args)), 2)
+        if args.max_steps > 0
+        else args.num_train_epochs
+    )
+    return (
+        f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
+        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
+        f"steps: {steps:,} of {engines.global_batch(args):,} examples ({epochs:g} epochs)"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,8 +538,39 @@ def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
     first = len(tokenizer) - num_new
     for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
         if num_new and embedding is not None:
-            with utils.gathered([embedding.weight]), torch.no_grad():
+            with engines.gathered([embedding.weight]), torch.no_grad():
                 embedding.weight[first : len(tokenizer)] = embedding.weight[:first].mean(dim=0, keepdim=True)
+
+
+def repair_ids(model, tokenizer):
+    """Give config and generation config the tokenizer's special ids, and make the generation config one that saves.
+
+    Returns what was changed, as words.
+    """
+    import transformers
+
+    changed = []
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value, old = getattr(tokenizer, key), getattr(model.config, key, None)
+        if old != value and not (isinstance(old, list) and value in old):
+            if old is not None:
+                changed.append(f"{key} {old} -> {value}, as the tokenizer has it")
+            setattr(model.config, key, value)
+            setattr(model.generation_config, key, value)
+
+    def problem():
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            return first_line(error)
+
+    if problem():  # a temperature or top_p without sampling, as Llama 2 and Vicuna ship it
+        model.generation_config.do_sample = True
+        changed.append("generation config: do_sample -> True")
+    if reason := problem():
+        model.generation_config = transformers.GenerationConfig.from_model_config(model.config)
+        changed.append(f"generation config replaced ({reason})")
+    return changed
 
 
 def load_model(model_args, args, config, tokenizer):
@@ -381,10 +581,10 @@ def load_model(model_args, args, config, tokenizer):
     """
     dtype = getattr(torch, model_args.dtype)  # transformers 5 would take the files' fp16 and train in it
     if args.fsdp and args.fsdp_config["cpu_ram_efficient_loading"] and int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        model = utils.empty_model(config, dtype)
+        model = engines.empty_model(config, dtype)
     else:
         model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir)
-    changed = utils.repair_ids(model, tokenizer)
+    changed = repair_ids(model, tokenizer)
     if changed:
         say(f"config: {', '.join(changed)}")
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
@@ -408,7 +608,7 @@ class SFTTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled and self.args.use_cpu and self.args.world_size > 1:
-            utils.enable_fsdp2_on_cpu(self)
+            engines.enable_fsdp2_on_cpu(self)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.step_rows.append(inputs.pop("rows"))
@@ -478,29 +678,29 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, self.began = self.trainer, True
-        utils.check_engine(trainer)
-        reason, compute = utils.probe(trainer)
+        engines.check_engine(trainer)
+        reason, compute = engines.probe(trainer)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"
         if reason and not trainer.data_collator.padded:
             say(f"micro-batches are padded on the right: {reason}")
             trainer.data_collator.padded = True
-        trainer.dtypes = utils.measured_dtypes(trainer, compute)
-        say(utils.start_line(trainer, state.max_steps))
+        trainer.dtypes = engines.measured_dtypes(trainer, compute)
+        say(engines.start_line(trainer, state.max_steps))
         trainer.count_steps_of(state)
-        utils.replay_cpu_adam(trainer)
+        engines.replay_cpu_adam(trainer)
         if args.save_rehearsal:
             rehearse_save(trainer)
         if args.should_save and args.overwrite_output_dir:  # not before: what there was is kept until this run works
-            utils.delete_run(args.output_dir)
+            delete_run(args.output_dir)
             utils.write_json(self.run, Path(args.output_dir, "run.json"))
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
-            utils.unmark_checkpoints_after(state.global_step, args.output_dir)
+            unmark_checkpoints_after(state.global_step, args.output_dir)
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
                 self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
-            utils.use_learning_rate(trainer)
+            engines.use_learning_rate(trainer)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
@@ -509,7 +709,7 @@ class RunCallback(TrainerCallback):
         batches = kwargs["train_dataloader"].batch_sampler
         sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
         if isinstance(sampler, LengthGroupedSampler):
-            epoch = state.global_step // (len(self.trainer.train_dataset) // utils.global_batch(args))
+            epoch = state.global_step // (len(self.trainer.train_dataset) // engines.global_batch(args))
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
     def note_signal(self, number, frame):
@@ -531,10 +731,10 @@ class RunCallback(TrainerCallback):
         self.trainer.accelerator.wait_for_everyone()
         if args.should_save:
             folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            utils.mark_checkpoint(folder, step=state.global_step, resumable=not args.save_only_model)
+            mark_checkpoint(folder, step=state.global_step, resumable=not args.save_only_model)
             for old in find_checkpoints(args.output_dir)[0][: -self.num_kept] if self.num_kept else []:
                 if str(old) != str(state.best_model_checkpoint):
-                    utils.delete_checkpoint(old)
+                    delete_checkpoint(old)
         self.trainer.accelerator.wait_for_everyone()
 
     def restore_signals(self):
@@ -560,7 +760,7 @@ class ProgressLine(TrainerCallback):
             self.targets += logs["num_targets"]
             seconds, done = now - self.started, step - self.first_step
             left = int((state.max_steps - step) * seconds / done)
-            speed = done * utils.global_batch(args) / seconds
+            speed = done * engines.global_batch(args) / seconds
             rates = (
                 f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
                 f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
@@ -579,14 +779,318 @@ class ProgressLine(TrainerCallback):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The run's folder: whose it is, and what of it is whole
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(args, model_args, hashes):
+    """The settings that decide what a run computes; a resumed run must have the same. `hashes` are of the data files."""
+    names = (
+        "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
+        "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
+        "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
+    )
+    settings = {name: getattr(args, name) for name in names.split()}
+    model = model_args.model_name_or_path
+    settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
+    settings |= {"data": hashes}
+    settings |= {
+        "global_batch": engines.global_batch(args),
+        "engine": engines.engine_name(args).removesuffix(" with offload"),
+    }
+    for name in ("optimizer", "scheduler"):  # which DeepSpeed's JSON may set in place of the options
+        if args.deepspeed and name in args.deepspeed:
+            settings[f"DeepSpeed's {name}"] = args.deepspeed[name]
+    if args.deepspeed or args.fsdp:
+        settings["processes"] = args.world_size  # its checkpoints are in as many parts
+    return json.loads(json.dumps(settings, default=str))
+
+
+def portable(given, args):
+    """The arguments as run.json keeps them: paths made absolute and a DeepSpeed JSON by its content."""
+    kept = dict(given)
+    if kept.get("data_path"):
+        kept["data_path"] = [os.path.abspath(path) for path in kept["data_path"]]
+    if os.path.isdir(kept.get("model_name_or_path", "")):
+        kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
+    if kept.get("deepspeed"):
+        kept["deepspeed"] = args.deepspeed
+    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
+        kept.pop(name, None)
+    return kept
+
+
+def started_run(args, given, settings, hashes, data):
+    """What run.json says of a run of train.py before its first step; `data` is its FilledDataset."""
+    return {
+        "made_by": "cria",
+        "status": "started",
+        "arguments": portable(given, args),
+        "settings": settings,
+        "prompt_style": "alpaca",
+        "data": hashes,
+        "counts": {key: value if isinstance(value, int) else len(value) for key, value in data.dataset.report.items()},
+        "filled": data.num_filled,
+        "versions": versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
+        "git_commit": git_commit(),
+        "seed": args.seed,
+        "files": (read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
+    }
+
+
+def results_of(trainer):
+    """What run.json says of a run of train.py at its end."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "skipped_steps": trainer.num_skipped,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "mean_loss": sum(losses) / len(losses),
+        "dtypes": trainer.dtypes,
+        "engine": engines.engine_name(trainer.args),
+        "processes": trainer.args.world_size,
+        "padded": trainer.data_collator.padded,
+    }
+
+
+RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
+
+
+def mark_checkpoint(folder, **facts):
+    """Write the marker that makes a checkpoint count: its files with their sizes, and `facts`."""
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    files.pop(COMPLETE, None)
+    write_json({**facts, "files": files}, folder / COMPLETE)
+
+
+def unmark_checkpoints_after(step, folder):
+    """Let the checkpoints behind `step` count no more: these steps are trained anew and will write over them."""
+    for path in find_checkpoints(folder)[0]:
+        if int(path.name[11:]) > step:
+            (path / COMPLETE).unlink()
+            say(f"{path}: of steps that are trained anew, no longer used")
+
+
+def delete_checkpoint(path):
+    """Remove a checkpoint; the marker goes first, so that a kill in between leaves nothing that counts."""
+    if path.is_symlink():  # what it leads to was put there by the user
+        path.unlink()
+        return
+    (path / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def delete_run(folder):
+    """Remove what a run of ours wrote into `folder`, and nothing else."""
+    folder = Path(folder)
+    for path in sum(find_checkpoints(folder), []):
+        if any(any(path.glob(pattern)) for pattern in (COMPLETE, *RUN_FILES)):
+            delete_checkpoint(path)
+        else:
+            say(f"{path}: holds nothing of a run; left")
+    for name in [*(read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
+        if Path(folder, name).is_dir():
+            shutil.rmtree(Path(folder, name))
+        else:
+            Path(folder, name).unlink(missing_ok=True)
+
+
+def is_resumable(path):
+    """Whether a whole checkpoint holds the optimizer too (not so with --save_only_model)."""
+    return json.loads((path / COMPLETE).read_text(encoding="utf-8"))["resumable"]
+
+
+def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
+    """Decide what a run does with its output folder. Returns (finished, checkpoint to resume from or None).
+
+    `settings` decide what the run computes; a resumed run must have the same unless `anyway`. `wanted` is the value of
+    --resume_from_checkpoint. With `overwrite` an earlier run of ours does not count; `delete_run` removes it once the
+    new one is known to work. Raises UserError where the folder belongs to something else or its run had other settings.
+    """
+    folder, wanted = Path(folder), str(wanted or "").strip()
+    run = read_run(folder)
+    if run is not None and "settings" not in run:  # a model that another script of ours wrote
+        raise UserError(f"{folder}: holds what {run.get('script')} wrote; choose another --output_dir")
+    foreign = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern)) if run is None else []
+    if foreign:
+        raise UserError(f"{folder}: holds {foreign[0]}, which is not of a run of ours; choose another --output_dir")
+    if overwrite:
+        run = None
+    for hidden in (".saving", ".rehearsal"):  # of a run that was killed
+        shutil.rmtree(folder / hidden, ignore_errors=True)
+    named = None if wanted.lower() in ("", "true", "false") else Path(wanted)
+    owner = None if named is None else read_run(named.resolve().parent)  # the run of ours that wrote the checkpoint
+    if named and not (named / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {named}: no checkpoint there (it lacks trainer_state.json)")
+    if owner is not None:
+        usable = [path for path in find_checkpoints(named.resolve().parent)[0] if is_resumable(path)]
+        if named.resolve() not in usable:
+            raise UserError(
+                f"--resume_from_checkpoint {named}: it is unfinished or holds no optimizer; "
+                f"whole ones there: {', '.join(path.name for path in usable) or 'none'}"
+            )
+    if run is None and named is None:
+        if wanted.lower() == "true":
+            raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
+        return False, None
+    olds = [old["settings"] for old in (run, owner) if old and "settings" in old]
+    changed = [
+        f"{key} was {old.get(key)} and is {value}"
+        for old in olds
+        for key, value in settings.items()
+        if old.get(key) != value
+    ]
+    if changed and not anyway:
+        raise UserError(
+            f"{folder if run is not None else named.resolve().parent}: its run had other settings: "
+            f"{'; '.join(dict.fromkeys(changed))}; choose another --output_dir, start afresh "
+            "with --overwrite_output_dir, or go on all the same with --resume_anyway True"
+        )
+    if named is not None:
+        return False, str(named)
+    if wanted.lower() == "false":
+        raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
+    weights = [name for name in run.get("files", []) if name.endswith(".safetensors")]
+    gone = [name for name in weights if not Path(folder, name).exists()]
+    if run["status"] == "finished" and not changed and not gone:
+        say(f"{folder}: this run is finished ({run['results']['steps']} steps); nothing to do")
+        return True, None
+    if run["status"] == "finished" and gone:
+        say(f"{folder}: this run was finished, but {gone[0]} is gone")
+    whole, unfinished = find_checkpoints(folder)
+    for path in unfinished:
+        say(f"{path}: unfinished checkpoint, not used")
+    resumable = [path for path in whole if is_resumable(path)]
+    if resumable:
+        say(f"resuming from {resumable[-1]}")
+    elif wanted.lower() == "true":
+        raise UserError(f"--resume_from_checkpoint: {folder} holds no whole checkpoint; leave the option out")
+    else:
+        say(f"{folder}: its run has no whole checkpoint yet; starting from the first step")
+    return False, str(resumable[-1]) if resumable else None
+
+
+def open_output(args, settings, model):
+    """Take the output folder for this process, and decide what to do with it; see `resume_point`.
+
+    Raises UserError where --overwrite_output_dir would delete what the run reads: `model`, the folder that it starts
+    from, or the checkpoint that it is to resume from.
+    """
+    claim_folder(args.output_dir)
+    wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
+    folder = Path(args.output_dir).resolve()
+    for path in (Path(name).resolve() for name in (model, wanted) if overwrite and os.path.isdir(str(name))):
+        if path == folder or (path.parent == folder and path.name.startswith("checkpoint-")):
+            raise UserError(
+                f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
+            )
+    return resume_point(args.output_dir, settings, wanted, overwrite, anyway)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Saving
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def from_first_process(function, *arguments):
+    """Call `function` on the first process and return its result on all of them, which wait for it.
+
+    What the user can mend, a full disk included, is raised on all of them, so that none waits for ever.
+    """
+    result, problem = None, None
+    if rank() == 0:
+        try:
+            result = function(*arguments)
+        except UserError as error:
+            problem = str(error)
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            problem = f"cannot write ({first_line(error)}); make room, then give the same command again"
+    if process_group():
+        shared = [result, problem]
+        process_group().broadcast_object_list(shared)
+        result, problem = shared
+    if problem is not None:
+        raise UserError(problem)
+    return result
+
+
+def weights_size(folder):
+    """Bytes of the weights in a model folder."""
+    return sum(path.stat().st_size for path in weight_files(folder))
+
+
+def check_weights(folder, expected, may_lack=()):
+    """Read the weights of `folder` back and compare them with `expected`, a dict of name -> tensor.
+
+    Names in `may_lack` (tied to a tensor that is there) may be absent. Every value must be finite and bit-equal.
+    Returns the number of tensors read. Raises UserError naming the first tensor that is wrong.
+    """
+    import torch
+    from safetensors import safe_open
+
+    seen = set()
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                tensor, source = file.get_tensor(name), expected.get(name)
+                if source is None:
+                    raise UserError(f"{path.name}: tensor {name} was not to be saved")
+                if tensor.shape != source.shape or tensor.dtype != source.dtype:
+                    raise UserError(
+                        f"{path.name}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
+                        f"expected {source.dtype} {list(source.shape)}"
+                    )
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path.name}: tensor {name} holds values that are not finite")
+                if not torch.equal(tensor, source):
+                    raise UserError(f"{path.name}: tensor {name} read back differs from what was written")
+                seen.add(name)
+    missing = sorted(set(expected) - seen - set(may_lack))
+    if missing or not seen:
+        raise UserError(f"{folder}: saved weights lack {len(missing)} of {len(expected)} tensors, first {missing[:1]}")
+    return len(seen)
+
+
+def write_model(trainer, weights, folder):
+    """Write weights, config and tokenizer into `folder`, read the weights back and compare; see `staged`.
+
+    Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
+    """
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    weights = revert_weight_conversion(model, weights)  # the names of published files, where the library's differ
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
+            raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
+    with staged(folder) as staging:
+        model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
+        config = jload(staging / "config.json") | {"dtype": str(engines.save_dtype(trainer.args))[6:]}
+        jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
+        trainer.processing_class.save_pretrained(staging)
+        trainer.state.save_to_json(str(staging / "trainer_state.json"))
+        check_weights(staging, weights)
+        return sorted(path.name for path in staging.iterdir())
+
+
+def write_loss_csv(history, path):
+    """Write the per-step log of the Trainer as CSV."""
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps")
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(entry for entry in history if "loss" in entry)
+
+
 def safe_save_model_for_hf_trainer(trainer, output_dir):
     """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
-    weights = utils.gather_weights(trainer, utils.save_dtype(trainer.args))
-    return utils.from_first_process(utils.write_model, trainer, weights, output_dir)
+    weights = engines.gather_weights(trainer, engines.save_dtype(trainer.args))
+    return from_first_process(write_model, trainer, weights, output_dir)
 
 
 def rehearse_save(trainer):
@@ -594,7 +1098,7 @@ def rehearse_save(trainer):
     start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
     safe_save_model_for_hf_trainer(trainer, folder)
     if trainer.args.should_save:
-        size = utils.weights_size(folder) / GIB
+        size = weights_size(folder) / GIB
         shutil.rmtree(folder)
         say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
@@ -621,28 +1125,28 @@ def train():
     dataset = module["train_dataset"]
     if args.dry_run:
         if utils.rank() == 0:
-            print(utils.show_examples(dataset, tokenizer, args.dry_run, sys.stdout.isatty()))
-            print(utils.summarize(dataset, args))
+            print(show_examples(dataset, tokenizer, args.dry_run, sys.stdout.isatty()))
+            print(summarize(dataset, args))
         return
     hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
-    settings = utils.settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
+    settings = settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
     model_path = model_args.model_name_or_path
-    finished, checkpoint = utils.from_first_process(utils.open_output, args, settings, model_path)
+    finished, checkpoint = from_first_process(open_output, args, settings, model_path)
     if finished:
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     bones = utils.skeleton(config)
-    num_params, steps = sum(p.numel() for p in bones.parameters()), utils.num_steps(len(dataset), args)
-    utils.fix_layer_class(args, bones)
-    utils.check_positions(bones, max(map(len, dataset.input_ids)))
+    num_params, steps = sum(p.numel() for p in bones.parameters()), engines.num_steps(len(dataset), args)
+    engines.fix_layer_class(args, bones)
+    engines.check_positions(bones, max(map(len, dataset.input_ids)))
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     os.makedirs(args.output_dir, exist_ok=True)
-    utils.check_needs(args, model_args.dtype, num_params, steps)
-    filled = FilledDataset(dataset, utils.global_batch(args), tokenizer.eos_token_id)
-    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {utils.global_batch(args)}")
-    run = utils.started_run(args, given, settings, hashes, filled)
+    engines.check_needs(args, model_args.dtype, num_params, steps)
+    filled = FilledDataset(dataset, engines.global_batch(args), tokenizer.eos_token_id)
+    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {engines.global_batch(args)}")
+    run = started_run(args, given, settings, hashes, filled)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
     model = load_model(model_args, args, config, tokenizer)
@@ -692,11 +1196,11 @@ def finish(trainer, run):
     names = safe_save_model_for_hf_trainer(trainer, args.output_dir)
     if not args.should_save:
         return
-    utils.write_loss_csv(trainer.state.log_history, folder / "loss.csv")
-    run["status"], run["results"] = "finished", utils.results_of(trainer)
+    write_loss_csv(trainer.state.log_history, folder / "loss.csv")
+    run["status"], run["results"] = "finished", results_of(trainer)
     run["files"] = [*names, "loss.csv"]
     utils.write_json(run, folder / "run.json")
-    size = f"{utils.weights_size(folder) / GIB:.2f} GiB {utils.save_dtype(args)}".replace("torch.", "")
+    size = f"{weights_size(folder) / GIB:.2f} GiB {engines.save_dtype(args)}".replace("torch.", "")
     print(f"{folder}: model saved ({size}), last loss {run['results']['last_loss']:.4f}", flush=True)
 
 

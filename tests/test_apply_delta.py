@@ -14,6 +14,7 @@ from conftest import ROOT, environment, finish
 from safetensors.torch import load_file, save_file
 
 import apply_delta as script
+import train
 import utils
 import weights
 from utils import UserError
@@ -303,7 +304,7 @@ def test_train_refuses_to_resume_in_a_folder_of_ours(tmp_path, base, delta):
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds what apply_delta.py wrote; choose another --output_dir"):
-            utils.resume_point(tmp_path / "out", {}, overwrite=overwrite)
+            train.resume_point(tmp_path / "out", {}, overwrite=overwrite)
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

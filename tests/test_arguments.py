@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
-import utils
 from conftest import ROOT, basic_options, environment, field, finish, make_records, needs_deepspeed, start, train
-from utils import UserError
 
+import engines
 import train as trainer
+import utils
+from utils import UserError
 
 DEFAULTS = ["--model_name_or_path", "m", "--output_dir", "o"]
 
@@ -304,16 +305,16 @@ def test_off_a_terminal_lines_come_every_logging_steps(base, data, tmp_path):
 
 def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, tmp_path):
     args = parse("--output_dir", tmp_path)[2]
-    monkeypatch.setattr(trainer.utils, "free_host_memory", lambda: 64 * 2**30)
+    monkeypatch.setattr(trainer.engines, "free_host_memory", lambda: 64 * 2**30)
     with pytest.raises(UserError) as caught:
-        utils.check_needs(args, "float32", 6_738_415_616, 10)
+        engines.check_needs(args, "float32", 6_738_415_616, 10)
     assert str(caught.value) == (
         "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
         "gradients and optimizer; no engine fits here: more devices, or a smaller model; "
         "to try all the same: --memory_check False"
     )
     args.memory_check = False
-    assert utils.check_needs(args, "float32", 6_738_415_616, 10) is None
+    assert engines.check_needs(args, "float32", 6_738_415_616, 10) is None
 
 
 def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
@@ -321,13 +322,13 @@ def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
     usage = trainer.shutil._ntuple_diskusage(0, 0, 2**30)
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError) as caught:
-        utils.check_needs(args, "float32", 100_000_000, 10)
+        engines.check_needs(args, "float32", 100_000_000, 10)
     assert str(caught.value) == (
         f"{tmp_path}: the model and 2 checkpoints need 2.6 GiB, 1.0 GiB are free; use --save_total_limit 1, "
         "--save_only_model True or --save_strategy no; to try all the same: --memory_check False"
     )
     args = parse("--output_dir", tmp_path, "--save_strategy", "no")[2]
-    assert utils.check_needs(args, "float32", 100_000_000, 10) is None
+    assert engines.check_needs(args, "float32", 100_000_000, 10) is None
 
 
 def test_help_lists_the_commands_and_every_own_option(capsys):
@@ -349,7 +350,7 @@ def test_read_only_output_is_one_line(base, data):
 def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
     def settings(*words, sha256="1", more=()):
         model_args, _, args, _ = parse("--output_dir", tmp_path, *words)
-        return utils.settings_of(args, model_args, [sha256, *more])
+        return trainer.settings_of(args, model_args, [sha256, *more])
 
     plain = settings()
     for words, key in {
@@ -378,9 +379,9 @@ def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
 def test_what_may_be_done_with_the_output_folder_is_passed_on(flag, monkeypatch, tmp_path):
     args = parse("--output_dir", tmp_path, "--resume_from_checkpoint", "c", f"--{flag}", "True")[2]
     monkeypatch.setattr(utils, "claim_folder", lambda folder: None)
-    monkeypatch.setattr(utils, "resume_point", lambda *words: words)
+    monkeypatch.setattr(trainer, "resume_point", lambda *words: words)
     wanted = (str(tmp_path), {}, "c", flag == "overwrite_output_dir", flag == "resume_anyway")
-    assert utils.open_output(args, {}, "some/model") == wanted
+    assert trainer.open_output(args, {}, "some/model") == wanted
 
 
 @pytest.mark.parametrize("reads", ["out", "out/checkpoint-5", "named out/checkpoint-5"])
@@ -391,7 +392,7 @@ def test_overwriting_what_the_run_reads_is_refused(reads, tmp_path):
     args = parse("--output_dir", tmp_path / "out", "--overwrite_output_dir", "True", *named)[2]
     message = f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
     with pytest.raises(UserError) as caught:
-        utils.open_output(args, {}, tmp_path if named else path)
+        trainer.open_output(args, {}, tmp_path if named else path)
     assert str(caught.value) == message
 
 
@@ -414,7 +415,7 @@ def test_a_number_without_sense_is_refused(words, message):
 
 def fsdp_config(text, **more):
     args = SimpleNamespace(fsdp="full_shard auto_wrap", fsdp_config=text, gradient_checkpointing=False, **more)
-    utils.configure_fsdp(args)
+    engines.configure_fsdp(args)
     return args.fsdp_config
 
 
@@ -471,14 +472,14 @@ def test_a_deepspeed_json_may_ask_for_bf16(capsys):
         deepspeed={"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}, fp16=False, bf16=False
     )
     args.use_cpu = True
-    utils.configure_deepspeed(args)
+    engines.configure_deepspeed(args)
     assert (args.fp16, args.bf16) == (False, True)
     assert "DeepSpeed configuration: it asks for bf16, as --bf16 True does\n" in capsys.readouterr().err
     args.fp16 = True
     with pytest.raises(
         UserError, match="^DeepSpeed configuration: fp16 and bf16 are both asked for; keep one of them$"
     ):
-        utils.configure_deepspeed(args)
+        engines.configure_deepspeed(args)
 
 
 @needs_deepspeed
@@ -487,7 +488,7 @@ def test_deepspeed_without_zero_is_refused(zero):
     args = SimpleNamespace(deepspeed=zero, fp16=False, bf16=False, use_cpu=True)
     message = "its zero_optimization has no stage 1, 2 or 3; ds_config.json is a whole one"
     with pytest.raises(UserError, match=f"^DeepSpeed configuration: {message}$"):
-        utils.configure_deepspeed(args)
+        engines.configure_deepspeed(args)
 
 
 @pytest.mark.slow
@@ -510,10 +511,10 @@ def test_rows_longer_than_the_table_of_positions_are_refused():
     gpt2 = transformers.GPT2Config(n_positions=64, **small)
     for config in (opt, gpt2):
         model = utils.skeleton(config)
-        utils.check_positions(model, 64)
+        engines.check_positions(model, 64)
         with pytest.raises(UserError) as caught:
-            utils.check_positions(model, 65)
+            engines.check_positions(model, 65)
         assert str(caught.value) == (
             "rows of up to 65 tokens, but this model has 64 positions; give --model_max_length 64"
         )
-    utils.check_positions(utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small)), 65)
+    engines.check_positions(utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small)), 65)

@@ -285,7 +285,7 @@ def test_a_full_gpu_is_an_error_for_people(base, monkeypatch):
 
 
 def test_the_style_that_train_py_writes_is_known():
-    assert '"prompt_style": "alpaca"' in (ROOT / "utils.py").read_text(encoding="utf-8")
+    assert '"prompt_style": "alpaca"' in (ROOT / "train.py").read_text(encoding="utf-8")
     assert list(utils.PROMPT_STYLES) == ["alpaca", "vicuna_v0", "vicuna_v1.1", "chat_template"]
 
 
@@ -317,7 +317,7 @@ def test_an_adapter_and_an_unfinished_run_are_refused_with_what_to_do(tmp_path):
     (run / "checkpoint-8").mkdir(parents=True)
     chat.check_folder(run)  # load_config says that it is no model
     (run / "checkpoint-8" / "config.json").write_text("{}", encoding="utf-8")
-    utils.mark_checkpoint(run / "checkpoint-8", step=8, resumable=True)
+    trainer.mark_checkpoint(run / "checkpoint-8", step=8, resumable=True)
     assert refusal(chat.check_folder, run) == (
         f"{run}: its training has not ended; give it its time, or try the checkpoint {run}/checkpoint-8"
     )

@@ -14,6 +14,7 @@ import transformers
 from conftest import ROOT, environment, make_records
 from make_tiny_llama import CORPUS, train_sentencepiece
 
+import engines
 import train
 import utils
 from train import IGNORE_INDEX, FilledDataset, FlatCollator, SupervisedDataset, flatten, preprocess
@@ -385,7 +386,7 @@ def test_account_names_three_records_of_each_kind():
     kinds = ["unreadable", "prompt_fills_window", "truncated", "straddling", "empty_output", "special_tokens"]
     report = {key: [f"{key[0]}{i}" for i in range(count)] for count, key in enumerate(kinds, 1)}
     report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500}
-    assert utils.account(report, 512) == [
+    assert train.account(report, 512) == [
         "data: 50,000 kept + 2,002 dropped = 52,002 read",
         "data: dropped, unreadable: 1 (u0)",
         "data: dropped, the prompt fills the window of 512 tokens: 2 (p0, p1)",
@@ -396,7 +397,7 @@ def test_account_names_three_records_of_each_kind():
         "data: the end token is trained in 49,500 of 50,000 rows (99.0%)",
     ]
     report |= dict.fromkeys(kinds, []) | {"kept": 52002, "end_token_trained": 51400}
-    assert utils.account(report, 512) == [
+    assert train.account(report, 512) == [
         "data: 52,002 kept + 0 dropped = 52,002 read",
         "data: the end token is trained in 51,400 of 52,002 rows (98.8%)",
         "warning: models that seldom see the end token do not stop; raise --model_max_length",
@@ -561,16 +562,16 @@ def test_examples_are_shown_with_what_is_trained_marked(base, tokenizer, tmp_pat
         head, ids = sentencepiece_row(base / "tokenizer.model", utils.render_prompt(record), record["output"])
         titles.append(f"--- d.json[{i}]: {len(ids)} tokens, {len(ids) - len(head)} trained\n")
     assert titles[2].endswith(", 1 trained\n")
-    assert utils.show_examples(dataset, tokenizer, 2, False) == (
+    assert train.show_examples(dataset, tokenizer, 2, False) == (
         f"{titles[0]}{prompts[0]}>>>3\n</s><<<\n{titles[1]}{prompts[1]}>>>  你 🦙</s><<<"
     )
     green = "\x1b[32m{}\x1b[0m"
-    assert utils.show_examples(dataset, tokenizer, 9, True) == (
+    assert train.show_examples(dataset, tokenizer, 9, True) == (
         f"{titles[0]}{prompts[0]}{green.format('3' + chr(10) + '</s>')}\n"
         f"{titles[1]}{prompts[1]}{green.format('  你 🦙</s>')}\n"
         f"{titles[2]}{prompts[2]}{green.format('</s>')}"
     )
-    assert utils.show_examples(dataset, tokenizer, 0, False) == ""
+    assert train.show_examples(dataset, tokenizer, 0, False) == ""
 
 
 def arguments(micro_batch=1, accumulation=1, processes=1, epochs=1, max_steps=-1):
@@ -596,12 +597,12 @@ class Rows:
 
 def test_the_summary_gives_lengths_tokens_and_steps():
     rows = Rows([110, 10, 20, 90, 100, 30, 40, 50, 60, 70, 80])
-    assert utils.summarize(rows, arguments(2, 2, 1, epochs=3)) == (
+    assert train.summarize(rows, arguments(2, 2, 1, epochs=3)) == (
         "lengths in tokens: median 60, 90 % 100, 99 % 110, longest 110\n"
         "tokens per epoch: 660, of which trained 22 (3.3%)\n"
         "steps: 9 of 4 examples (3 epochs)"
     )
-    assert utils.summarize(Rows([1234]), arguments(epochs=0.5)) == (
+    assert train.summarize(Rows([1234]), arguments(epochs=0.5)) == (
         "lengths in tokens: median 1234, 90 % 1234, 99 % 1234, longest 1234\n"
         "tokens per epoch: 1,234, of which trained 2 (0.2%)\n"
         "steps: 1 of 1 examples (0.5 epochs)"
@@ -621,7 +622,7 @@ def test_the_summary_gives_lengths_tokens_and_steps():
     ],
 )
 def test_steps_are_counted_over_the_global_batch(num_examples, args, batch, steps):
-    assert (utils.global_batch(args), utils.num_steps(num_examples, args)) == (batch, steps)
+    assert (engines.global_batch(args), engines.num_steps(num_examples, args)) == (batch, steps)
 
 
 # --- The public names of 2023, as a fork uses them -------------------------------------------------------------------

@@ -469,8 +469,8 @@ def test_a_layer_class_of_another_model_is_refused_with_this_models_own(runs):
 def test_accelerate_still_has_to_be_told_to_run_fsdp_on_cpu(base, data, tmp_path):
     script = tmp_path / "as_the_trainer_does.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train, utils\n"
-        "utils.enable_fsdp2_on_cpu = lambda trainer: None\nutils.run_main(train.train)\n",
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport engines, train, utils\n"
+        "engines.enable_fsdp2_on_cpu = lambda trainer: None\nutils.run_main(train.train)\n",
         encoding="utf-8",
     )
     options = run_options(base, data, tmp_path / "out", 2, {"fsdp": FSDP[1]})

@@ -12,7 +12,7 @@ from conftest import FSDP, ZERO3, basic_options, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
-import train as trainer
+import train as script
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +86,9 @@ def test_early_llama_folder_trains(early_llama, data, base, tmp_path):
 
 def load(folder, tmp_path):
     """The model of a folder as train.py loads it, without the run around it."""
-    args = trainer.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    args = script.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
     config, tokenizer = utils.load_config(folder), utils.load_tokenizer(folder, 512)
-    return trainer.load_model(trainer.ModelArguments(str(folder)), args, config, tokenizer)
+    return script.load_model(script.ModelArguments(str(folder)), args, config, tokenizer)
 
 
 def refusal(folder, tmp_path):
@@ -170,9 +170,9 @@ def test_model_that_is_no_causal_language_model_is_refused(base, tmp_path):
 
 def test_fp16_files_give_fp32_masters_unless_asked_otherwise(early_llama, tmp_path):
     assert {parameter.dtype for parameter in load(early_llama, tmp_path).parameters()} == {torch.float32}
-    args = trainer.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    args = script.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     config, tokenizer = utils.load_config(early_llama), utils.load_tokenizer(early_llama, 512)
-    half = trainer.load_model(trainer.ModelArguments(str(early_llama), dtype="bfloat16"), args, config, tokenizer)
+    half = script.load_model(script.ModelArguments(str(early_llama), dtype="bfloat16"), args, config, tokenizer)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
 
 
@@ -246,7 +246,7 @@ def test_a_model_is_saved_with_the_names_of_its_published_files(name, published,
         state=transformers.TrainerState(),
         args=SimpleNamespace(bf16=False, fp16=False),
     )
-    assert "model.safetensors" in utils.write_model(trainer, dict(model.state_dict()), tmp_path)
+    assert "model.safetensors" in script.write_model(trainer, dict(model.state_dict()), tmp_path)
     before, after = load_file(published[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert PUBLISHED[name][1] in after and after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)

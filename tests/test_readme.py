@@ -85,7 +85,7 @@ def test_the_training_commands_parse_and_make_stanfords_batch(commands, monkeypa
     parser = transformers.HfArgumentParser(classes, allow_abbrev=False)
     seen = []
     for words, _, options in runs_of(commands, "train.py"):
-        translated, notices = utils.translate_old_options(options)
+        translated, notices = trainer.translate_old_options(options)
         if options[0] == "out/run.json":
             continue
         args, rest = parser.parse_known_args(translated)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import FSDP, ROOT, ZERO2, ZERO3, Run, basic_options, finish, make_records, start
 
+import train
 import utils
 
 STEPS = 18
@@ -296,7 +297,7 @@ def test_a_checkpoint_with_a_damaged_file_does_not_count(runs, tmp_path, name, d
     settings = dict(runs["unbroken"].info()["settings"], seed=1)  # changed, and the run goes on anyway
     damage(folder / "checkpoint-18" / name)
     assert checkpoints(folder) == ([4, 8, 12, 16], [18])
-    assert utils.resume_point(folder, settings, anyway=True) == (False, str(folder / "checkpoint-16"))
+    assert train.resume_point(folder, settings, anyway=True) == (False, str(folder / "checkpoint-16"))
     assert capsys.readouterr().err == (
         f"{folder}/checkpoint-18: unfinished checkpoint, not used\nresuming from {folder}/checkpoint-16\n"
     )
@@ -305,8 +306,8 @@ def test_a_checkpoint_with_a_damaged_file_does_not_count(runs, tmp_path, name, d
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(runs, tmp_path, capsys):
     folder = copied(runs["terminated"], tmp_path / "copy")
     for path in utils.find_checkpoints(folder)[0]:
-        utils.mark_checkpoint(path, step=int(path.name[11:]), resumable=False)  # as --save_only_model does
-    assert utils.resume_point(folder, runs["terminated"].info()["settings"]) == (False, None)
+        train.mark_checkpoint(path, step=int(path.name[11:]), resumable=False)  # as --save_only_model does
+    assert train.resume_point(folder, runs["terminated"].info()["settings"]) == (False, None)
     assert capsys.readouterr().err == f"{folder}: its run has no whole checkpoint yet; starting from the first step\n"
 
 
@@ -419,7 +420,7 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, name, overwrite):
     (tmp_path / name).write_text("theirs", encoding="utf-8")
     message = f"{tmp_path}: holds {name}, which is not of a run of ours; choose another --output_dir"
     with pytest.raises(utils.UserError) as caught:
-        utils.resume_point(tmp_path, {}, overwrite=overwrite)
+        train.resume_point(tmp_path, {}, overwrite=overwrite)
     assert str(caught.value) == message
     assert (tmp_path / name).read_text(encoding="utf-8") == "theirs"
 
@@ -427,14 +428,14 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path, name, overwrite):
 def test_a_run_json_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"made_by": "another"}', encoding="utf-8")
     with pytest.raises(utils.UserError) as caught:
-        utils.resume_point(tmp_path, {}, overwrite=True)
+        train.resume_point(tmp_path, {}, overwrite=True)
     assert str(caught.value) == f"{tmp_path}/run.json: not a run.json of these scripts; choose another folder"
     assert names_in(tmp_path) == {"run.json"}
 
 
 def test_files_that_are_no_model_are_no_reason_to_refuse(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    assert utils.resume_point(tmp_path, {}) == (False, None)
+    assert train.resume_point(tmp_path, {}) == (False, None)
 
 
 def test_a_folder_is_claimed_by_one_run_at_a_time(tmp_path):
@@ -497,7 +498,7 @@ def test_going_back_to_an_earlier_checkpoint_leaves_no_later_one_that_counts(run
 
 def refusal(*arguments, **keywords):
     with pytest.raises(utils.UserError) as caught:
-        utils.resume_point(*arguments, **keywords)
+        train.resume_point(*arguments, **keywords)
     return str(caught.value)
 
 
@@ -521,7 +522,7 @@ def test_resuming_where_nothing_is_to_resume_is_refused(runs, tmp_path, wanted):
 def test_resuming_may_be_asked_for_and_forbidden(runs):
     run, last = runs["terminated"], printed_steps(runs["terminated"])[-1]
     settings = run.info()["settings"]
-    assert utils.resume_point(run.folder, settings, "True") == (False, str(run.folder / f"checkpoint-{last}"))
+    assert train.resume_point(run.folder, settings, "True") == (False, str(run.folder / f"checkpoint-{last}"))
     message = f"{run.folder}: holds a run already; to start it afresh use --overwrite_output_dir"
     assert refusal(run.folder, settings, "False") == message
 

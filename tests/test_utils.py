@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, environment
 
+import engines
+import train
 import utils
 from utils import UserError
 
@@ -367,7 +369,7 @@ TRANSLATED = [
 
 
 def test_every_old_option_has_a_case_here():
-    assert {row[0] for row in TRANSLATED} == set(utils.OLD_OPTIONS)
+    assert {row[0] for row in TRANSLATED} == set(train.OLD_OPTIONS)
 
 
 @pytest.mark.parametrize(("name", "value", "words", "meaning"), TRANSLATED)
@@ -379,7 +381,7 @@ def test_an_old_option_is_translated_in_every_spelling(name, value, words, meani
         ([f"--{dashes}", *value.split()], dashes),
         ([f"--{dashes}={value}"], dashes),
     ):
-        result = utils.translate_old_options(["--seed", "1", *spelling, "--bf16", "True"])
+        result = train.translate_old_options(["--seed", "1", *spelling, "--bf16", "True"])
         assert result == (["--seed", "1", *words, "--bf16", "True"], [f"--{shown} {meaning}"])
 
 
@@ -394,8 +396,8 @@ def test_an_old_option_is_translated_in_every_spelling(name, value, words, meani
     ],
 )
 def test_an_old_option_without_a_value_is_translated(name, words):
-    assert utils.translate_old_options([f"--{name}", "--tf32", "True"])[0] == [*words, "--tf32", "True"]
-    assert utils.translate_old_options([f"--{name}"])[0] == words
+    assert train.translate_old_options([f"--{name}", "--tf32", "True"])[0] == [*words, "--tf32", "True"]
+    assert train.translate_old_options([f"--{name}"])[0] == words
 
 
 @pytest.mark.parametrize("equals", [True, False])
@@ -411,7 +413,7 @@ def test_an_old_option_without_a_value_is_translated(name, words):
 def test_an_old_value_of_an_option_that_is_still_there_is_translated(words, today, notice, equals):
     join = "=" if equals else " "
     given, expected = words.replace(" ", join), today if notice else today.replace(" ", join)
-    result = utils.translate_old_options([*(given.split(" ")), "--seed", "1"])
+    result = train.translate_old_options([*(given.split(" ")), "--seed", "1"])
     assert result == ([*expected.split(), "--seed", "1"], [notice] if notice else [])
 
 
@@ -426,7 +428,7 @@ def test_an_old_value_of_an_option_that_is_still_there_is_translated(words, toda
     ],
 )
 def test_of_two_warm_ups_the_one_counts_that_counted_in_2023(words, value, notice):
-    result, notices = utils.translate_old_options(words.split())
+    result, notices = train.translate_old_options(words.split())
     assert result[-1].rpartition("=")[2] == value and notices == [notice]  # argparse takes the last
 
 
@@ -437,20 +439,20 @@ def test_the_new_names_exist_today_and_the_old_ones_do_not():
 
     classes = (train.ModelArguments, train.DataArguments, train.TrainingArguments)
     today = {field.name for cls in classes for field in dataclasses.fields(cls)}
-    assert not today & set(utils.OLD_OPTIONS)
+    assert not today & set(train.OLD_OPTIONS)
     assert {row[2][0][2:] for row in TRANSLATED if row[2]} <= today
 
 
 @pytest.mark.parametrize("words", ["--local_rank 3", "--local_rank=3", "--local-rank=3", "--local-rank 3"])
 def test_the_launchers_local_rank_is_dropped_without_a_word(words):
     words = words.split()
-    assert utils.translate_old_options([*words, "--seed", "1"]) == (["--seed", "1"], [])
-    assert utils.translate_old_options(["--seed", "1", *words]) == (["--seed", "1"], [])
+    assert train.translate_old_options([*words, "--seed", "1"]) == (["--seed", "1"], [])
+    assert train.translate_old_options(["--seed", "1", *words]) == (["--seed", "1"], [])
 
 
 def test_words_of_today_pass_unchanged():
     words = ["out/run.json", "--fsdp", "full_shard auto_wrap", "--fsdp_config={}", "-1", "--model-max-length", "9"]
-    assert utils.translate_old_options(words) == (words, [])
+    assert train.translate_old_options(words) == (words, [])
 
 
 def test_an_unknown_option_is_named_with_the_nearest_that_exists():
@@ -501,9 +503,9 @@ def test_only_the_first_process_speaks():
 
 
 def test_from_first_process_without_a_group_calls_the_function(monkeypatch):
-    assert utils.from_first_process(lambda a, b: a + b, 1, 2) == 3
+    assert train.from_first_process(lambda a, b: a + b, 1, 2) == 3
     monkeypatch.setenv("RANK", "1")
-    assert utils.from_first_process(lambda: 1) is None
+    assert train.from_first_process(lambda: 1) is None
 
 
 # --- run.json --------------------------------------------------------------------------------------------------------
@@ -559,7 +561,7 @@ def test_loss_csv_has_one_row_per_logged_step(tmp_path):
         {"step": 2, "epoch": 1.0, "loss": 2.25, "learning_rate": 0.0, "num_targets": 30, "skipped_steps": 1},
         {"step": 2, "train_runtime": 3.0},
     ]
-    utils.write_loss_csv(history, tmp_path / "loss.csv")
+    train.write_loss_csv(history, tmp_path / "loss.csv")
     assert (tmp_path / "loss.csv").read_bytes() == (
         b"step,epoch,loss,learning_rate,grad_norm,num_targets,skipped_steps\r\n"
         b"1,0.5,2.5,1e-05,1.25,40,\r\n"
@@ -659,8 +661,8 @@ def test_check_weights_counts_what_it_read_over_all_files(tmp_path):
     a, b, n = torch.randn(2, 3), torch.randn(4).bfloat16(), torch.arange(3)
     save_tensors(tmp_path, "model-00001-of-00002.safetensors", a=a)
     save_tensors(tmp_path, "model-00002-of-00002.safetensors", b=b, n=n)
-    assert utils.check_weights(tmp_path, {"a": a, "b": b, "n": n}) == 3
-    assert utils.check_weights(tmp_path, {"a": a, "b": b, "n": n, "tied": a}, may_lack=["tied"]) == 3
+    assert train.check_weights(tmp_path, {"a": a, "b": b, "n": n}) == 3
+    assert train.check_weights(tmp_path, {"a": a, "b": b, "n": n, "tied": a}, may_lack=["tied"]) == 3
 
 
 def test_check_weights_names_the_tensor_that_is_wrong(tmp_path):
@@ -677,7 +679,7 @@ def test_check_weights_names_the_tensor_that_is_wrong(tmp_path):
         ({"a": close}, "tensor a read back differs from what was written"),
     ):
         save_tensors(tmp_path, **written)
-        assert refusal(utils.check_weights, tmp_path, {"a": a}) == f"model.safetensors: {what}"
+        assert refusal(train.check_weights, tmp_path, {"a": a}) == f"model.safetensors: {what}"
 
 
 def test_check_weights_refuses_what_is_missing(tmp_path):
@@ -685,10 +687,10 @@ def test_check_weights_refuses_what_is_missing(tmp_path):
 
     a = torch.ones(1)
     message = f"{tmp_path}: saved weights lack 1 of 1 tensors, first ['a']"
-    assert refusal(utils.check_weights, tmp_path, {"a": a}) == message
+    assert refusal(train.check_weights, tmp_path, {"a": a}) == message
     save_tensors(tmp_path, a=a)
     message = f"{tmp_path}: saved weights lack 2 of 3 tensors, first ['b']"
-    assert refusal(utils.check_weights, tmp_path, {"c": a, "b": a, "a": a}) == message
+    assert refusal(train.check_weights, tmp_path, {"c": a, "b": a, "a": a}) == message
 
 
 # --- Checkpoints and output folders ----------------------------------------------------------------------------------
@@ -700,13 +702,13 @@ def make_checkpoint(folder, step, mark=True, resumable=True):
     (path / "model.safetensors").write_text("weights")
     (path / "global_step" / "optimizer.pt").write_text("moments")
     if mark:
-        utils.mark_checkpoint(path, step=step, resumable=resumable)
+        train.mark_checkpoint(path, step=step, resumable=resumable)
     return path
 
 
 def test_the_marker_holds_the_files_with_their_sizes_and_the_facts(tmp_path):
     path = make_checkpoint(tmp_path, 3)
-    utils.mark_checkpoint(path, step=3, resumable=True)  # again: the marker is no part of itself
+    train.mark_checkpoint(path, step=3, resumable=True)  # again: the marker is no part of itself
     assert json.loads((path / "complete.json").read_text()) == {
         "step": 3,
         "resumable": True,
@@ -742,10 +744,10 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_counts(tmp_path, mon
     path, removed = make_checkpoint(tmp_path, 1), []
     with monkeypatch.context() as patch:
         patch.setattr(utils.shutil, "rmtree", removed.append)  # killed before this
-        utils.delete_checkpoint(path)
+        train.delete_checkpoint(path)
     assert removed == [path]
     assert utils.find_checkpoints(tmp_path) == ([], [path])
-    utils.delete_checkpoint(path)
+    train.delete_checkpoint(path)
     assert not path.exists()
 
 
@@ -770,10 +772,10 @@ def make_run(folder, status="started", **more):
 
 
 def test_an_empty_or_absent_folder_starts_a_run(tmp_path):
-    assert utils.resume_point(tmp_path / "absent", SETTINGS) == (False, None)
+    assert train.resume_point(tmp_path / "absent", SETTINGS) == (False, None)
     (tmp_path / "notes.txt").touch()
-    assert utils.resume_point(tmp_path, SETTINGS, wanted="False") == (False, None)
-    assert utils.resume_point(str(tmp_path), SETTINGS, wanted=None, overwrite=True) == (False, None)
+    assert train.resume_point(tmp_path, SETTINGS, wanted="False") == (False, None)
+    assert train.resume_point(str(tmp_path), SETTINGS, wanted=None, overwrite=True) == (False, None)
 
 
 @pytest.mark.parametrize(
@@ -784,28 +786,28 @@ def test_a_folder_with_somebody_elses_model_is_refused_also_when_overwriting(nam
     (tmp_path / name).write_text("theirs")
     message = f"{tmp_path}: holds {name}, which is not of a run of ours; choose another --output_dir"
     for overwrite in (False, True):
-        assert refusal(utils.resume_point, tmp_path, SETTINGS, overwrite=overwrite) == message
+        assert refusal(train.resume_point, tmp_path, SETTINGS, overwrite=overwrite) == message
     assert contents(tmp_path) == {name: b"theirs"}
 
 
 def test_asking_to_resume_where_there_is_nothing_is_refused(tmp_path):
-    assert refusal(utils.resume_point, tmp_path, SETTINGS, wanted="True") == (
+    assert refusal(train.resume_point, tmp_path, SETTINGS, wanted="True") == (
         f"--resume_from_checkpoint: {tmp_path} holds no run; leave the option out to start one"
     )
     make_run(tmp_path)
     make_checkpoint(tmp_path, 2, resumable=False)
-    assert refusal(utils.resume_point, tmp_path, SETTINGS, wanted="true") == (
+    assert refusal(train.resume_point, tmp_path, SETTINGS, wanted="true") == (
         f"--resume_from_checkpoint: {tmp_path} holds no whole checkpoint; leave the option out"
     )
 
 
 def test_a_named_checkpoint_is_taken_where_it_is_one(tmp_path):
     path = make_checkpoint(tmp_path / "elsewhere", 4)
-    assert refusal(utils.resume_point, tmp_path, SETTINGS, wanted=str(path)) == (
+    assert refusal(train.resume_point, tmp_path, SETTINGS, wanted=str(path)) == (
         f"--resume_from_checkpoint {path}: no checkpoint there (it lacks trainer_state.json)"
     )
     (path / "trainer_state.json").write_text("{}")
-    assert utils.resume_point(tmp_path, SETTINGS, wanted=str(path)) == (False, str(path))
+    assert train.resume_point(tmp_path, SETTINGS, wanted=str(path)) == (False, str(path))
 
 
 @pytest.mark.parametrize("keywords", [{"mark": False}, {"resumable": False}], ids=["unmarked", "no optimizer"])
@@ -815,7 +817,7 @@ def test_a_named_checkpoint_of_a_run_of_ours_counts_only_when_whole(keywords, tm
     path = make_checkpoint(tmp_path, 4, **keywords)
     (path / "trainer_state.json").write_text("{}")
     for folder in (tmp_path, tmp_path / "another"):
-        assert refusal(utils.resume_point, folder, SETTINGS, wanted=str(path)) == (
+        assert refusal(train.resume_point, folder, SETTINGS, wanted=str(path)) == (
             f"--resume_from_checkpoint {path}: it is unfinished or holds no optimizer; whole ones there: checkpoint-2"
         )
 
@@ -825,19 +827,19 @@ def test_a_named_checkpoint_does_not_excuse_other_settings(tmp_path):
     path = make_checkpoint(tmp_path / "old", 4)
     (path / "trainer_state.json").write_text("{}")
     for folder in (tmp_path / "old", tmp_path / "new"):
-        assert refusal(utils.resume_point, folder, SETTINGS | {"seed": 1}, wanted=str(path)) == (
+        assert refusal(train.resume_point, folder, SETTINGS | {"seed": 1}, wanted=str(path)) == (
             f"{tmp_path}/old: its run had other settings: seed was 42 and is 1; "
             "choose another --output_dir, start afresh with --overwrite_output_dir, "
             "or go on all the same with --resume_anyway True"
         )
-        assert utils.resume_point(folder, SETTINGS | {"seed": 1}, str(path), anyway=True) == (False, str(path))
-        assert utils.resume_point(folder, SETTINGS, str(path)) == (False, str(path))
+        assert train.resume_point(folder, SETTINGS | {"seed": 1}, str(path), anyway=True) == (False, str(path))
+        assert train.resume_point(folder, SETTINGS, str(path)) == (False, str(path))
 
 
 def test_checkpoints_behind_the_step_resumed_from_count_no_more(tmp_path, capsys):
     for step in (2, 4, 6, 10):
         make_checkpoint(tmp_path, step)
-    utils.unmark_checkpoints_after(4, tmp_path)
+    train.unmark_checkpoints_after(4, tmp_path)
     assert [[path.name for path in group] for group in utils.find_checkpoints(tmp_path)] == [
         ["checkpoint-2", "checkpoint-4"],
         ["checkpoint-6", "checkpoint-10"],
@@ -850,29 +852,29 @@ def test_checkpoints_behind_the_step_resumed_from_count_no_more(tmp_path, capsys
 def test_changed_settings_are_refused_and_named(tmp_path, capsys):
     make_run(tmp_path, settings=SETTINGS | {"gone": 1})
     changed = {"learning_rate": 0.2, "seed": 42, "bf16": True}
-    assert refusal(utils.resume_point, tmp_path, changed) == (
+    assert refusal(train.resume_point, tmp_path, changed) == (
         f"{tmp_path}: its run had other settings: learning_rate was 0.1 and is 0.2; bf16 was None and is True; "
         "choose another --output_dir, start afresh with --overwrite_output_dir, "
         "or go on all the same with --resume_anyway True"
     )
     path = make_checkpoint(tmp_path, 3)
-    assert utils.resume_point(tmp_path, changed, anyway=True) == (False, str(path))
+    assert train.resume_point(tmp_path, changed, anyway=True) == (False, str(path))
     assert capsys.readouterr().err == f"resuming from {path}\n"
 
 
 def test_refusing_to_resume_a_run_needs_overwriting(tmp_path):
     make_run(tmp_path)
     message = f"{tmp_path}: holds a run already; to start it afresh use --overwrite_output_dir"
-    assert refusal(utils.resume_point, tmp_path, SETTINGS, wanted="false") == message
+    assert refusal(train.resume_point, tmp_path, SETTINGS, wanted="false") == message
 
 
 def test_a_finished_run_has_nothing_to_do_unless_its_settings_changed(tmp_path, capsys):
     make_run(tmp_path, "finished")
     path = make_checkpoint(tmp_path, 9)
     for wanted in ("", "True"):
-        assert utils.resume_point(tmp_path, SETTINGS, wanted=wanted) == (True, None)
+        assert train.resume_point(tmp_path, SETTINGS, wanted=wanted) == (True, None)
         assert capsys.readouterr().err == f"{tmp_path}: this run is finished (9 steps); nothing to do\n"
-    assert utils.resume_point(tmp_path, SETTINGS | {"seed": 1}, anyway=True) == (False, str(path))
+    assert train.resume_point(tmp_path, SETTINGS | {"seed": 1}, anyway=True) == (False, str(path))
 
 
 def test_a_run_resumes_from_its_newest_whole_checkpoint(tmp_path, capsys):
@@ -883,7 +885,7 @@ def test_a_run_resumes_from_its_newest_whole_checkpoint(tmp_path, capsys):
     make_checkpoint(tmp_path, 12, mark=False)
     for hidden in (".saving", ".rehearsal"):
         (tmp_path / hidden).mkdir()
-    assert utils.resume_point(tmp_path, SETTINGS) == (False, f"{tmp_path}/checkpoint-10")
+    assert train.resume_point(tmp_path, SETTINGS) == (False, f"{tmp_path}/checkpoint-10")
     assert capsys.readouterr().err == (
         f"{tmp_path}/checkpoint-12: unfinished checkpoint, not used\nresuming from {tmp_path}/checkpoint-10\n"
     )
@@ -892,7 +894,7 @@ def test_a_run_resumes_from_its_newest_whole_checkpoint(tmp_path, capsys):
 
 def test_a_run_without_a_whole_checkpoint_starts_from_the_first_step(tmp_path, capsys):
     make_run(tmp_path)
-    assert utils.resume_point(tmp_path, SETTINGS) == (False, None)
+    assert train.resume_point(tmp_path, SETTINGS) == (False, None)
     line = f"{tmp_path}: its run has no whole checkpoint yet; starting from the first step\n"
     assert capsys.readouterr().err == line
 
@@ -907,9 +909,9 @@ def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path, capsy
     (tmp_path / "checkpoint-999" / "thesis.txt").write_text("mine")
     before = contents(tmp_path)
     changed = {"learning_rate": 9}
-    assert utils.resume_point(tmp_path, changed, overwrite=True) == (False, None)
+    assert train.resume_point(tmp_path, changed, overwrite=True) == (False, None)
     assert contents(tmp_path) == before  # not before the new run is known to work
-    utils.delete_run(tmp_path)
+    train.delete_run(tmp_path)
     left = {name: name.encode() for name in ("notes.txt", "generation_config.json")}
     assert contents(tmp_path) == left | {"checkpoint-999": None, "checkpoint-999/thesis.txt": b"mine"}
     assert capsys.readouterr().err == f"{tmp_path / 'checkpoint-999'}: holds nothing of a run; left\n"
@@ -920,14 +922,14 @@ def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path):
     (tmp_path / "checkpoint-3").rename(tmp_path / "elsewhere")
     (tmp_path / "checkpoint-3").symlink_to(tmp_path / "elsewhere")
     whole = contents(tmp_path / "elsewhere")
-    utils.delete_checkpoint(tmp_path / "checkpoint-3")
+    train.delete_checkpoint(tmp_path / "checkpoint-3")
     assert {path.name for path in tmp_path.iterdir()} == {"elsewhere"} and contents(tmp_path / "elsewhere") == whole
 
 
 def test_a_finished_run_whose_model_is_gone_is_not_finished(tmp_path, capsys):
     make_run(tmp_path, "finished", files=["model.safetensors"])
     make_checkpoint(tmp_path, 3)
-    assert utils.resume_point(tmp_path, SETTINGS) == (False, str(tmp_path / "checkpoint-3"))
+    assert train.resume_point(tmp_path, SETTINGS) == (False, str(tmp_path / "checkpoint-3"))
     assert capsys.readouterr().err == (
         f"{tmp_path}: this run was finished, but model.safetensors is gone\nresuming from {tmp_path / 'checkpoint-3'}\n"
     )
@@ -994,7 +996,7 @@ GATHERED = "set stage3_gather_16bit_weights_on_model_save, without which no mode
 )
 def test_a_deepspeed_json_of_2023_is_completed(config, added, gather, notices):
     before = copy.deepcopy(config)
-    completed, said = utils.complete_ds_config(config)
+    completed, said = engines.complete_ds_config(config)
     expected = before | added
     expected["zero_optimization"] = before["zero_optimization"] | {"stage3_gather_16bit_weights_on_model_save": gather}
     assert completed == expected
@@ -1003,7 +1005,7 @@ def test_a_deepspeed_json_of_2023_is_completed(config, added, gather, notices):
 
 
 def test_an_empty_deepspeed_json_is_completed_and_a_complete_one_left_alone():
-    completed, said = utils.complete_ds_config({"zero_optimization": {"stage": 2}})
+    completed, said = engines.complete_ds_config({"zero_optimization": {"stage": 2}})
     assert completed == {
         "zero_optimization": {"stage": 2},
         "train_batch_size": "auto",
@@ -1017,10 +1019,10 @@ def test_an_empty_deepspeed_json_is_completed_and_a_complete_one_left_alone():
         "added train_batch_size, train_micro_batch_size_per_gpu, gradient_accumulation_steps, gradient_clipping, fp16, "
         'bf16 as "auto"'
     ]
-    assert utils.complete_ds_config(completed) == (completed, [])
+    assert engines.complete_ds_config(completed) == (completed, [])
     for name in ("ds_config.json", "examples/ds_zero2.json"):
         ours = json.loads((ROOT / name).read_text(encoding="utf-8"))
-        assert utils.complete_ds_config(ours) == (ours, [])
+        assert engines.complete_ds_config(ours) == (ours, [])
 
 
 BILLION = 10**9
@@ -1028,7 +1030,7 @@ BILLION = 10**9
 
 def test_memory_needs_of_seven_billion_parameters_on_eight_devices_in_half_precision():
     """fp32 masters (4), gradients (4) and two moments (8): 16 bytes a parameter; ZeRO works in 2 bytes on top."""
-    needs = utils.memory_needs(7 * BILLION, 4, half=True, adam=True, world_size=8, local_world_size=8)
+    needs = engines.memory_needs(7 * BILLION, 4, half=True, adam=True, world_size=8, local_world_size=8)
     assert needs == {
         "single process": (112 * BILLION, 0),
         "DDP": (112 * BILLION, 0),
@@ -1042,7 +1044,7 @@ def test_memory_needs_of_seven_billion_parameters_on_eight_devices_in_half_preci
 
 
 def test_memory_needs_on_two_hosts_in_single_precision_without_moments():
-    needs = utils.memory_needs(BILLION, 4, half=False, adam=False, world_size=4, local_world_size=2)
+    needs = engines.memory_needs(BILLION, 4, half=False, adam=False, world_size=4, local_world_size=2)
     assert needs == {
         "single process": (8 * BILLION, 0),
         "DDP": (8 * BILLION, 0),
@@ -1060,7 +1062,7 @@ GIB = 1_073_741_824
 
 
 def test_a_7b_model_does_not_fit_one_gpu_and_the_engines_that_do_are_named():
-    needs = utils.memory_needs(LLAMA, 4, half=True, adam=True, world_size=1, local_world_size=1)
+    needs = engines.memory_needs(LLAMA, 4, half=True, adam=True, world_size=1, local_world_size=1)
     lack = "100.4 GiB on each GPU, where 79.2 GiB are free"
     # On the host: FSDP with offload 100.4 GiB, ZeRO-2 75.3 beside 12.6 on the GPU, ZeRO-3 100.4.
     for host, advice in (
@@ -1072,25 +1074,25 @@ def test_a_7b_model_does_not_fit_one_gpu_and_the_engines_that_do_are_named():
         (90, "what fits here: --deepspeed examples/ds_zero2.json"),
         (64, "no engine fits here: more devices, or a smaller model"),
     ):
-        problem = utils.memory_problem("single process", needs, 1, host * GIB, 79.2 * GIB)
+        problem = engines.memory_problem("single process", needs, 1, host * GIB, 79.2 * GIB)
         assert problem == f"single process needs {lack}, for weights, gradients and optimizer; {advice}"
-    assert utils.memory_problem("single process", needs, 1, 0, 100.5 * GIB) == ""
-    assert utils.memory_problem("ZeRO-1", needs, 1, 0, 0) == ""
+    assert engines.memory_problem("single process", needs, 1, 0, 100.5 * GIB) == ""
+    assert engines.memory_problem("ZeRO-1", needs, 1, 0, 0) == ""
 
 
 def test_host_memory_is_counted_where_engines_offload():
-    needs = utils.memory_needs(LLAMA, 4, half=True, adam=True, world_size=8, local_world_size=8)
-    assert utils.memory_problem("FSDP", needs, 8, 26 * GIB, 13 * GIB) == ""  # 12.6 each, 25.1 on the host
-    assert utils.memory_problem("ZeRO-3 with offload", needs, 8, 100 * GIB, 13 * GIB) == (
+    needs = engines.memory_needs(LLAMA, 4, half=True, adam=True, world_size=8, local_world_size=8)
+    assert engines.memory_problem("FSDP", needs, 8, 26 * GIB, 13 * GIB) == ""  # 12.6 each, 25.1 on the host
+    assert engines.memory_problem("ZeRO-3 with offload", needs, 8, 100 * GIB, 13 * GIB) == (
         "ZeRO-3 with offload needs 100.4 GiB of host memory, where 100.0 GiB are free, for weights, gradients and "
         'optimizer; what fits here: --fsdp "full_shard auto_wrap" or --deepspeed examples/ds_zero2.json'
     )
 
 
 def test_on_cpu_the_devices_of_a_host_share_its_memory():
-    needs = utils.memory_needs(BILLION, 4, half=False, adam=True, world_size=2, local_world_size=2)
-    assert utils.memory_problem("DDP", needs, 2, 32 * BILLION) == ""
-    assert utils.memory_problem("DDP", needs, 2, 31 * BILLION) == (
+    needs = engines.memory_needs(BILLION, 4, half=False, adam=True, world_size=2, local_world_size=2)
+    assert engines.memory_problem("DDP", needs, 2, 32 * BILLION) == ""
+    assert engines.memory_problem("DDP", needs, 2, 31 * BILLION) == (
         "DDP needs 29.8 GiB of host memory, where 28.9 GiB are free, for weights, gradients and optimizer; "
         'what fits here: --fsdp "full_shard auto_wrap" or --fsdp "full_shard auto_wrap offload" '
         "or --deepspeed examples/ds_zero2.json or --deepspeed ds_config.json"
