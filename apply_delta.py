@@ -660,7 +660,7 @@ def write_run(folder, **facts):
     about = {"made_by": "cria", "script": "apply_delta.py", "status": "finished"}
     about |= {key: value for key, value in facts.items() if value is not None}
     about |= {"versions": utils.versions("torch"), "git_commit": utils.git_commit()}
-    files = sorted(path.name for path in folder.iterdir() if path.name != weights.UNFINISHED)
+    files = sorted(path.name for path in folder.iterdir() if path.name != utils.LOCK)
     utils.write_json(about | {"files": files}, folder / "run.json")
 
 

@@ -503,8 +503,7 @@ def answer_all(chat, args, records, problems):
             print(json.dumps(answered(record, answer), ensure_ascii=False))
             reasons[answer.finish_reason] = reasons.get(answer.finish_reason, 0) + 1
         sys.stdout.flush()
-        if sys.stderr.isatty():
-            print(f"\ranswered {start + len(batch)} of {len(ready)}\x1b[K", end="", file=sys.stderr, flush=True)
+        utils.show_progress(f"answered {start + len(batch)} of {len(ready)}")
     total, how = len(ready) + len(problems), ", ".join(f"{key} {count:,}" for key, count in sorted(reasons.items()))
     say(f"{len(ready):,} answered + {len(problems):,} not = {total:,} read; ended by: {how or 'none'}")
     if problems:

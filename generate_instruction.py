@@ -676,10 +676,7 @@ class Progress:
 
     def show(self, last=False):
         self.lines += 1
-        if sys.stderr.isatty():
-            print(f"\r{self.line()}\x1b[K", end="\n" if last else "", file=sys.stderr, flush=True)
-        elif last or self.lines % 10 == 0:
-            print(self.line(), file=sys.stderr, flush=True)
+        utils.show_progress(self.line(), is_due=self.lines % 10 == 0, is_last=last)
 
 
 async def collect(args, collection, journal, client, progress):

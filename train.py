@@ -56,7 +56,6 @@ from utils import (  # noqa: F401
     read_run,
     render_prompt,
     say,
-    staged,
     versions,
     weight_files,
     write_json,
@@ -672,7 +671,7 @@ class RunCallback(TrainerCallback):
     """What happens around the steps: proofs before the first, signals between them, markers behind checkpoints."""
 
     def __init__(self, trainer, run):
-        self.trainer, self.run, self.began, self.signal, self.handlers = trainer, run, False, 0, {}
+        self.trainer, self.run, self.began, self.signal, self.signals = trainer, run, False, 0, contextlib.ExitStack()
         # The Trainer deletes an old checkpoint before the new one is known to be whole; on_save does it after.
         self.num_kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
 
@@ -696,9 +695,7 @@ class RunCallback(TrainerCallback):
             utils.write_json(self.run, Path(args.output_dir, "run.json"))
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
             unmark_checkpoints_after(state.global_step, args.output_dir)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
-                self.handlers[number] = signal.signal(number, self.note_signal)  # until restore_signals
+        self.signals.enter_context(utils.on_signals(self.note_signal))
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
             engines.use_learning_rate(trainer)
 
@@ -737,10 +734,6 @@ class RunCallback(TrainerCallback):
                     delete_checkpoint(old)
         self.trainer.accelerator.wait_for_everyone()
 
-    def restore_signals(self):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
 
 class ProgressLine(TrainerCallback):
     """A line of progress on stderr, from the first process: rewritten on a terminal, every logging_steps elsewhere."""
@@ -772,10 +765,8 @@ class ProgressLine(TrainerCallback):
         )
         if "skipped_steps" in logs:
             line += f"  overflow: step skipped ({logs['skipped_steps']} so far)"
-        if sys.stderr.isatty():
-            print(f"\r{line}\x1b[K", end="\n" if step == state.max_steps else "", file=sys.stderr, flush=True)
-        elif step % self.every == 0 or step == state.max_steps or "skipped_steps" in logs:
-            print(line, file=sys.stderr, flush=True)
+        is_due = step % self.every == 0 or "skipped_steps" in logs
+        utils.show_progress(line, is_due, is_last=step == state.max_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1055,7 +1046,7 @@ def check_weights(folder, expected, may_lack=()):
 
 
 def write_model(trainer, weights, folder):
-    """Write weights, config and tokenizer into `folder`, read the weights back and compare; see `staged`.
+    """Write weights, config and tokenizer into `folder`, read the weights back and compare; see `utils.hidden_folder`.
 
     Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
     """
@@ -1068,7 +1059,7 @@ def write_model(trainer, weights, folder):
         if not torch.isfinite(weight).all():
             advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
-    with staged(folder) as staging:
+    with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
         config = jload(staging / "config.json") | {"dtype": str(engines.save_dtype(trainer.args))[6:]}
         jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
@@ -1187,7 +1178,7 @@ def train():
             f"{args.output_dir}: cannot be written ({what}); make room; {trainer.last_checkpoint()}"
         ) from None
     finally:
-        watch.restore_signals()
+        watch.signals.close()
 
 
 def finish(trainer, run):

@@ -18,8 +18,10 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +44,35 @@ def say(message):
     if rank() == 0:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
         print(f"{clear}{message}", file=sys.stderr, flush=True)
+
+
+def show_progress(line, is_due=False, is_last=False):
+    """Rewrite the line of progress on a terminal, cut to its width; elsewhere print it where it is due, or the last."""
+    if sys.stderr.isatty():
+        columns = 0
+        with contextlib.suppress(OSError, ValueError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        print(f"\r{line[: (columns or 80) - 1]}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
+    elif is_due or is_last:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def on_signals(handler, *numbers):
+    """Within the block the signals `numbers`, SIGTERM and SIGHUP where none is given, call handler(number, frame).
+
+    One that is ignored stays so: nohup ignores SIGHUP. Outside the main thread there are no signals.
+    """
+    old = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers or (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                old[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, before in old.items():
+            signal.signal(number, before)
 
 
 def is_first_to_fail():
@@ -134,11 +165,29 @@ def jdump(obj, f, mode="w", indent=4, default=str):
         opened.write(text)
 
 
+def write_text(path, text):
+    """Write a file so that `path` holds the old text or the new one, whole, whatever happens.
+
+    Raises UserError where the disk does not take it.
+    """
+    hidden = Path(f"{path}.tmp")
+    try:
+        hidden.parent.mkdir(parents=True, exist_ok=True)
+        with open(hidden, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except OSError as error:
+        hidden.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
+        ) from None
+
+
 def write_json(obj, path):
-    """Write JSON so that `path` holds the old text or the new one, whole, whenever the process is killed."""
-    temporary = f"{path}.tmp"
-    jdump(obj, temporary, indent=2)
-    os.replace(temporary, path)
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=str))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,7 +675,6 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
-LAST_FILES = ("model.safetensors.index.json", "config.json")  # without these a folder does not load
 
 
 def first_line(error):
@@ -635,28 +683,82 @@ def first_line(error):
     return lines[0][:200]
 
 
-@contextlib.contextmanager
-def staged(folder):
-    """Yield a hidden folder inside `folder`; when the block ends well its files move up, those that make it load last.
+LOCK = ".lock"  # in a folder that a run has claimed
+LAST_FILES = (  # without these a folder does not load
+    "model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json",
+)  # fmt: skip
+HELD_LOCKS = []  # a lock lasts as long as its file is open
 
-    A block that fails leaves `folder` as it was. Files move by rename, so each is whole or absent.
+
+def claim_folder(folder, name=None):
+    """Make `folder` and lock it until the open file that is returned is closed, or this process ends, however it ends.
+
+    Raises UserError, which speaks of `name`, where another process holds it.
     """
-    staging = Path(folder, ".saving")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    path = Path(folder, LOCK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(path, "a")
     try:
-        yield staging
-        names = sorted((path.name for path in staging.iterdir()), key=lambda n: (n in LAST_FILES and 1, n))
-        umask = os.umask(0)
-        os.umask(umask)
-        for name in names:
-            if (staging / name).is_dir():
-                shutil.rmtree(Path(folder, name), ignore_errors=True)  # of an earlier save
-            else:
-                os.chmod(staging / name, 0o666 & ~umask)  # safetensors writes files that only their owner can read
-            os.replace(staging / name, Path(folder, name))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_free = path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat())  # else it has just ended
+    except BlockingIOError:
+        is_free = False
+    except OSError:  # a file system without locks
+        is_free = True
+    if not is_free:
+        lock.close()
+        raise UserError(f"{name or folder}: another run is writing here; wait for it, or choose another folder")
+    HELD_LOCKS.append(lock)
+    return lock
+
+
+def sync(path):
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def hidden_folder(hidden, final):
+    """Yield the folder `hidden`, whose files take their places in `final` when the block ends well; else they go.
+
+    A `final` that is absent or empty gets its name in one step. Elsewhere files replace their namesakes, each whole,
+    those that make the folder load last, and all others stay.
+    """
+    hidden, final = Path(hidden), Path(final)
+    hidden.mkdir(parents=True, exist_ok=True)
+    for path in (path for path in hidden.iterdir() if path.name != LOCK):  # of a run that was killed
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        yield hidden
+        files = [path for path in hidden.iterdir() if path.name != LOCK]
+        for path in files:
+            if path.is_file():
+                os.chmod(path, 0o666 & ~umask)  # safetensors writes files that only their owner can read
+            sync(path)
+        sync(hidden)
+        if not final.is_dir() or not any(final.iterdir()):
+            os.rename(hidden, final)
+            (final / LOCK).unlink(missing_ok=True)
+            sync(final.parent)
+        else:
+            names = sorted((path.name for path in files), key=lambda name: (name in LAST_FILES, name))
+            for name in (name for name in names if name in LAST_FILES):
+                (final / name).unlink(missing_ok=True)  # while this lasts, the folder does not load
+            for name in names:
+                if (final / name).is_dir():
+                    shutil.rmtree(final / name)  # of an earlier save
+                os.replace(hidden / name, final / name)
+            shutil.rmtree(hidden)
+            sync(final)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
 
 
 def weight_files(folder):
@@ -720,26 +822,6 @@ def read_run(folder):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and output folders: whose they are, and what of them is whole
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-HELD_LOCKS = []  # a lock lasts as long as its file is open
-
-
-def claim_folder(folder):
-    """Make `folder` and lock it until this process ends, however it ends; returns the lock, an open file.
-
-    Raises UserError where another process holds it.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = open(Path(folder, ".lock"), "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is writing here; wait for it, or choose another --output_dir") from None
-    except OSError:  # a file system without locks
-        pass
-    HELD_LOCKS.append(lock)
-    return lock
 
 
 def find_checkpoints(folder):
@@ -845,22 +927,6 @@ def read_rows(path):
     if problem:
         raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
     return [{**row, "input": row.get("input") or ""} for row in rows]
-
-
-def write_text(path, text):
-    """Write a file so that it is the old one or the new one, whole, whatever happens."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
-        ) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

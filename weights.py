@@ -24,7 +24,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import io
 import json
 import math
@@ -39,7 +38,19 @@ import time
 import zlib
 from pathlib import Path
 
-from utils import LAST_FILES, UserError, first_line, jdump, jload, say
+from utils import (
+    HELD_LOCKS,
+    LOCK,
+    UserError,
+    claim_folder,
+    first_line,
+    hidden_folder,
+    jdump,
+    jload,
+    on_signals,
+    say,
+    show_progress,
+)
 
 BLOCK = 2 * 2**20  # bytes
 SYNC = 32 * 2**20  # bytes that may wait in the page cache
@@ -559,9 +570,9 @@ class Meter:
     def add(self, count):
         self.done += count
         now = time.monotonic()
-        if sys.stderr.isatty() and now - self.shown > 0.2:
+        if now - self.shown > 0.2:
             self.shown, share = now, 30 * self.done // self.total
-            print(f"\r\x1b[K[{'#' * share}{'.' * (30 - share)}] {self.line()}", end="", file=sys.stderr, flush=True)
+            show_progress(f"[{'#' * share}{'.' * (30 - share)}] {self.line()}")
 
     def __enter__(self):
         return self
@@ -643,43 +654,42 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
         )
 
 
-UNFINISHED = "unfinished"  # a file in a hidden folder that says that it is ours
-
-
 @contextlib.contextmanager
 def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--output_dir"):
     """Yield a hidden folder beside `target` that takes its name, synced, when the block ends well; else it is removed.
 
     `size` is what will be written, in bytes, and compared with the free space; `inputs` are paths that must not be the
-    target. A target that holds files is refused; with `overwrite` those that are written replace their namesakes, the
-    ones that make the folder load last, and all others stay. `writes` are the names of the weight files to come. What
-    a killed run left behind is named and removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
+    target. A target that holds files is refused; with `overwrite` those that are written replace their namesakes; see
+    `utils.hidden_folder`. `writes` are the names of the weight files to come. What a killed run left behind is named
+    and removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
     """
     check_output(target, inputs, overwrite, writes, option)
     final = Path(target).resolve()
     hidden = final.with_name(f".{final.name}.unfinished")
+
+    def stop(number, frame):
+        say(f"stopped by {signal.Signals(number).name}; nothing is left of this run")
+        raise SystemExit(128 + number)
+
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim_hidden(hidden, final)
+        there = sorted(hidden.iterdir()) if hidden.exists() else []
+        if there and not (hidden / LOCK).exists():
+            raise UserError(f"{hidden}: holds {there[0].name}, which no run of ours left behind; move that folder away")
+        lock = claim_folder(hidden, target)
     except OSError as error:
         raise UserError(f"{option} {target}: {error.strerror}; choose another folder") from None
-    free = shutil.disk_usage(hidden).free
+    if left := [path for path in hidden.rglob("*") if path.is_file() and path.name != LOCK]:
+        gigabytes = sum(path.stat().st_size for path in left) / 1e9
+        say(f"{hidden}: left by a run that did not finish ({len(left)} files, {gigabytes:.2f} GB); removed")
     try:
-        if size > free:
-            raise UserError(
-                f"{option} {target}: {size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free; make room, "
-                "or choose a folder on another disk"
-            )
-        with _signals_raise():
+        with on_signals(stop), hidden_folder(hidden, final):
+            free = shutil.disk_usage(hidden).free
+            if size > free:
+                raise UserError(
+                    f"{option} {target}: {size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free; make "
+                    "room, or choose a folder on another disk"
+                )
             yield hidden
-            (hidden / UNFINISHED).unlink()
-            for path in [*hidden.iterdir(), hidden]:
-                _sync(path)
-            if final.is_dir() and any(final.iterdir()):
-                _move_into(hidden, final)
-            else:
-                os.rename(hidden, final)
-            _sync(final.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -688,72 +698,5 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
             "room, then give the same command again"
         ) from None
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.close(lock)
-
-
-def _claim_hidden(hidden, final):
-    """Make the hidden folder and lock it until this process ends; returns the lock's file descriptor."""
-    busy = UserError(f"{final}: another run is writing it at this moment; wait for it, or choose another folder")
-    left = hidden.exists()
-    hidden.mkdir(exist_ok=True)
-    lock = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise busy from None
-    except OSError:  # a file system without locks
-        pass
-    if not hidden.exists() or os.fstat(lock).st_ino != hidden.stat().st_ino:  # the other run has just ended
-        os.close(lock)
-        raise busy
-    there = list(hidden.iterdir()) if left else []
-    if there and not (hidden / UNFINISHED).exists():
-        os.close(lock)
-        raise UserError(f"{hidden}: holds {min(there).name}, which no run of ours left behind; move that folder away")
-    if there:
-        size = sum(path.stat().st_size for path in hidden.rglob("*") if path.is_file())
-        say(f"{hidden}: left by a run that did not finish ({len(there) - 1} files, {size / 1e9:.2f} GB); removed")
-        for path in there:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    (hidden / UNFINISHED).touch()
-    return lock
-
-
-def _move_into(hidden, final):
-    """Replace files of `final` by their namesakes; while this lasts the folder lacks what makes it load."""
-    last = (*LAST_FILES, "pytorch_model.bin.index.json", "params.json")
-    for name in last:
-        if (hidden / name).exists():
-            (final / name).unlink(missing_ok=True)
-    for name in sorted((path.name for path in hidden.iterdir()), key=lambda name: (name in last, name)):
-        os.replace(hidden / name, final / name)
-    _sync(final)
-
-
-def _sync(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextlib.contextmanager
-def _signals_raise():
-    """Within the block SIGTERM and SIGHUP raise SystemExit, so that cleaning up is done; one line says so."""
-
-    def stop(number, frame):
-        say(f"stopped by {signal.Signals(number).name}; nothing is left of this run")
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        HELD_LOCKS.remove(lock)
+        lock.close()

@@ -31,7 +31,7 @@ def make_base(folder, tokenizer_path):
     tokenizer, model = common.load_tokenizer(tokenizer_path), common.build_model("20m")
     if len(tokenizer) > model.config.vocab_size:
         raise common.utils.UserError(f"{tokenizer_path}: {len(tokenizer):,} tokens, the model has rows for 32,000")
-    with common.utils.staged(folder) as staging:
+    with common.utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         tokenizer.save_pretrained(staging)
         if Path(tokenizer_path).is_file():
             shutil.copy(tokenizer_path, staging / "tokenizer.model")

@@ -101,7 +101,7 @@ def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    with utils.staged(output_dir) as folder:
+    with utils.hidden_folder(Path(output_dir, ".saving"), output_dir) as folder:
         sentencepiece = folder / "tokenizer.model"
         sentencepiece.write_bytes(pieces)
         tokenizer = utils.tokenizer_from_sentencepiece(sentencepiece, model_max_length=LENGTH)
@@ -171,7 +171,7 @@ def make_tiny_raw(output_dir, preset="tiny", seed=0, texts=(), num_shards=1, num
               "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}  # fmt: skip
     if num_key_value_heads:
         params["n_kv_heads"] = heads
-    with utils.staged(output_dir) as staging:
+    with utils.hidden_folder(Path(output_dir, ".saving"), output_dir) as staging:
         (staging / preset).mkdir()
         write_raw(staging / preset, {name: tensor.half() for name, tensor in weights.items()}, params, num_shards)
         (staging / "tokenizer.model").write_bytes(pieces)

@@ -584,7 +584,7 @@ def test_outputs_that_cannot_be(source, tmp_path):
     run(source, tmp_path / "link")  # a link to an empty folder, on another disk perhaps
     assert (tmp_path / "link").is_symlink() and len(load_file(tmp_path / "real" / "model.safetensors")) == 21
     under = tmp_path / "file" / "out"
-    assert refusal(source, target=under) == f"--output_dir {under}: File exists; {another}"
+    assert refusal(source, target=under) == f"--output_dir {under}: Not a directory; {another}"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only to root")
@@ -666,7 +666,7 @@ def test_kill_9_leaves_no_model_and_the_next_run_says_what_it_found(source, tmp_
     with pytest.raises(utils.UserError) as caught:
         run(source, tmp_path / "out")  # two at a time
     assert str(caught.value) == (
-        f"{tmp_path / 'out'}: another run is writing it at this moment; wait for it, or choose another folder"
+        f"{tmp_path / 'out'}: another run is writing here; wait for it, or choose another folder"
     )
     process.kill()
     process.communicate(timeout=60)
@@ -804,8 +804,8 @@ def test_reverse_refuses_values_that_are_not_finite(model, unwritten):
 
 def note_calls(monkeypatch, calls):
     """Let `calls` collect, in order, what is synced, renamed and replaced, by names."""
-    sync, rename, replace = weights._sync, os.rename, os.replace
-    monkeypatch.setattr(weights, "_sync", lambda path: (calls.append(("sync", Path(path).name)), sync(path)))
+    sync, rename, replace = utils.sync, os.rename, os.replace
+    monkeypatch.setattr(utils, "sync", lambda path: (calls.append(("sync", Path(path).name)), sync(path)))
     monkeypatch.setattr(os, "rename", lambda a, b: (calls.append(("rename", Path(b).name)), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(("replace", Path(b).name)), replace(a, b)))
 

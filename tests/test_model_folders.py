@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-import utils
 from conftest import FSDP, ZERO3, basic_options, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 import train as script
+import utils
 
 
 @pytest.fixture(scope="session")

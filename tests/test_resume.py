@@ -442,7 +442,7 @@ def test_a_folder_is_claimed_by_one_run_at_a_time(tmp_path):
     lock = utils.claim_folder(tmp_path / "out")
     with pytest.raises(utils.UserError) as caught:
         utils.claim_folder(tmp_path / "out")
-    wait = "another run is writing here; wait for it, or choose another --output_dir"
+    wait = "another run is writing here; wait for it, or choose another folder"
     assert str(caught.value) == f"{tmp_path}/out: {wait}"
     lock.close()
     utils.claim_folder(tmp_path / "out").close()
@@ -459,7 +459,7 @@ def test_a_second_run_in_a_folder_is_refused_while_the_first_runs(base, data, tm
 
     first = play(options, until="step 1/", then=start_second)
     assert second[0].code == 2
-    wait = "another run is writing here; wait for it, or choose another --output_dir"
+    wait = "another run is writing here; wait for it, or choose another folder"
     assert second[0].error() == f"error: {tmp_path}/out: {wait}"
     assert names_in(tmp_path / "out") >= {".lock", "run.json"} and first.info()["status"] == "started"
     utils.claim_folder(tmp_path / "out").close()  # the lock ended with the first, which was killed

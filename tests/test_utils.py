@@ -580,7 +580,7 @@ def contents(folder):
 def test_a_block_that_fails_leaves_the_folder_as_it_was(tmp_path):
     (tmp_path / "config.json").write_text("old")
     before = contents(tmp_path)
-    with pytest.raises(RuntimeError), utils.staged(tmp_path) as staging:
+    with pytest.raises(RuntimeError), utils.hidden_folder(tmp_path / ".saving", tmp_path) as staging:
         (staging / "config.json").write_text("new")
         (staging / "model.safetensors").write_text("half")
         raise RuntimeError
@@ -590,7 +590,7 @@ def test_a_block_that_fails_leaves_the_folder_as_it_was(tmp_path):
 def test_staged_files_move_up_with_those_that_make_a_folder_load_last(tmp_path, monkeypatch):
     names = ["config.json", "a.json", "model.safetensors.index.json", "tokenizer.json", "model-2.safetensors", "z"]
     moves, replace = [], os.replace
-    with utils.staged(tmp_path / "new") as staging:
+    with utils.hidden_folder(tmp_path / "new" / ".saving", tmp_path / "new") as staging:
         assert staging.parent == tmp_path / "new"
         for name in names:
             (staging / name).write_text(name)
@@ -604,7 +604,7 @@ def test_staged_files_move_up_with_those_that_make_a_folder_load_last(tmp_path, 
 def test_staging_starts_empty_where_a_killed_run_left_files(tmp_path):
     (tmp_path / ".saving").mkdir()
     (tmp_path / ".saving" / "stale.safetensors").touch()
-    with utils.staged(tmp_path) as staging:
+    with utils.hidden_folder(tmp_path / ".saving", tmp_path) as staging:
         (staging / "config.json").write_text("{}")
     assert contents(tmp_path) == {"config.json": b"{}"}
 
@@ -613,7 +613,7 @@ def test_staging_starts_empty_where_a_killed_run_left_files(tmp_path):
 def test_staged_files_are_readable_as_the_umask_says(umask, mode, tmp_path):
     old = os.umask(umask)
     try:
-        with utils.staged(tmp_path) as staging:
+        with utils.hidden_folder(tmp_path / ".saving", tmp_path) as staging:
             (staging / "model.safetensors").touch(mode=0o600)
         assert os.umask(umask) == umask  # and it is what it was
     finally:
@@ -624,7 +624,7 @@ def test_staged_files_are_readable_as_the_umask_says(umask, mode, tmp_path):
 def test_a_staged_folder_stays_one_that_can_be_entered(tmp_path):
     """A tokenizer with several chat templates is saved with a folder of them; saving twice replaces it."""
     for text in ("one", "two"):
-        with utils.staged(tmp_path) as staging:
+        with utils.hidden_folder(tmp_path / ".saving", tmp_path) as staging:
             (staging / "additional_chat_templates").mkdir()
             (staging / "additional_chat_templates" / "rag.jinja").write_text(text)
         assert (tmp_path / "additional_chat_templates").stat().st_mode & 0o111
@@ -753,7 +753,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_counts(tmp_path, mon
 
 def test_a_second_process_is_refused_while_the_first_holds_the_folder(tmp_path):
     folder = tmp_path / "deep" / "out"
-    message = f"{folder}: another run is writing here; wait for it, or choose another --output_dir"
+    message = f"{folder}: another run is writing here; wait for it, or choose another folder"
     code = f"import utils; utils.run_main(lambda: utils.claim_folder({str(folder)!r}))"
     lock = utils.claim_folder(folder)
     second = python(code)
