@@ -100,11 +100,11 @@ def unwrap(record):
 def parse_questions(text, name):
     """Parse lines of text, JSON Lines or a JSON list; it is JSON where a line begins like an object with a key.
 
-    Returns (records, problems) as `utils.parse_records` does; a line of text is an instruction without input, and
+    Returns (records, problems) as `utils.read_records` does; a line of text is an instruction without input, and
     blank lines are no questions. Raises UserError for a JSON list that is no JSON.
     """
     if re.search(r'^\s*\[?\s*\{\s*"', text, re.MULTILINE):
-        records, problems = utils.parse_records(text, name, required=("instruction",))
+        records, problems = utils.read_records([(name, text)], needs_answer=False)
     else:
         lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
@@ -117,7 +117,11 @@ def parse_questions(text, name):
 def read_questions(path):
     """Read a file of questions, "-" being standard input; see `parse_questions`. Raises UserError where it is empty."""
     if path == "-":
-        name, text = "stdin", utils.decode_text(sys.stdin.buffer.read(), "stdin")
+        name = "stdin"
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
+        except UnicodeDecodeError as error:
+            raise utils.unreadable(name, error) from None
     else:
         name, text = os.path.basename(path), utils.read_text(path)
     if not text.strip():
@@ -319,7 +323,12 @@ def encode_prompt(chat, turns):
 
     Raises UserError where they fill the window.
     """
-    prompt = utils.render_conversation(chat.style, turns, chat.tokenizer)
+    try:
+        messages = [message for turn in turns[:-1] for message in utils.as_messages(turn)]
+        messages += utils.as_messages(turns[-1], needs_answer=False)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    prompt = "".join(text for text, _ in utils.spans(chat.style, messages, chat.tokenizer))
     ids = chat.tokenizer(prompt, add_special_tokens=chat.style != "chat_template", verbose=False).input_ids
     end = chat.tokenizer.eos_token
     if ids and ids[-1] == chat.tokenizer.eos_token_id and not prompt.endswith(end):
@@ -434,9 +443,6 @@ def converse(chat, args):
             text = read_message()
             if not text.strip():
                 continue
-            problem = utils.check_record({"instruction": text}, ("instruction",))
-            if problem:
-                raise UserError(problem)
             turns = [] if chat.style == "alpaca" else turns
             asked = [*turns, unwrap({"instruction": text, "input": ""})]
             ids, dropped = fit(chat, asked, args.max_new_tokens)
@@ -470,9 +476,6 @@ def name_turns(turns):
 def answer_once(chat, args):
     """Answer --instruction on stdout."""
     record = {"instruction": args.instruction, "input": args.input}
-    problem = utils.check_record(record, ("instruction",))
-    if problem:
-        raise UserError(f"--instruction, --input: {problem}")
     ids = encode_prompt(chat, [unwrap(record)])
     answer = make_answer(chat, ids, args.max_new_tokens, show)
     try:

@@ -1,82 +1,23 @@
-"""train.py's chapter on where it runs: devices, launchers, FSDP and DeepSpeed, what they need, and proofs of them.
-
-torch is imported inside the functions that need it.
-"""
+"""train.py's chapter on where it runs: devices, launchers, FSDP and DeepSpeed, what they need, and proofs of them."""
 
 import contextlib
 import copy
 import io
-import json
 import math
 import os
 import shutil
 from pathlib import Path
 
-from utils import GIB, UserError, _json_problem, first_line, free_host_memory, read_text, say
+import torch
+import transformers
 
+from utils import GIB, UserError, first_line, free_host_memory, read_json, say
 
-def empty_model(config, dtype):
-    """The model with room for its weights on the host, not filled: the system gives no memory until it is written."""
-    import torch
-    import transformers
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():  # buffers, which no file holds, get their values
-        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=dtype)))
-    model.tie_weights()
-    return model
-
-
-def save_dtype(args):
-    """The dtype of the final model: --save_dtype, else what the run computes in."""
-    import torch
-
-    chosen = getattr(args, "save_dtype", None)
-    return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
-
-
-def gather_weights(trainer, dtype):
-    """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
-
-    A tensor tied to an earlier one is left out.
-    """
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    names, first = {}, {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[name] = first.setdefault(id(parameter), name)
-    weights = {}
-    if hasattr(trainer.model_wrapped, "zero_optimization_stage") and dtype != next(model.parameters()).dtype:
-        from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits
-
-        for name, parameter in model.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
-            if trainer.args.should_save:
-                weights[name] = whole.to("cpu", dtype, copy=True)
-        return weights
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    for name in list(state) if trainer.args.should_save else []:
-        tensor = state.pop(name)  # so that host memory holds each tensor once
-        if names.get(name, name) == name:
-            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
-    return weights
-
-
-ENGINE_OPTIONS = {
-    "FSDP": '--fsdp "full_shard auto_wrap"',
-    "FSDP with offload": '--fsdp "full_shard auto_wrap offload"',
-    "ZeRO-2 with offload": "--deepspeed examples/ds_zero2.json",
-    "ZeRO-3 with offload": "--deepspeed ds_config.json",
-}
+# --- Options to settings ---------------------------------------------------------------------------------------------
 
 
 def fit_device(args):
     """Drop, with a line, what this device cannot honour; a command for a cluster can be rehearsed on a laptop."""
-    import torch
-    import transformers
-
     args.use_cpu = args.use_cpu or not torch.accelerator.is_available()
     if args.use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it had to find out
@@ -94,8 +35,6 @@ def fit_device(args):
 
 def check_launcher(args):
     """Plain `python` runs one process on one device: refuse or say what needs a launcher, never DataParallel."""
-    import torch
-
     for engine, option in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() == "true" and not option:
             raise UserError(f"the launcher asks for {engine} and the options do not; give --{engine.lower()} here")
@@ -129,18 +68,12 @@ RESHARD = {"TRUE": True, "FULL_SHARD": True, "1": True, "FALSE": False, "SHARD_G
 def configure_fsdp(args):
     """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
     words = args.fsdp.lower().split() if isinstance(args.fsdp, str) else []
-    known = {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}
-    if not known.issuperset(words):
+    if not {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}.issuperset(words):
         raise UserError(f"--fsdp {args.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
     config = args.fsdp_config or {}
     if isinstance(config, str):
-        text = (
-            config if config.lstrip().startswith("{") else read_text(config, "; --fsdp_config takes JSON or its file")
-        )
-        try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"--fsdp_config: {_json_problem(error)}") from None
+        is_file = not config.lstrip().startswith("{")
+        config = read_json(config if is_file else "--fsdp_config", None if is_file else config)
     config = {FSDP_NAMES.get(key.removeprefix("fsdp_"), key.removeprefix("fsdp_")): config[key] for key in config}
     if unknown := sorted(config.keys() - FSDP_KEYS - FSDP1_KEYS):
         raise UserError(f"--fsdp_config: unknown key {unknown[0]}; those that exist: {', '.join(sorted(FSDP_KEYS))}")
@@ -149,14 +82,11 @@ def configure_fsdp(args):
         config = {key: value for key, value in config.items() if key not in dropped}
     if str(config.get("version", 2)) != "2":
         raise UserError("--fsdp_config: there is FSDP2 only; leave version out")
-    strategy = str(config.get("reshard_after_forward", "true")).upper()
+    strategy = str(config.get("reshard_after_forward", "shard_grad_op" not in words)).upper()
     if strategy not in RESHARD:
-        raise UserError(
-            f"--fsdp_config: {strategy} is not there in FSDP2; choose FULL_SHARD, SHARD_GRAD_OP or no --fsdp"
-        )
-    if "reshard_after_forward" in config:
-        config["reshard_after_forward"] = RESHARD[strategy]
-    config.setdefault("reshard_after_forward", "shard_grad_op" not in words)
+        what = f"{strategy} is not there in FSDP2; choose FULL_SHARD, SHARD_GRAD_OP or no --fsdp"
+        raise UserError(f"--fsdp_config: {what}")
+    config["reshard_after_forward"] = RESHARD[strategy]
     config.setdefault("cpu_offload", "offload" in words)
     config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
     if config.get("min_num_params"):
@@ -179,75 +109,22 @@ def configure_deepspeed(args):
     deepspeed.utils.logger.setLevel("ERROR")
     path, config = "DeepSpeed configuration", args.deepspeed
     if isinstance(config, str):
-        try:
-            path = config
-            config = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: not valid JSON, {error.msg}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: holds no JSON object; ds_config.json is a whole one")
-    args.deepspeed, notices = complete_ds_config(config)
+        path, config = config, read_json(config)
+    config, notices = complete_ds_config(config)
     for notice in notices:
         say(f"{path}: {notice}")
-    if args.deepspeed["zero_optimization"].get("stage") not in (1, 2, 3):
+    if config["zero_optimization"].get("stage") not in (1, 2, 3):
         raise UserError(f"{path}: its zero_optimization has no stage 1, 2 or 3; ds_config.json is a whole one")
-    fp16 = args.deepspeed["fp16"]
     for name in ("fp16", "bf16"):
-        if args.deepspeed[name].get("enabled") is True and not getattr(args, name):
+        if config[name].get("enabled") is True and not getattr(args, name):
             say(f"{path}: it asks for {name}, as --{name} True does")
             setattr(args, name, True)
     if args.fp16 and args.bf16:
         raise UserError(f"{path}: fp16 and bf16 are both asked for; keep one of them")
     if args.fp16 and args.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
         say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
-        args.fp16, fp16["enabled"] = False, "auto"
-
-
-def configure_more(args):
-    """What can be set only after the Trainer's arguments have made the process group and accelerate's settings."""
-    import torch
-
-    if args.fsdp and (args.bf16 or args.fp16) and args.fsdp_plugin_args["fsdp_version"] == 2:
-        half = torch.bfloat16 if args.bf16 else torch.float16
-        policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
-        args.fsdp_plugin_args["mixed_precision_policy"] = policy  # accelerate's own would round the loss as well
-    if args.deepspeed and args.use_cpu:
-        import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
-
-        with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
-            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-
-def fix_layer_class(args, model):
-    """Correct the case of FSDP's layer class, or refuse it; without one the model's own choice is used."""
-    import torch
-
-    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
-    classes = sorted({type(module).__name__ for module in model.modules()})
-    for i, name in enumerate(wanted):
-        match = next((c for c in classes if c.lower() == name.lower()), None)
-        if match is None:
-            lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-            layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
-            raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
-        if match != name:
-            say(f"FSDP layer class {name} is {match} in this model")
-            wanted[i] = match
-    if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
-        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
-
-
-def check_positions(model, longest):
-    """Refuse rows that are longer than a model's table of learned positions (GPT-2, OPT); `longest` is in tokens."""
-    import torch
-
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
-            rows = module.num_embeddings - getattr(module, "offset", 0)
-            if longest > rows:
-                raise UserError(
-                    f"rows of up to {longest} tokens, but this model has {rows} positions; give --model_max_length {rows}"
-                )
+        args.fp16, config["fp16"]["enabled"] = False, "auto"
+    args.deepspeed = config
 
 
 def complete_ds_config(config):
@@ -269,9 +146,90 @@ def complete_ds_config(config):
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         notices.append("set stage3_gather_16bit_weights_on_model_save, without which no model would be saved")
-    blocks = [key for key in ("optimizer", "scheduler") if key in config]
-    notices += [f"its {key} block takes the place of the options" for key in blocks]
+    notices += [
+        f"its {key} block takes the place of the options" for key in ("optimizer", "scheduler") if key in config
+    ]
     return config, notices
+
+
+def configure_groups(args):
+    """What can be set only after the Trainer's arguments have made the process group and accelerate's settings."""
+    if args.fsdp and (args.bf16 or args.fp16) and args.fsdp_plugin_args["fsdp_version"] == 2:
+        half = torch.bfloat16 if args.bf16 else torch.float16
+        policy = torch.distributed.fsdp.MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half)
+        args.fsdp_plugin_args["mixed_precision_policy"] = policy  # accelerate's own would round the loss as well
+    if args.deepspeed and args.use_cpu:
+        import deepspeed  # it must adopt torch's gloo group before from_pretrained partitions the model
+
+        with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
+            deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+# --- What the arguments ask for --------------------------------------------------------------------------------------
+
+ENGINE_OPTIONS = {
+    "FSDP": '--fsdp "full_shard auto_wrap"',
+    "FSDP with offload": '--fsdp "full_shard auto_wrap offload"',
+    "ZeRO-2 with offload": "--deepspeed examples/ds_zero2.json",
+    "ZeRO-3 with offload": "--deepspeed ds_config.json",
+}
+
+
+def engine_name(args):
+    """The engine that the arguments ask for: single process, DDP, FSDP, ZeRO-2 or ZeRO-3, and " with offload"."""
+    if args.deepspeed:
+        zero = args.deepspeed["zero_optimization"]
+        devices = [(zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")]
+        return f"ZeRO-{zero.get('stage', 0)}" + " with offload" * (devices != ["none", "none"])
+    if args.fsdp:
+        return "FSDP" + " with offload" * bool(args.fsdp_config["cpu_offload"])
+    return "DDP" if args.world_size > 1 else "single process"
+
+
+def global_batch(args):
+    """Examples per optimizer step, over all processes and accumulated micro-batches."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def num_steps(num_examples, args):
+    """Optimizer steps of the run."""
+    per_epoch = -(-num_examples // global_batch(args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+
+
+def save_dtype(args):
+    """The dtype of the final model: --save_dtype, else what the run computes in."""
+    chosen = getattr(args, "save_dtype", None)
+    return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
+
+
+# --- Before weights are loaded: will it run, and does it fit? --------------------------------------------------------
+
+
+def check_model(args, model, longest):
+    """Refuse a layer class for FSDP that the model lacks, and rows of `longest` tokens that it has no positions for.
+
+    `model` may be without weights. The case of the class is corrected; without one the model's own choice is used.
+    """
+    wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
+    classes = {type(module).__name__.lower(): type(module).__name__ for module in model.modules()}
+    for i, name in enumerate(wanted):
+        found = classes.get(name.lower())
+        if found is None:
+            lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+            layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
+            raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
+        if found != name:
+            say(f"FSDP layer class {name} is {found} in this model")
+            wanted[i] = found
+    if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
+        args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
+    for name, module in model.named_modules():  # learned positions, as GPT-2 and OPT have them
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
+            rows = module.num_embeddings - getattr(module, "offset", 0)
+            if longest > rows:
+                what = f"rows of up to {longest} tokens, but this model has {rows} positions"
+                raise UserError(f"{what}; give --model_max_length {rows}")
 
 
 def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
@@ -307,9 +265,7 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
             device, host = 0, host + device * local_world_size
         if device > (device_free or 0):
             return f"{device / GIB:.1f} GiB on each GPU, where {device_free / GIB:.1f} GiB are free"
-        if host > host_free:
-            return f"{host / GIB:.1f} GiB of host memory, where {host_free / GIB:.1f} GiB are free"
-        return ""
+        return f"{host / GIB:.1f} GiB of host memory, where {host_free / GIB:.1f} GiB are free" * (host > host_free)
 
     if engine not in needs or not lack(engine):
         return ""
@@ -318,27 +274,14 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
     return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
 
 
-def engine_name(args):
-    """The engine that the arguments ask for: single process, DDP, FSDP, ZeRO-2 or ZeRO-3, and " with offload"."""
-    if args.deepspeed:
-        zero = args.deepspeed["zero_optimization"]
-        devices = [(zero.get(f"offload_{part}") or {}).get("device", "none") for part in ("optimizer", "param")]
-        offload = devices != ["none", "none"]
-        return f"ZeRO-{zero.get('stage', 0)}" + " with offload" * offload
-    if args.fsdp:
-        return "FSDP" + " with offload" * bool(args.fsdp_config["cpu_offload"])
-    return "DDP" if args.world_size > 1 else "single process"
-
-
-def global_batch(args):
-    """Examples per optimizer step, over all processes and accumulated micro-batches."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def num_steps(num_examples, args):
-    """Optimizer steps of the run."""
-    per_epoch = -(-num_examples // global_batch(args))
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+def disk_needs(args, num_params, steps):
+    """(bytes, checkpoints) that the run will hold on the disk at most: the model, and checkpoints with the optimizer."""
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
+    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    a_checkpoint = 4 if args.save_only_model else 12  # bytes a parameter: master, and AdamW's two moments
+    return num_params * ((2 if args.fp16 or args.bf16 else 4) + kept * a_checkpoint), kept
 
 
 def check_needs(args, dtype, num_params, steps):
@@ -346,25 +289,17 @@ def check_needs(args, dtype, num_params, steps):
 
     Only weights, gradients, optimizer and files are counted, so nothing that could run is refused.
     """
-    import torch
-
     if not args.memory_check:
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
-    weight_bytes = getattr(torch, dtype).itemsize
-    needs = memory_needs(num_params, weight_bytes, half, adam, args.world_size, local)
+    needs = memory_needs(num_params, getattr(torch, dtype).itemsize, half, adam, args.world_size, local)
     device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
     problem = memory_problem(engine_name(args), needs, local, free_host_memory(), device_free)
     if problem:
         size = f"{num_params / 1e9:.2f} billion parameters"
         raise UserError(f"{size}: {problem}; to try all the same: --memory_check False")
-    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value)
-    if planned is None:
-        planned = math.ceil(steps / max(every, 1))  # the last step is saved too
-    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
-    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))
+    disk, kept = disk_needs(args, num_params, steps)
     free = shutil.disk_usage(args.output_dir).free
     if args.overwrite_output_dir:  # what there is goes before the first step
         free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
@@ -374,6 +309,22 @@ def check_needs(args, dtype, num_params, steps):
             "are free; use --save_total_limit 1, --save_only_model True or --save_strategy no; "
             "to try all the same: --memory_check False"
         )
+
+
+# --- The model on its engine -----------------------------------------------------------------------------------------
+
+
+def empty_model(config, dtype):
+    """The model with room for its weights on the host, not filled: the system gives no memory until it is written."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # buffers, which no file holds, get their values
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=dtype)))
+    model.tie_weights()
+    return model
 
 
 def enable_fsdp2_on_cpu(trainer):
@@ -398,38 +349,8 @@ def enable_fsdp2_on_cpu(trainer):
     trainer.is_fsdp_enabled = True
 
 
-def replay_cpu_adam(trainer):
-    """Take DeepSpeed's CPU Adam, where a run resumes with it, through the steps of the checkpoint on a stand-in.
-
-    Its bias correction is a product that takes another factor at every step and is in no checkpoint. A resumed one
-    would begin with a power in its place, which differs in the last bits, from step 18 on always.
-    """
-    import torch
-
-    optimizer = getattr(trainer.model_wrapped, "basic_optimizer", None)
-    if type(optimizer).__name__ != "DeepSpeedCPUAdam":
-        return
-    steps = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
-    groups, stand_in = optimizer.param_groups, torch.nn.Parameter(torch.zeros(1))
-    stand_in.grad = torch.zeros(1)
-    optimizer.param_groups = [groups[0] | {"params": [stand_in]}]
-    for _ in range(steps):
-        optimizer.step()
-    optimizer.param_groups = groups
-    optimizer.state.pop(stand_in, None)
-
-
-def local_numel(parameter):
-    """Elements of a parameter that this process holds: a shard under FSDP2 (DTensor) and ZeRO-3 (ds_tensor)."""
-    if hasattr(parameter, "ds_tensor"):
-        return parameter.ds_tensor.numel()
-    return (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
-
-
 def gathered(parameters):
     """A context in which partitioned (ZeRO-3) parameters are whole and rank 0's changes reach all ranks."""
-    import torch
-
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed
 
@@ -437,88 +358,35 @@ def gathered(parameters):
     return torch.no_grad()
 
 
-def master_dtype(trainer, parameter):
-    """The dtype in which the optimizer updates a parameter, under ZeRO that of a copy; all processes call it."""
-    if hasattr(trainer.model_wrapped, "zero_optimization_stage"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter).dtype
-    return parameter.dtype
-
-
-def measured_dtypes(trainer, compute):
-    """The dtypes of weights and masters as found, and of `compute`, in words; all processes call it."""
-    parameters = list(trainer.model_wrapped.parameters())
-    groups = {p.dtype for p in parameters}, {master_dtype(trainer, p) for p in parameters[-1:]}, {compute}
-    names = ["/".join(sorted(str(dtype)[6:] for dtype in group)) for group in groups]
-    return "weights {}, masters {}, compute {}".format(*names)
-
-
-def start_line(trainer, max_steps):
-    """What runs where, as found on the wrapped model, and the batches of the run."""
-    args, parameters = trainer.args, list(trainer.model_wrapped.parameters())
-    here, total = sum(map(local_numel, parameters)), sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
-    return (
-        f"engine: {engine_name(args)}, {args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}, "
-        f"{here:,} of {total:,} parameters here, {trainer.dtypes}, "
-        f"micro-batch {args.per_device_train_batch_size} {'padded' if trainer.data_collator.padded else 'flat'} "
-        f"x accumulation {args.gradient_accumulation_steps} x processes {args.world_size} "
-        f"= global batch {global_batch(args)}, {max_steps:,} steps"
-    )
-
-
 def check_engine(trainer):
     """Compare the engine that wraps the model with the one asked for. Raises UserError where they differ."""
-    import torch
-
     wanted, model = engine_name(trainer.args), trainer.model_wrapped
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if hasattr(model, "zero_optimization_stage"):
         found = f"ZeRO-{model.zero_optimization_stage()}"
     elif isinstance(model, torch.distributed.fsdp.FSDPModule):
         found = "FSDP"
-    elif isinstance(model, torch.nn.parallel.DistributedDataParallel):
-        found = "DDP"
     else:
-        found = "single process"
+        found = "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "single process"
     if found != wanted.removesuffix(" with offload"):
         raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
 
 
-def use_learning_rate(trainer):
-    """Let schedule and optimizer, which come from a checkpoint, go on from the learning rate of the arguments."""
-    import torch
-
-    args, schedule = trainer.args, trainer.lr_scheduler
-    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        rates = [args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        base = {"base_lrs": [args.learning_rate] * len(rates), "_last_lr": rates}
-        schedule.load_state_dict(schedule.state_dict() | base)
-        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
-def probe(trainer):
+def flat_rows_problem(trainer):
     """Flatten two examples and change the first: the second one's logits must not move by a bit.
 
     Runs on the wrapped model of any engine, with the arguments of a training step. Returns (why the model cannot take
     flat rows, or "", dtype that the output layer computed in).
     """
-    import torch
-
     model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
-    device, seen = trainer.args.device, []
+    device, seen, training = trainer.args.device, [], model.training
     head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     one = (torch.arange(3, 27, device=device) % vocab_size)[None]  # two examples, of 8 and of 16 tokens
     other = one.clone()
     other[:, :8] = (other[:, :8] + 5) % vocab_size
-    flat = {
-        "position_ids": torch.cat([torch.arange(8), torch.arange(16)])[None].to(device),
-        "logits_to_keep": torch.arange(8, 24, device=device),
-        "use_cache": False,
-    }
-    training = model.training
+    positions = torch.cat([torch.arange(8), torch.arange(16)])[None].to(device)
+    flat = {"position_ids": positions, "logits_to_keep": torch.arange(8, 24, device=device), "use_cache": False}
     model.eval()
     try:
         with torch.no_grad():
@@ -538,3 +406,87 @@ def probe(trainer):
         for module in model.modules():
             if isinstance(module, torch.distributed.fsdp.FSDPModule):
                 module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
+
+
+def measured_dtypes(model, compute):
+    """The dtypes of weights and masters as found, and of `compute`, in words; all processes call it."""
+    *_, last = parameters = list(model.parameters())
+    if hasattr(model, "zero_optimization_stage"):  # the optimizer updates a copy
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        last = safe_get_full_fp32_param(last)
+    weights = "/".join(sorted({str(parameter.dtype)[6:] for parameter in parameters}))
+    return f"weights {weights}, masters {str(last.dtype)[6:]}, compute {str(compute)[6:]}"
+
+
+def start_line(args, model, dtypes, layout, max_steps):
+    """What runs where, as found on the wrapped model, and the batches of the run; `layout` is "flat" or "padded"."""
+
+    def held(parameter):  # by this process: a shard under ZeRO-3 (ds_tensor) and FSDP2 (DTensor)
+        shard = getattr(parameter, "ds_tensor", parameter)
+        return (shard.to_local() if hasattr(shard, "to_local") else shard).numel()
+
+    parameters, count = list(model.parameters()), args.world_size
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    return (
+        f"engine: {engine_name(args)}, {count} process{'es' * (count > 1)} on {args.device.type}, "
+        f"{sum(map(held, parameters)):,} of {total:,} parameters here, {dtypes}, "
+        f"micro-batch {args.per_device_train_batch_size} {layout} x accumulation {args.gradient_accumulation_steps} "
+        f"x processes {count} = global batch {global_batch(args)}, {max_steps:,} steps"
+    )
+
+
+# --- Resuming and saving ---------------------------------------------------------------------------------------------
+
+
+def replay_cpu_adam(trainer):
+    """Take DeepSpeed's CPU Adam, where a run resumes with it, through the steps of the checkpoint on a stand-in.
+
+    Its bias correction is a product that takes another factor at every step and is in no checkpoint. A resumed one
+    would begin with a power in its place, which differs in the last bits, from step 18 on always.
+    """
+    optimizer = getattr(trainer.model_wrapped, "basic_optimizer", None)
+    if type(optimizer).__name__ != "DeepSpeedCPUAdam":
+        return
+    steps = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
+    groups, stand_in = optimizer.param_groups, torch.nn.Parameter(torch.zeros(1))
+    stand_in.grad = torch.zeros(1)
+    optimizer.param_groups = [groups[0] | {"params": [stand_in]}]
+    for _ in range(steps):
+        optimizer.step()
+    optimizer.param_groups = groups
+    optimizer.state.pop(stand_in, None)
+
+
+def use_learning_rate(trainer):
+    """Let schedule and optimizer, which come from a checkpoint, go on from the learning rate of the arguments."""
+    schedule = trainer.lr_scheduler
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        rates = [trainer.args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        base = {"base_lrs": [trainer.args.learning_rate] * len(rates), "_last_lr": rates}
+        schedule.load_state_dict(schedule.state_dict() | base)
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def gather_weights(trainer, dtype):
+    """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
+
+    A tensor tied to an earlier one is left out.
+    """
+    model, weights = trainer.accelerator.unwrap_model(trainer.model_wrapped), {}
+    if hasattr(trainer.model_wrapped, "zero_optimization_stage") and dtype != next(model.parameters()).dtype:
+        from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits
+
+        for name, parameter in model.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            if trainer.args.should_save:
+                weights[name] = whole.to("cpu", dtype, copy=True)
+        return weights
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    for name in list(state) if trainer.args.should_save else []:
+        tensor = state.pop(name)  # so that host memory holds each tensor once
+        if name not in tied:
+            weights[name] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
+    return weights

@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -38,28 +38,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import engines
 import utils
-from utils import (  # noqa: F401
-    COMPLETE,
-    GIB,
-    IGNORE_INDEX,
-    PROMPT_DICT,
-    UserError,
-    claim_folder,
-    find_checkpoints,
-    first_line,
-    git_commit,
-    is_disk_full,
-    jdump,
-    jload,
-    process_group,
-    rank,
-    read_run,
-    render_prompt,
-    say,
-    versions,
-    weight_files,
-    write_json,
-)
+from utils import COMPLETE, GIB, IGNORE_INDEX, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
 
 DEFAULT_PAD_TOKEN = "[PAD]"
 DEFAULT_EOS_TOKEN = "</s>"
@@ -70,9 +49,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
 MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options of 2023
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Options of 2023 -------------------------------------------------------------------------------------------------
 
 
 def _is_true(value):
@@ -160,58 +137,52 @@ def _last_value(name, words):
     return next((value for word, value in reversed(pairs) if word == name), "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Arguments -------------------------------------------------------------------------------------------------------
+
+
+def option(default, text, **more):
+    """A field of a dataclass of arguments, with its help."""
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: Optional[str] = field(
-        default="facebook/opt-125m", metadata={"help": "Model folder, or a name on the hub."}
-    )
-    dtype: Dtype = field(default="float32", metadata={"help": "Dtype of the master weights; half ones train worse."})
+    model_name_or_path: Optional[str] = option("facebook/opt-125m", "Model folder, or a name on the hub.")
+    dtype: Dtype = option("float32", "Dtype of the master weights; half ones train worse.")
 
 
 @dataclass
 class DataArguments:
-    data_path: Optional[list[str]] = field(
-        default=None,
-        metadata={"help": "One or more JSON or JSON Lines files of records; given again, it adds.", "action": "extend"},
+    data_path: Optional[list[str]] = option(
+        None, "One or more JSON or JSON Lines files of records; given again, it adds.", action="extend"
     )
-    skip_bad_records: bool = field(
-        default=False, metadata={"help": "Drop and count records that cannot be read instead of refusing the data."}
-    )
+    skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
-    cache_dir: Optional[str] = field(default=None, metadata={"help": "Where the hub's files are cached."})
-    model_max_length: int = field(
-        default=512, metadata={"help": "Window in tokens; longer rows are cut on the right and counted."}
+    cache_dir: Optional[str] = option(None, "Where the hub's files are cached.")
+    model_max_length: int = option(512, "Window in tokens; longer rows are cut on the right and counted.")
+    pad_token: Literal["keep", "add"] = option(
+        "keep", "keep: the vocabulary stays as it is. add: a [PAD] row is added, as Stanford Alpaca did."
     )
-    pad_token: Literal["keep", "add"] = field(
-        default="keep",
-        metadata={"help": "keep: the vocabulary stays as it is. add: a [PAD] row is added, as Stanford Alpaca did."},
+    padded: bool = option(False, "Pad micro-batches on the right instead of flattening them.")
+    save_dtype: Optional[Dtype] = option(None, "Dtype of the final model's files; by default what the run computes in.")
+    save_rehearsal: bool = option(True, "Save, check and remove the model before step 1.")
+    memory_check: bool = option(True, "Compare what the run needs with what there is.")
+    overwrite_output_dir: bool = option(
+        False, "Start afresh in a folder of ours; only files that a run wrote are deleted."
     )
-    padded: bool = field(default=False, metadata={"help": "Pad micro-batches on the right instead of flattening them."})
-    save_dtype: Optional[Dtype] = field(
-        default=None, metadata={"help": "Dtype of the final model's files; by default what the run computes in."}
-    )
-    save_rehearsal: bool = field(default=True, metadata={"help": "Save, check and remove the model before step 1."})
-    memory_check: bool = field(default=True, metadata={"help": "Compare what the run needs with what there is."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in a folder of ours; only files that a run wrote are deleted."}
-    )
-    resume_anyway: bool = field(default=False, metadata={"help": "Resume although settings of the run have changed."})
-    dry_run: int = field(default=0, metadata={"help": "Check the data, show this many examples and stop; no weights."})
-    tensorboard_dir: Optional[str] = field(default=None, metadata={"help": "Where --report_to tensorboard writes."})
+    resume_anyway: bool = option(False, "Resume although settings of the run have changed.")
+    dry_run: int = option(0, "Check the data, show this many examples and stop; no weights.")
+    tensorboard_dir: Optional[str] = option(None, "Where --report_to tensorboard writes.")
     # Three defaults of the Trainer that this script needs otherwise.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave it False: rows carry their number."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Leave it False: it logs NaN as 0.0."})
-    logging_steps: float = field(default=1, metadata={"help": "Print a line every so many steps (off a terminal)."})
+    remove_unused_columns: bool = option(False, "Leave it False: rows carry their number.")
+    logging_nan_inf_filter: bool = option(False, "Leave it False: it logs NaN as 0.0.")
+    logging_steps: float = option(1, "Print a line every so many steps (off a terminal).")
 
     def __post_init__(self):
+        """Check the numbers, then fit everything to this machine: here, and in what is called here of engines.py."""
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 are both set; keep one of them")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "model_max_length"):
@@ -233,7 +204,7 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
         self.disable_tqdm, self.logging_nan_inf_filter, self.remove_unused_columns = True, False, False
         super().__post_init__()
-        engines.configure_more(self)
+        engines.configure_groups(self)
 
 
 def parse_arguments(words):
@@ -269,190 +240,141 @@ def parse_arguments(words):
     except torch.distributed.DistError as error:
         port = os.environ.get("MASTER_PORT")
         hint = f"if port {port} is in use, choose another with --master_port"
-        raise UserError(f"the processes cannot meet ({utils.first_line(error)}); {hint}") from None
+        raise UserError(f"the processes cannot meet ({first_line(error)}); {hint}") from None
+    if built[2].eval_strategy != "no":
+        raise UserError(
+            f"--eval_strategy {built[2].eval_strategy.value}: there is no data to evaluate on; leave it out"
+        )
     return *built, given
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records to tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Records to rows -------------------------------------------------------------------------------------------------
 
 
-def token_ids(texts, tokenizer):
-    """The ids of tokenizer(texts), cut at its model_max_length, as lists.
+def encode(conversations, tokenizer):
+    """Tokenize conversations, each a list of spans (text, trained) that is one text, and mask what is not trained.
 
-    Where that call is the library's own, it is made for one text, which sets truncation, and the others go to the
-    tokenizer's Rust half without offsets, which takes half the time.
+    Span i ends behind len(tokenize(text up to its end)) ids of tokenize(the whole text). With two spans that is the
+    rule of Stanford Alpaca: the first len(tokenize(prompt)) ids carry no loss. So a token that straddles a border
+    counts as part of the span before it; `straddling` says that there is one. Returns a list of rows {input_ids,
+    labels: LongTensor (length,), straddling: bool}, not cut.
     """
-    options = {"return_attention_mask": False, "verbose": False}
-    if tokenizer.model_max_length < 10**9:  # a tokenizer without a limit says 10^30
-        options |= {"truncation": True, "max_length": tokenizer.model_max_length}
     own, library = type(tokenizer), transformers.PreTrainedTokenizerFast
     steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
-    if any(getattr(own, step, None) is not getattr(library, step) for step in steps):
-        return tokenizer(texts, **options).input_ids
-    tokenizer(texts[:1], **options)
-    return [encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts)]
+    is_plain = all(getattr(own, step, None) is getattr(library, step) for step in steps)
+    rows, options = [], {"return_attention_mask": False, "verbose": False}
+    for start in range(0, len(conversations), CHUNK):
+        # The text up to each border, the whole of it last: [["Below ...:", "Below ...:Hello.</s>"], ...]
+        texts = [list(itertools.accumulate(text for text, _ in c)) for c in conversations[start : start + CHUNK]]
+        flat = list(itertools.chain.from_iterable(texts))
+        if (
+            is_plain
+        ):  # the Rust half without offsets takes half the time; the call before it ends truncation and padding
+            tokenizer("", **options)
+            ids = iter([encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(flat)])
+        else:
+            ids = iter(tokenizer(flat, **options).input_ids)
+        for spans, upto in zip(conversations[start : start + CHUNK], texts, strict=True):
+            *heads, whole = itertools.islice(ids, len(upto))
+            input_ids = torch.tensor(whole, dtype=torch.long)
+            labels, first = input_ids.clone(), 0
+            for (_, trained), last in zip(spans, [*map(len, heads), len(whole)], strict=True):
+                if not trained:
+                    labels[first:last] = IGNORE_INDEX
+                first = last
+            straddling = any(whole[: len(head)] != head for head in heads)
+            rows.append({"input_ids": input_ids, "labels": labels, "straddling": straddling})
+    return rows
+
+
+def cut(rows, window):
+    """Cut rows of `encode` at `window` tokens, on the right. Returns (rows, what became of each).
+
+    A row is "kept" whole, "truncated", or "dropped" where nothing of it is trained: [1, 5, 6, 2] with the labels
+    [-100, -100, 6, 2] is truncated by a window of 3 and dropped by one of 2.
+    """
+    results, outcomes = [], []
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
+        is_long = len(ids) > window
+        if is_long:
+            ids, labels = ids[:window].clone(), labels[:window].clone()
+        results.append({**row, "input_ids": ids, "labels": labels})
+        is_trained = bool((labels != IGNORE_INDEX).any())
+        outcomes.append("dropped" if not is_trained else "truncated" if is_long else "kept")
+    return results, outcomes
 
 
 def preprocess(sources: Sequence[str], targets: Sequence[str], tokenizer) -> dict:
-    """Tokenize source + target and mask the source, by the rule of Stanford Alpaca.
+    """Tokenize source + target and mask the source, by Stanford Alpaca's name; see `encode` and `cut`.
 
-    The first len(tokenize(source)) ids of tokenize(source + target) carry no loss. A token that straddles the border
-    therefore counts as source; `straddling` says in which rows that happened. Both are cut at the tokenizer's
-    model_max_length. Returns {input_ids, labels: list of LongTensor (length,), straddling: list of bool}.
+    Returns {input_ids, labels: list of LongTensor (length,), straddling: list of bool}.
     """
-    result = {"input_ids": [], "labels": [], "straddling": []}
-    for start in range(0, len(sources), CHUNK):
-        prompts = list(sources[start : start + CHUNK])
-        texts = [prompt + target for prompt, target in zip(prompts, targets[start : start + CHUNK], strict=True)]
-        for ids, head in zip(token_ids(texts, tokenizer), token_ids(prompts, tokenizer), strict=True):
-            input_ids = torch.tensor(ids, dtype=torch.long)
-            labels = input_ids.clone()
-            labels[: len(head)] = IGNORE_INDEX
-            result["input_ids"].append(input_ids)
-            result["labels"].append(labels)
-            result["straddling"].append(ids[: len(head)] != head)
-    return result
+    pairs = [[(source, False), (target, True)] for source, target in zip(sources, targets, strict=True)]
+    rows, _ = cut(encode(pairs, tokenizer), tokenizer.model_max_length)
+    return {key: [row[key] for row in rows] for key in ("input_ids", "labels", "straddling")}
 
 
 class SupervisedDataset(Dataset):
     """The records of one or more files as masked tensors; every record is kept, or dropped and counted.
 
-    Items are {input_ids, labels}, LongTensors (length,). `sources[i]` names the record of item i; `report` holds the
-    counts and the records behind them. Raises UserError for data that cannot be read or holds nothing to train on.
+    Items are {input_ids, labels}, LongTensors (length,); `sources[i]` names the record of item i; `report` holds the
+    counts and the records behind them. `rows` are the items with `source` and their number `row`, filled to a
+    `multiple` with rows of one token and no target: without them DDP repeats records and engines disagree at the end
+    of an epoch; with them every record is trained exactly once per epoch on every engine. Raises UserError for data
+    that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False):
+    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1):
         super().__init__()
+        if not data_path:
+            raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
         paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
         records, problems = utils.read_records(paths)
         if problems and not skip_bad_records:
             shown = "; ".join(problems[:3] + ["..."] * (len(problems) > 3))
-            total = len(problems) + len(records)
             raise UserError(
-                f"{len(problems)} of {total} records cannot be used: {shown}; mend them, "
+                f"{len(problems)} of {len(problems) + len(records)} records cannot be used: {shown}; mend them, "
                 "or drop and count them with --skip_bad_records True"
             )
-        prompts = [render_prompt(record) for record in records]
-        targets = [record["output"] + tokenizer.eos_token for record in records]
-        data = preprocess(prompts, targets, tokenizer)
-        window = tokenizer.model_max_length
-        # A row as long as the window may or may not have been cut: count it again, whole.
-        full = [i for i, ids in enumerate(data["input_ids"]) if len(ids) == window]
-        whole = tokenizer([prompts[i] + targets[i] for i in full], verbose=False).input_ids if full else []
-        lengths = [len(ids) for ids in whole]
-        cut = {i for i, length in zip(full, lengths, strict=True) if length > window}
-        keep = [i for i, labels in enumerate(data["labels"]) if (labels != IGNORE_INDEX).any()]
-        dropped = sorted(set(range(len(records))) - set(keep))
+        conversations = [utils.spans("alpaca", record["messages"], tokenizer) for record in records]
+        rows, outcomes = cut(encode(conversations, tokenizer), tokenizer.model_max_length)
+        found = list(zip(records, rows, outcomes, strict=True))
+        kept = [(record, row) for record, row, outcome in found if outcome != "dropped"]
         special = [token for token in tokenizer.all_special_tokens if token]
-        self.input_ids = [data["input_ids"][i] for i in keep]
-        self.labels = [data["labels"][i] for i in keep]
-        self.sources = [records[i]["source"] for i in keep]
-        name = [record["source"] for record in records]
         self.report = {
             "read": len(records) + len(problems),
-            "kept": len(keep),
+            "kept": len(kept),
             "unreadable": problems,
-            "prompt_fills_window": [name[i] for i in dropped],
-            "truncated": [name[i] for i in keep if i in cut],
-            "straddling": [name[i] for i in keep if data["straddling"][i]],
-            "empty_output": [name[i] for i in keep if not records[i]["output"]],
+            "prompt_fills_window": [record["source"] for record, _, outcome in found if outcome == "dropped"],
+            "truncated": [record["source"] for record, _, outcome in found if outcome == "truncated"],
+            "straddling": [record["source"] for record, row in kept if row["straddling"]],
+            "empty_output": [record["source"] for record, _ in kept if not record["output"]],
             "special_tokens": [
-                name[i]
-                for i in keep
-                if any(token in records[i][key] for key in ("instruction", "input", "output") for token in special)
+                record["source"]
+                for record, _ in kept
+                if any(token in record[key] for key in ("instruction", "input", "output") for token in special)
             ],
-            "end_token_trained": sum(int(labels[-1]) == tokenizer.eos_token_id for labels in self.labels),
+            "end_token_trained": sum(int(row["labels"][-1]) == tokenizer.eos_token_id for _, row in kept),
         }
-        for line in account(self.report, window):
+        for line in account(self.report, tokenizer.model_max_length):
             say(line)
-        if not keep:
+        if not kept:
             raise UserError(
                 f"{', '.join(map(str, paths))}: nothing to train on, none of {self.report['read']} records is left; "
                 "see the counts above, or raise --model_max_length"
             )
+        self.input_ids, self.labels = ([row[key] for _, row in kept] for key in ("input_ids", "labels"))
+        self.sources, self.num_filled = [record["source"] for record, _ in kept], -len(kept) % multiple
+        filler = (torch.tensor([tokenizer.eos_token_id]), torch.tensor([IGNORE_INDEX]), "")
+        rows = [*zip(self.input_ids, self.labels, self.sources, strict=True), *[filler] * self.num_filled]
+        self.rows = [{"input_ids": i, "labels": j, "source": name, "row": n} for n, (i, j, name) in enumerate(rows)]
 
     def __len__(self):
         return len(self.input_ids)
 
     def __getitem__(self, i):
         return {"input_ids": self.input_ids[i], "labels": self.labels[i]}
-
-
-@dataclass
-class DataCollatorForSupervisedDataset:
-    """Pad a micro-batch on the right: {input_ids, labels, attention_mask}, LongTensors (batch, longest).
-
-    The mask goes by length, so a padding id that also stands inside a row does no harm.
-    """
-
-    tokenizer: transformers.PreTrainedTokenizerBase
-
-    def __call__(self, instances):
-        pad_id = self.tokenizer.pad_token_id
-        if pad_id is None:
-            pad_id = int(self.tokenizer.eos_token_id == 0)  # any id but the end token's: it is masked
-        ids, labels = ([instance[key] for instance in instances] for key in ("input_ids", "labels"))
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
-            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
-        }
-
-
-def flatten(instances):
-    """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
-
-    Position ids restart with every example, which is what keeps the examples apart in transformers' masks: an
-    attention_mask, even of ones, would undo it. Position i predicts token i + 1, so lengths 3 and 2 with the labels
-    [-100, 5, 6] and [-100, 7] give position_ids [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
-    """
-    ids = [instance["input_ids"] for instance in instances]
-    labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
-    keep = torch.nonzero(labels != IGNORE_INDEX)[:, 0]  # (targets,), long also when empty
-    targets = labels[keep][None]  # (1, targets)
-    return {
-        "input_ids": torch.cat(ids)[None],  # (1, tokens)
-        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],  # (1, tokens)
-        "logits_to_keep": keep,
-        "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
-        "labels": targets,  # the model computes a loss only when labels are given
-    }
-
-
-@dataclass
-class FlatCollator:
-    """Micro-batches as one flat row, or padded where `padded` says so; `rows` tells which records are inside."""
-
-    right_padding: DataCollatorForSupervisedDataset
-    padded: bool = False
-
-    def __call__(self, instances):
-        batch = self.right_padding(instances) if self.padded else flatten(instances)
-        return {**batch, "rows": torch.tensor([instance["row"] for instance in instances])}
-
-
-class FilledDataset(Dataset):
-    """A dataset filled to a multiple of the global batch with rows of one token and no target.
-
-    Without it DDP repeats records and engines disagree at the end of an epoch; with it every record is trained
-    exactly once per epoch on every engine. Items carry their number as `row`.
-    """
-
-    def __init__(self, dataset, multiple, token_id):
-        self.dataset = dataset
-        self.num_filled = -len(dataset) % multiple
-        self.filler = {"input_ids": torch.tensor([token_id]), "labels": torch.tensor([IGNORE_INDEX])}
-
-    def __len__(self):
-        return len(self.dataset) + self.num_filled
-
-    def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return {**(self.dataset[i] if i < len(self.dataset) else self.filler), "row": i}
 
 
 def account(report, window):
@@ -478,52 +400,85 @@ def account(report, window):
     ]
 
 
-def make_supervised_data_module(tokenizer, data_args) -> dict:
-    """The data arguments of a Trainer: {train_dataset, eval_dataset, data_collator}."""
-    if not data_args.data_path:
-        raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
-    dataset = SupervisedDataset(data_args.data_path, tokenizer, getattr(data_args, "skip_bad_records", False))
-    return {
-        "train_dataset": dataset,
-        "eval_dataset": None,
-        "data_collator": DataCollatorForSupervisedDataset(tokenizer),
-    }
-
-
-def show_examples(dataset, tokenizer, count, colour):
-    """The first `count` rows as text with what is trained marked: green on a terminal, >>> <<< otherwise."""
+def dry_run(dataset, tokenizer, args, count, colour):
+    """What --dry_run prints: the first `count` rows as text, what is trained in green or between >>> <<<; a summary."""
     shown = []
-    for i in range(min(count, len(dataset))):
-        ids, labels = dataset.input_ids[i], dataset.labels[i]
+    for ids, labels, source in itertools.islice(zip(dataset.input_ids, dataset.labels, dataset.sources), count):
         border = int((labels == IGNORE_INDEX).sum())
         text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
         tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
         marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
-        shown.append(f"--- {dataset.sources[i]}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+        shown.append(f"--- {source}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+    lengths, batch = sorted(map(len, dataset.input_ids)), engines.global_batch(args)
+    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
+    at = [lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)]
+    steps = engines.num_steps(len(dataset), args)
+    epochs = round(steps / -(-len(dataset) // batch), 2) if args.max_steps > 0 else args.num_train_epochs
+    shown.append(
+        f"lengths in tokens: median {at[0]}, 90 % {at[1]}, 99 % {at[2]}, longest {lengths[-1]}\n"
+        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
+        f"steps: {steps:,} of {batch:,} examples ({epochs:g} epochs)"
+    )
     return "\n".join(shown)
 
 
-def summarize(dataset, args):
-    """What --dry_run prints of a dataset: lengths in tokens, and the steps that the run would take."""
-    lengths = sorted(map(len, dataset.input_ids))
-    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
-    at = {share: lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)}
-    steps = engines.num_steps(len(dataset), args)
-    epochs = (
-        round(steps / -(-len(dataset) // engines.global_batch(args)), 2)
-        if args.max_steps > 0
-        else args.num_train_epochs
-    )
-    return (
-        f"lengths in tokens: median {at[0.5]}, 90 % {at[0.9]}, 99 % {at[0.99]}, longest {lengths[-1]}\n"
-        f"tokens per epoch: {sum(lengths):,}, of which trained {targets:,} ({targets / sum(lengths):.1%})\n"
-        f"steps: {steps:,} of {engines.global_batch(args):,} examples ({epochs:g} epochs)"
-    )
+# --- Rows to micro-batches -------------------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pad a micro-batch on the right: {input_ids, labels, attention_mask}, LongTensors (batch, longest).
+
+    The mask goes by length, so a padding id that also stands inside a row does no harm. `rows` are the numbers of the
+    rows that have one.
+    """
+
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+    def __call__(self, instances):
+        pad_id = self.tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = int(self.tokenizer.eos_token_id == 0)  # any id but the end token's: it is masked
+        ids, labels = ([instance[key] for instance in instances] for key in ("input_ids", "labels"))
+        pad = torch.nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
+            "labels": pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True, padding_value=0),
+            **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
+        }
+
+
+def flatten(instances):
+    """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
+
+    Position ids restart with every example, which is what keeps the examples apart in transformers' masks: an
+    attention_mask, even of ones, would undo it. Position i predicts token i + 1, so lengths 3 and 2 with the labels
+    [-100, 5, 6] and [-100, 7] give position_ids [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
+    `rows` are the numbers of the rows that have one.
+    """
+    ids = [instance["input_ids"] for instance in instances]
+    labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
+    keep = torch.nonzero(labels != IGNORE_INDEX)[:, 0]  # (targets,), long also when empty
+    targets = labels[keep][None]  # (1, targets)
+    return {
+        "input_ids": torch.cat(ids)[None],  # (1, tokens)
+        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],  # (1, tokens)
+        "logits_to_keep": keep,
+        "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
+        "labels": targets,  # the model computes a loss only when labels are given
+        **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
+    }
+
+
+def make_supervised_data_module(tokenizer, data_args) -> dict:
+    """The data arguments of a Trainer, by Stanford Alpaca's name: {train_dataset, eval_dataset, data_collator}."""
+    dataset = SupervisedDataset(data_args.data_path, tokenizer, getattr(data_args, "skip_bad_records", False))
+    collator = DataCollatorForSupervisedDataset(tokenizer)
+    return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
 
 
 def smart_tokenizer_and_embedding_resize(special_tokens_dict, tokenizer, model):
@@ -591,16 +546,18 @@ def load_model(model_args, args, config, tokenizer):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The Trainer: every step looked at, every checkpoint whole, signals heard
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The Trainer: every step looked at, every checkpoint whole, signals heard ----------------------------------------
 
 
 class SFTTrainer(Trainer):
-    """The Trainer with FSDP on CPU as well, and with a look at every optimizer step before anything is saved."""
+    """The Trainer with FSDP on CPU as well, and with a look at every optimizer step before anything is saved.
+
+    Its train_dataset is a list of rows, of which `source` names the record. A step is made in `get_batch_samples` and
+    ends in `_maybe_log_save_evaluate`, which calls `end_step`.
+    """
 
     def __init__(self, *arguments, **keywords):
-        self.step_rows, self.step_losses, self.step_targets = [], [], 0
+        self.step_rows, self.step_targets, self.dtypes, self.signal = [], 0, "", 0
         self.num_applied = self.num_skipped = self.skipped_in_a_row = 0
         super().__init__(*arguments, **keywords)
 
@@ -609,20 +566,72 @@ class SFTTrainer(Trainer):
         if self.args.fsdp and not self.is_fsdp_enabled and self.args.use_cpu and self.args.world_size > 1:
             engines.enable_fsdp2_on_cpu(self)
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.step_rows.append(inputs.pop("rows"))
-        if torch.is_tensor(num_items_in_batch):  # FSDP would round a float to 16 bits: 1986 targets to 1984
-            num_items_in_batch = num_items_in_batch.long()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.step_losses.append(loss.detach())
-        self.step_targets = num_items_in_batch
-        return loss
+    def pad_batches(self, dataloader, reason):
+        """From here on pad micro-batches on the right, for a model that cannot take flat rows."""
+        say(f"micro-batches are padded on the right: {reason}")
+        self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
+        getattr(
+            dataloader, "base_dataloader", dataloader
+        ).collate_fn = self.data_collator  # accelerate's has one inside
+
+    @property
+    def layout(self):
+        return "flat" if self.data_collator is flatten else "padded"
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, and the number of its targets on all processes."""
+        batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.step_rows = [row for batch in batches for row in batch.pop("rows").tolist()]
+        # FSDP would round a float to 16 bits: 1986 targets to 1984.
+        self.step_targets = targets.long() if torch.is_tensor(targets) else targets
+        return batches, self.step_targets
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, **keywords):
+        if self.state.global_step > self._globalstep_last_logged:  # it is called at the end of an epoch as well
+            self.end_step(tr_loss, grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, **keywords)
+
+    def end_step(self, own_loss, norm):
+        """Look at a step before it is logged or saved, and let a signal that any process heard end the run after it."""
+        heard = self.accelerator.gather(torch.stack([own_loss.float(), own_loss.new_tensor(self.signal).float()])[None])
+        self.signal = int(heard[:, 1].max())  # one process may have heard it before the others
+        self.check_step(heard[:, 0].mean().item(), None if norm is None else float(norm), own_loss)
+        self.control.should_log = True  # loss.csv has a row for every step
+        if self.signal:
+            self.control.should_save = self.control.should_training_stop = True
+            self.args.save_only_model = False  # the same command is to go on from this checkpoint
+
+    def check_step(self, loss, norm, own_loss):
+        """Stop the run at a step that went wrong; a step that fp16's loss scaling skipped is counted instead.
+
+        `loss` is the mean over all processes, `norm` the gradient's or None, `own_loss` that of this process.
+        """
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self.num_skipped, self.num_applied = self.num_skipped + skipped, self.num_applied + (not skipped)
+        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
+        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            raise UserError(
+                f"step {self.state.global_step}: {self.skipped_in_a_row} steps in a row overflowed in fp16 and were "
+                f"skipped; use --bf16 True or a lower --learning_rate; {self.last_checkpoint()}"
+            )
+        has_bad_norm = norm is not None and not math.isfinite(norm)  # which is how fp16 knows that it must skip
+        is_dead = loss == 0 and (norm == 0 or has_bad_norm)
+        if math.isfinite(loss) and (skipped or not has_bad_norm) and not is_dead:
+            return
+        if torch.isfinite(own_loss):
+            time.sleep(1)  # let the process whose records did it speak
+        names = [self.train_dataset[row]["source"] for row in self.step_rows]
+        raise UserError(
+            f"step {self.state.global_step}: the loss is {loss} and the gradient norm {norm}; "
+            f"records of process {self.args.process_index}: {', '.join(filter(None, names)) or 'none'}; {self.dtypes}; "
+            f"{self.last_checkpoint()}; look at these records with --dry_run, or lower --learning_rate"
+        )
 
     def log(self, logs, start_time=None):
-        if "loss" in logs:  # one optimizer step: see RunCallback.on_step_end
-            self.check_step(logs)
+        if "loss" in logs:
             logs["num_targets"] = int(self.step_targets or 0)
-            self.step_rows.clear(), self.step_losses.clear()
+            if self.skipped_in_a_row:
+                logs["skipped_steps"] = self.num_skipped
         super().log(logs, start_time)
 
     def count_steps_of(self, state):
@@ -632,31 +641,10 @@ class SFTTrainer(Trainer):
         self.num_applied = state.global_step - self.num_skipped
         self.skipped_in_a_row = len(list(itertools.takewhile(bool, reversed(skipped))))
 
-    def check_step(self, logs):
-        """Stop the run at a step that went wrong; a step that fp16's loss scaling skipped is counted instead."""
-        loss, norm = logs["loss"], logs.get("grad_norm")
-        skipped = self.accelerator.optimizer_step_was_skipped
-        self.num_skipped, self.num_applied = self.num_skipped + skipped, self.num_applied + (not skipped)
-        self.skipped_in_a_row = (self.skipped_in_a_row + 1) * skipped
-        if skipped:
-            logs["skipped_steps"] = self.num_skipped
-        if self.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            raise UserError(
-                f"step {self.state.global_step}: {self.skipped_in_a_row} steps in a row overflowed in fp16 and were "
-                f"skipped; use --bf16 True or a lower --learning_rate; {self.last_checkpoint()}"
-            )
-        no_norm = norm is not None and not math.isfinite(norm)
-        if math.isfinite(loss) and not (no_norm and not skipped) and not (loss == 0 and (norm == 0 or no_norm)):
-            return
-        if all(torch.isfinite(loss) for loss in self.step_losses):
-            time.sleep(1)  # let the process whose records did it speak
-        sources, num_rows = self.train_dataset.dataset.sources, len(self.train_dataset.dataset)
-        names = [sources[row] for rows in self.step_rows for row in rows.tolist() if row < num_rows]
-        raise UserError(
-            f"step {self.state.global_step}: the loss is {loss} and the gradient norm {norm}; "
-            f"records of process {self.args.process_index}: {', '.join(names) or 'none'}; {self.dtypes}; "
-            f"{self.last_checkpoint()}; look at these records with --dry_run, or lower --learning_rate"
-        )
+    def note_signal(self, number, frame):
+        self.signal = number
+        if utils.rank() == 0:  # not print(): the signal may have come in the middle of one
+            os.write(2, f"{signal.Signals(number).name}: saving a checkpoint after this step, then exit 143\n".encode())
 
     def last_checkpoint(self):
         whole = find_checkpoints(self.args.output_dir)[0]
@@ -668,24 +656,26 @@ class AlreadyTrained(Exception):
 
 
 class RunCallback(TrainerCallback):
-    """What happens around the steps: proofs before the first, signals between them, markers behind checkpoints."""
+    """What happens around the steps: proofs before the first, markers behind checkpoints.
 
-    def __init__(self, trainer, run):
-        self.trainer, self.run, self.began, self.signal, self.signals = trainer, run, False, 0, contextlib.ExitStack()
-        # The Trainer deletes an old checkpoint before the new one is known to be whole; on_save does it after.
-        self.num_kept, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    `num_kept` checkpoints stay, all of them for None: the Trainer would delete an old one before the new one is known
+    to be whole.
+    """
+
+    def __init__(self, trainer, run, num_kept=None):
+        self.trainer, self.run, self.num_kept, self.began = trainer, run, num_kept, False
+        self.signals = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, self.began = self.trainer, True
         engines.check_engine(trainer)
-        reason, compute = engines.probe(trainer)
+        reason, compute = engines.flat_rows_problem(trainer)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"
-        if reason and not trainer.data_collator.padded:
-            say(f"micro-batches are padded on the right: {reason}")
-            trainer.data_collator.padded = True
-        trainer.dtypes = engines.measured_dtypes(trainer, compute)
-        say(engines.start_line(trainer, state.max_steps))
+        if reason and trainer.layout == "flat":
+            trainer.pad_batches(kwargs["train_dataloader"], reason)
+        trainer.dtypes = engines.measured_dtypes(trainer.model_wrapped, compute)
+        say(engines.start_line(args, trainer.model_wrapped, trainer.dtypes, trainer.layout, state.max_steps))
         trainer.count_steps_of(state)
         engines.replay_cpu_adam(trainer)
         if args.save_rehearsal:
@@ -695,7 +685,7 @@ class RunCallback(TrainerCallback):
             utils.write_json(self.run, Path(args.output_dir, "run.json"))
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
             unmark_checkpoints_after(state.global_step, args.output_dir)
-        self.signals.enter_context(utils.on_signals(self.note_signal))
+        self.signals.enter_context(utils.on_signals(trainer.note_signal))
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
             engines.use_learning_rate(trainer)
 
@@ -708,21 +698,6 @@ class RunCallback(TrainerCallback):
         if isinstance(sampler, LengthGroupedSampler):
             epoch = state.global_step // (len(self.trainer.train_dataset) // engines.global_batch(args))
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
-
-    def note_signal(self, number, frame):
-        self.signal = number
-        if utils.rank() == 0:  # not print(): the signal may have come in the middle of one
-            os.write(2, f"{signal.Signals(number).name}: saving a checkpoint after this step, then exit 143\n".encode())
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_log = True  # every step is looked at, before it can be saved
-        stop = torch.tensor(int(self.signal), device=args.device)
-        if args.world_size > 1:  # one process may have heard the signal before the others
-            torch.distributed.all_reduce(stop, op=torch.distributed.ReduceOp.MAX)
-        if stop:
-            self.signal = int(stop)
-            control.should_save = control.should_training_stop = True
-            args.save_only_model = False  # the same command is to go on from this checkpoint
 
     def on_save(self, args, state, control, **kwargs):
         self.trainer.accelerator.wait_for_everyone()
@@ -769,9 +744,9 @@ class ProgressLine(TrainerCallback):
         utils.show_progress(line, is_due, is_last=step == state.max_steps)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The run's folder: whose it is, and what of it is whole
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The run's folder: whose it is, and what of it is whole ----------------------------------------------------------
+
+RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
 
 
 def settings_of(args, model_args, hashes):
@@ -781,11 +756,11 @@ def settings_of(args, model_args, hashes):
         "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
         "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
     )
-    settings = {name: getattr(args, name) for name in names.split()}
     model = model_args.model_name_or_path
-    settings |= {"model": os.path.abspath(model) if os.path.isdir(model) else model, "dtype": model_args.dtype}
-    settings |= {"data": hashes}
-    settings |= {
+    settings = {name: getattr(args, name) for name in names.split()} | {
+        "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        "dtype": model_args.dtype,
+        "data": hashes,
         "global_batch": engines.global_batch(args),
         "engine": engines.engine_name(args).removesuffix(" with offload"),
     }
@@ -797,40 +772,33 @@ def settings_of(args, model_args, hashes):
     return json.loads(json.dumps(settings, default=str))
 
 
-def portable(given, args):
-    """The arguments as run.json keeps them: paths made absolute and a DeepSpeed JSON by its content."""
-    kept = dict(given)
-    if kept.get("data_path"):
-        kept["data_path"] = [os.path.abspath(path) for path in kept["data_path"]]
-    if os.path.isdir(kept.get("model_name_or_path", "")):
-        kept["model_name_or_path"] = os.path.abspath(kept["model_name_or_path"])
-    if kept.get("deepspeed"):
-        kept["deepspeed"] = args.deepspeed
-    for name in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir"):
-        kept.pop(name, None)
-    return kept
-
-
-def started_run(args, given, settings, hashes, data):
-    """What run.json says of a run of train.py before its first step; `data` is its FilledDataset."""
+def started_run(args, given, settings, hashes, dataset):
+    """What run.json says of a run before its first step: paths absolute, a DeepSpeed JSON by its content."""
+    arguments = {
+        k: v for k, v in given.items() if k not in ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")
+    }
+    arguments |= {"data_path": list(map(os.path.abspath, hashes))} if given.get("data_path") else {}
+    arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
+    if os.path.isdir(given.get("model_name_or_path", "")):
+        arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
     return {
         "made_by": "cria",
         "status": "started",
-        "arguments": portable(given, args),
+        "arguments": arguments,
         "settings": settings,
         "prompt_style": "alpaca",
         "data": hashes,
-        "counts": {key: value if isinstance(value, int) else len(value) for key, value in data.dataset.report.items()},
-        "filled": data.num_filled,
-        "versions": versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
-        "git_commit": git_commit(),
+        "counts": {key: value if isinstance(value, int) else len(value) for key, value in dataset.report.items()},
+        "filled": dataset.num_filled,
+        "versions": utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers"),
+        "git_commit": utils.git_commit(),
         "seed": args.seed,
-        "files": (read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
+        "files": (utils.read_run(args.output_dir) or {}).get("files", []),  # of the model that this run will replace
     }
 
 
 def results_of(trainer):
-    """What run.json says of a run of train.py at its end."""
+    """What run.json says of a run at its end."""
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
@@ -841,18 +809,15 @@ def results_of(trainer):
         "dtypes": trainer.dtypes,
         "engine": engines.engine_name(trainer.args),
         "processes": trainer.args.world_size,
-        "padded": trainer.data_collator.padded,
+        "padded": trainer.layout == "padded",
     }
-
-
-RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
 
 
 def mark_checkpoint(folder, **facts):
     """Write the marker that makes a checkpoint count: its files with their sizes, and `facts`."""
     files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
     files.pop(COMPLETE, None)
-    write_json({**facts, "files": files}, folder / COMPLETE)
+    utils.write_json({**facts, "files": files}, folder / COMPLETE)
 
 
 def unmark_checkpoints_after(step, folder):
@@ -880,7 +845,7 @@ def delete_run(folder):
             delete_checkpoint(path)
         else:
             say(f"{path}: holds nothing of a run; left")
-    for name in [*(read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
+    for name in [*(utils.read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
         if Path(folder, name).is_dir():
             shutil.rmtree(Path(folder, name))
         else:
@@ -892,74 +857,100 @@ def is_resumable(path):
     return json.loads((path / COMPLETE).read_text(encoding="utf-8"))["resumable"]
 
 
-def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
-    """Decide what a run does with its output folder. Returns (finished, checkpoint to resume from or None).
+def named_checkpoint(path, settings):
+    """The checkpoint that --resume_from_checkpoint names, and what the run that wrote it had other than `settings`.
 
-    `settings` decide what the run computes; a resumed run must have the same unless `anyway`. `wanted` is the value of
-    --resume_from_checkpoint. With `overwrite` an earlier run of ours does not count; `delete_run` removes it once the
-    new one is known to work. Raises UserError where the folder belongs to something else or its run had other settings.
+    Raises UserError where it is none, or is one of ours that is unfinished or holds no optimizer.
     """
-    folder, wanted = Path(folder), str(wanted or "").strip()
-    run = read_run(folder)
+    if not (path / "trainer_state.json").is_file():
+        raise UserError(f"--resume_from_checkpoint {path}: no checkpoint there (it lacks trainer_state.json)")
+    folder = path.resolve().parent
+    run = utils.read_run(folder)
+    usable = [whole for whole in find_checkpoints(folder)[0] if is_resumable(whole)]
+    if run is not None and path.resolve() not in usable:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: it is unfinished or holds no optimizer; "
+            f"whole ones there: {', '.join(whole.name for whole in usable) or 'none'}"
+        )
+    return str(path), changes_of(run, settings)
+
+
+def changes_of(run, settings):
+    """What of `settings` a run had otherwise, as words."""
+    old = (run or {}).get("settings", settings)
+    return [f"{key} was {old.get(key)} and is {value}" for key, value in settings.items() if old.get(key) != value]
+
+
+def own_run(folder):
+    """The run.json of a run of ours in `folder`, None where there is nothing. Raises UserError for anything else."""
+    run = utils.read_run(folder)
     if run is not None and "settings" not in run:  # a model that another script of ours wrote
         raise UserError(f"{folder}: holds what {run.get('script')} wrote; choose another --output_dir")
     foreign = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern)) if run is None else []
     if foreign:
         raise UserError(f"{folder}: holds {foreign[0]}, which is not of a run of ours; choose another --output_dir")
-    if overwrite:
-        run = None
-    for hidden in (".saving", ".rehearsal"):  # of a run that was killed
-        shutil.rmtree(folder / hidden, ignore_errors=True)
-    named = None if wanted.lower() in ("", "true", "false") else Path(wanted)
-    owner = None if named is None else read_run(named.resolve().parent)  # the run of ours that wrote the checkpoint
-    if named and not (named / "trainer_state.json").is_file():
-        raise UserError(f"--resume_from_checkpoint {named}: no checkpoint there (it lacks trainer_state.json)")
-    if owner is not None:
-        usable = [path for path in find_checkpoints(named.resolve().parent)[0] if is_resumable(path)]
-        if named.resolve() not in usable:
-            raise UserError(
-                f"--resume_from_checkpoint {named}: it is unfinished or holds no optimizer; "
-                f"whole ones there: {', '.join(path.name for path in usable) or 'none'}"
-            )
-    if run is None and named is None:
-        if wanted.lower() == "true":
-            raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
-        return False, None
-    olds = [old["settings"] for old in (run, owner) if old and "settings" in old]
-    changed = [
-        f"{key} was {old.get(key)} and is {value}"
-        for old in olds
-        for key, value in settings.items()
-        if old.get(key) != value
-    ]
+    return run
+
+
+def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
+    """Decide what a run does with its output folder. Returns (finished, checkpoint to resume from or None).
+
+    | the folder holds                      | --resume_from_checkpoint | what happens                              |
+    |---------------------------------------|--------------------------|-------------------------------------------|
+    | anything of ours                      | PATH                     | resume from PATH                          |
+    | nothing, or --overwrite_output_dir    | -, False                 | start                                     |
+    | nothing, or --overwrite_output_dir    | True                     | refused                                   |
+    | a run                                 | False                    | refused                                   |
+    | a finished run with all its weights   | -, True                  | finished                                  |
+    | a run                                 | -, True                  | resume from its newest whole checkpoint   |
+    | a run without a whole checkpoint      | -                        | start                                     |
+    | a run without a whole checkpoint      | True                     | refused                                   |
+
+    A run that had other `settings`, here or where PATH lies, is refused unless `anyway`.
+    """
+    folder, word = Path(folder), str(wanted or "").strip()
+    run, word = own_run(folder), word.lower() if word.lower() in ("true", "false") else word
+    run = None if overwrite else run
+    checkpoint, changed = named_checkpoint(Path(word), settings) if word not in ("", "true", "false") else (None, [])
+    changed = list(dict.fromkeys(changes_of(run, settings) + changed))
     if changed and not anyway:
         raise UserError(
-            f"{folder if run is not None else named.resolve().parent}: its run had other settings: "
-            f"{'; '.join(dict.fromkeys(changed))}; choose another --output_dir, start afresh "
-            "with --overwrite_output_dir, or go on all the same with --resume_anyway True"
+            f"{folder if run else Path(word).resolve().parent}: its run had other settings: {'; '.join(changed)}; "
+            "choose another --output_dir, start afresh with --overwrite_output_dir, or go on all the same with "
+            "--resume_anyway True"
         )
-    if named is not None:
-        return False, str(named)
-    if wanted.lower() == "false":
+    if checkpoint or run is None:
+        if word == "true":
+            raise UserError(f"--resume_from_checkpoint: {folder} holds no run; leave the option out to start one")
+        return False, checkpoint
+    if word == "false":
         raise UserError(f"{folder}: holds a run already; to start it afresh use --overwrite_output_dir")
-    weights = [name for name in run.get("files", []) if name.endswith(".safetensors")]
-    gone = [name for name in weights if not Path(folder, name).exists()]
-    if run["status"] == "finished" and not changed and not gone:
+    if is_whole(folder, run) and not changed:
         say(f"{folder}: this run is finished ({run['results']['steps']} steps); nothing to do")
         return True, None
+    return False, newest_checkpoint(folder, must_exist=word == "true")
+
+
+def is_whole(folder, run):
+    """Whether a run is finished and its weights are still there."""
+    gone = [name for name in run.get("files", []) if name.endswith(".safetensors") and not (folder / name).exists()]
     if run["status"] == "finished" and gone:
         say(f"{folder}: this run was finished, but {gone[0]} is gone")
+    return run["status"] == "finished" and not gone
+
+
+def newest_checkpoint(folder, must_exist):
+    """The newest whole checkpoint that holds the optimizer, None where there is none; says what it found."""
     whole, unfinished = find_checkpoints(folder)
     for path in unfinished:
         say(f"{path}: unfinished checkpoint, not used")
-    resumable = [path for path in whole if is_resumable(path)]
-    if resumable:
+    if resumable := [path for path in whole if is_resumable(path)]:
         say(f"resuming from {resumable[-1]}")
-    elif wanted.lower() == "true":
+        return str(resumable[-1])
+    if must_exist:
         raise UserError(f"--resume_from_checkpoint: {folder} holds no whole checkpoint; leave the option out")
-    else:
-        say(f"{folder}: its run has no whole checkpoint yet; starting from the first step")
-    return False, str(resumable[-1]) if resumable else None
+    say(f"{folder}: its run has no whole checkpoint yet; starting from the first step")
+    return None
 
 
 def open_output(args, settings, model):
@@ -968,7 +959,7 @@ def open_output(args, settings, model):
     Raises UserError where --overwrite_output_dir would delete what the run reads: `model`, the folder that it starts
     from, or the checkpoint that it is to resume from.
     """
-    claim_folder(args.output_dir)
+    utils.claim_folder(args.output_dir)
     wanted, overwrite, anyway = args.resume_from_checkpoint, args.overwrite_output_dir, args.resume_anyway
     folder = Path(args.output_dir).resolve()
     for path in (Path(name).resolve() for name in (model, wanted) if overwrite and os.path.isdir(str(name))):
@@ -976,12 +967,12 @@ def open_output(args, settings, model):
             raise UserError(
                 f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
             )
+    for hidden in (".saving", ".rehearsal"):  # of a run that was killed
+        shutil.rmtree(folder / hidden, ignore_errors=True)
     return resume_point(args.output_dir, settings, wanted, overwrite, anyway)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Saving ----------------------------------------------------------------------------------------------------------
 
 
 def from_first_process(function, *arguments):
@@ -989,60 +980,40 @@ def from_first_process(function, *arguments):
 
     What the user can mend, a full disk included, is raised on all of them, so that none waits for ever.
     """
-    result, problem = None, None
-    if rank() == 0:
+    shared = [None, ""]  # the result, the problem
+    if utils.rank() == 0:
         try:
-            result = function(*arguments)
+            shared[0] = function(*arguments)
         except UserError as error:
-            problem = str(error)
+            shared[1] = str(error)
         except Exception as error:
-            if not is_disk_full(error):
+            if not utils.is_disk_full(error):
                 raise
-            problem = f"cannot write ({first_line(error)}); make room, then give the same command again"
-    if process_group():
-        shared = [result, problem]
-        process_group().broadcast_object_list(shared)
-        result, problem = shared
-    if problem is not None:
-        raise UserError(problem)
-    return result
+            shared[1] = f"cannot write ({first_line(error)}); make room, then give the same command again"
+    if utils.process_group():
+        utils.process_group().broadcast_object_list(shared)
+    if shared[1]:
+        raise UserError(shared[1])
+    return shared[0]
 
 
-def weights_size(folder):
-    """Bytes of the weights in a model folder."""
-    return sum(path.stat().st_size for path in weight_files(folder))
+def check_weights(folder, expected):
+    """Read the weights of `folder` back and compare them with `expected`, a dict of name -> tensor, bit by bit.
 
-
-def check_weights(folder, expected, may_lack=()):
-    """Read the weights of `folder` back and compare them with `expected`, a dict of name -> tensor.
-
-    Names in `may_lack` (tied to a tensor that is there) may be absent. Every value must be finite and bit-equal.
-    Returns the number of tensors read. Raises UserError naming the first tensor that is wrong.
+    Raises UserError naming the first tensor that is wrong.
     """
-    import torch
     from safetensors import safe_open
 
-    seen = set()
-    for path in weight_files(folder):
+    missing = set(expected)
+    for path in utils.weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
-                tensor, source = file.get_tensor(name), expected.get(name)
-                if source is None:
-                    raise UserError(f"{path.name}: tensor {name} was not to be saved")
-                if tensor.shape != source.shape or tensor.dtype != source.dtype:
-                    raise UserError(
-                        f"{path.name}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, "
-                        f"expected {source.dtype} {list(source.shape)}"
-                    )
-                if not torch.isfinite(tensor).all():
-                    raise UserError(f"{path.name}: tensor {name} holds values that are not finite")
-                if not torch.equal(tensor, source):
+                found, wanted = file.get_tensor(name), expected.get(name)
+                if wanted is None or found.dtype != wanted.dtype or not torch.equal(found, wanted):
                     raise UserError(f"{path.name}: tensor {name} read back differs from what was written")
-                seen.add(name)
-    missing = sorted(set(expected) - seen - set(may_lack))
-    if missing or not seen:
-        raise UserError(f"{folder}: saved weights lack {len(missing)} of {len(expected)} tensors, first {missing[:1]}")
-    return len(seen)
+                missing.remove(name)
+    if missing:
+        raise UserError(f"{folder}: saved weights lack {len(missing)} of {len(expected)} tensors, first {min(missing)}")
 
 
 def write_model(trainer, weights, folder):
@@ -1050,7 +1021,6 @@ def write_model(trainer, weights, folder):
 
     Returns the names of the files. Raises UserError for a value that is not finite in the dtype of the weights.
     """
-    import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
@@ -1061,12 +1031,33 @@ def write_model(trainer, weights, folder):
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
-        config = jload(staging / "config.json") | {"dtype": str(engines.save_dtype(trainer.args))[6:]}
-        jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
+        config = utils.read_json(staging / "config.json") | {"dtype": str(engines.save_dtype(trainer.args))[6:]}
+        utils.jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
         trainer.processing_class.save_pretrained(staging)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         check_weights(staging, weights)
         return sorted(path.name for path in staging.iterdir())
+
+
+def safe_save_model_for_hf_trainer(trainer, output_dir):
+    """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
+    weights = engines.gather_weights(trainer, engines.save_dtype(trainer.args))
+    return from_first_process(write_model, trainer, weights, output_dir)
+
+
+def weights_size(folder):
+    """GiB of the weights in a model folder."""
+    return sum(path.stat().st_size for path in utils.weight_files(folder)) / GIB
+
+
+def rehearse_save(trainer):
+    """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
+    start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
+    safe_save_model_for_hf_trainer(trainer, folder)
+    if trainer.args.should_save:
+        size = weights_size(folder)
+        shutil.rmtree(folder)
+        say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
 
 def write_loss_csv(history, path):
@@ -1078,109 +1069,6 @@ def write_loss_csv(history, path):
         writer.writerows(entry for entry in history if "loss" in entry)
 
 
-def safe_save_model_for_hf_trainer(trainer, output_dir):
-    """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
-    weights = engines.gather_weights(trainer, engines.save_dtype(trainer.args))
-    return from_first_process(write_model, trainer, weights, output_dir)
-
-
-def rehearse_save(trainer):
-    """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
-    start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
-    safe_save_model_for_hf_trainer(trainer, folder)
-    if trainer.args.should_save:
-        size = weights_size(folder) / GIB
-        shutil.rmtree(folder)
-        say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The story
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def train():
-    """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
-    transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
-    if utils.rank() != 0 or not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    model_args, data_args, args, given = parse_arguments(sys.argv[1:])
-    if args.eval_strategy != "no":
-        raise UserError(f"--eval_strategy {args.eval_strategy.value}: there is no data to evaluate on; leave it out")
-    transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
-    config = utils.load_config(model_args.model_name_or_path, args.cache_dir)
-    tokenizer = utils.load_tokenizer(model_args.model_name_or_path, args.model_max_length, args.cache_dir)
-    module = make_supervised_data_module(tokenizer, data_args)
-    dataset = module["train_dataset"]
-    if args.dry_run:
-        if utils.rank() == 0:
-            print(show_examples(dataset, tokenizer, args.dry_run, sys.stdout.isatty()))
-            print(summarize(dataset, args))
-        return
-    hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
-    settings = settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
-    model_path = model_args.model_name_or_path
-    finished, checkpoint = from_first_process(open_output, args, settings, model_path)
-    if finished:
-        return
-    if checkpoint and not os.path.isdir(checkpoint):
-        raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
-    bones = utils.skeleton(config)
-    num_params, steps = sum(p.numel() for p in bones.parameters()), engines.num_steps(len(dataset), args)
-    engines.fix_layer_class(args, bones)
-    engines.check_positions(bones, max(map(len, dataset.input_ids)))
-    if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
-        args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
-    os.makedirs(args.output_dir, exist_ok=True)
-    engines.check_needs(args, model_args.dtype, num_params, steps)
-    filled = FilledDataset(dataset, engines.global_batch(args), tokenizer.eos_token_id)
-    say(f"data: {filled.num_filled} rows without targets fill the last global batch of {engines.global_batch(args)}")
-    run = started_run(args, given, settings, hashes, filled)
-    if utils.rank() == 0 and not args.overwrite_output_dir:
-        utils.write_json(run, Path(args.output_dir, "run.json"))
-    model = load_model(model_args, args, config, tokenizer)
-    try:
-        trainer = SFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=filled,
-            data_collator=FlatCollator(module["data_collator"], padded=args.padded),
-            processing_class=tokenizer,
-        )
-    except LIBRARY_ERRORS as error:  # options that the Trainer refuses, in its own words
-        raise UserError(" ".join(str(error).split())) from None
-    del model, bones
-    gc.collect()
-    watch = RunCallback(trainer, run)
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(watch)
-    trainer.add_callback(ProgressLine())
-    try:
-        with contextlib.suppress(AlreadyTrained):
-            trainer.train(resume_from_checkpoint=checkpoint)
-        if watch.signal:
-            say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-            sys.exit(128 + signal.SIGTERM)
-        if trainer.num_applied == 0:
-            raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
-        finish(trainer, run)
-    except UserError:
-        raise
-    except Exception as error:  # of the libraries that make optimizer and schedule, or write checkpoints
-        if isinstance(error, LIBRARY_ERRORS) and not watch.began:
-            raise UserError(" ".join(str(error).split())) from None
-        if not utils.is_disk_full(error):
-            raise
-        what = utils.first_line(error)
-        raise UserError(
-            f"{args.output_dir}: cannot be written ({what}); make room; {trainer.last_checkpoint()}"
-        ) from None
-    finally:
-        watch.signals.close()
-
-
 def finish(trainer, run):
     """Write the model, loss.csv and the finished run.json; say where they are."""
     args, folder = trainer.args, Path(trainer.args.output_dir)
@@ -1188,11 +1076,105 @@ def finish(trainer, run):
     if not args.should_save:
         return
     write_loss_csv(trainer.state.log_history, folder / "loss.csv")
-    run["status"], run["results"] = "finished", results_of(trainer)
-    run["files"] = [*names, "loss.csv"]
+    run |= {"status": "finished", "results": results_of(trainer), "files": [*names, "loss.csv"]}
     utils.write_json(run, folder / "run.json")
-    size = f"{weights_size(folder) / GIB:.2f} GiB {engines.save_dtype(args)}".replace("torch.", "")
+    size = f"{weights_size(folder):.2f} GiB {str(engines.save_dtype(args))[6:]}"
     print(f"{folder}: model saved ({size}), last loss {run['results']['last_loss']:.4f}", flush=True)
+
+
+# --- The story -------------------------------------------------------------------------------------------------------
+
+
+def quiet_libraries():
+    """Let the libraries speak of errors only, and show progress on the first process's terminal alone."""
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    if utils.rank() != 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def check_before_loading(args, model_args, config, dataset):
+    """Refuse what cannot work while nothing is loaded yet: layer class, positions, memory, disk."""
+    bones = utils.skeleton(config)
+    engines.check_model(args, bones, max(map(len, dataset.input_ids)))
+    if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
+        args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
+    os.makedirs(args.output_dir, exist_ok=True)
+    num_params = sum(parameter.numel() for parameter in bones.parameters())
+    engines.check_needs(args, model_args.dtype, num_params, engines.num_steps(len(dataset), args))
+
+
+def make_trainer(model, args, dataset, tokenizer, run):
+    """The Trainer and its RunCallback, which takes over the deletion of old checkpoints."""
+    num_kept, args.save_total_limit = args.save_total_limit, None
+    collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flatten
+    words = {"train_dataset": dataset.rows, "data_collator": collator, "processing_class": tokenizer}
+    try:
+        trainer = SFTTrainer(model=model, args=args, **words)
+    except LIBRARY_ERRORS as error:  # options that the Trainer refuses, in its own words
+        raise UserError(" ".join(str(error).split())) from None
+    watch = RunCallback(trainer, run, num_kept)
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(watch)
+    trainer.add_callback(ProgressLine())
+    return trainer, watch
+
+
+def run_steps(trainer, watch, checkpoint):
+    """Train to the last step, or to the first after a signal; then exit 143. Raises UserError for what can be mended."""
+    try:
+        with contextlib.suppress(AlreadyTrained), watch.signals:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    except UserError:
+        raise
+    except Exception as error:  # of the libraries that make optimizer and schedule, or write checkpoints
+        if isinstance(error, LIBRARY_ERRORS) and not watch.began:
+            raise UserError(" ".join(str(error).split())) from None
+        if not utils.is_disk_full(error):
+            raise
+        what = f"{trainer.args.output_dir}: cannot be written ({first_line(error)}); make room"
+        raise UserError(f"{what}; {trainer.last_checkpoint()}") from None
+    if trainer.signal:
+        say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        sys.exit(128 + signal.SIGTERM)
+    if trainer.num_applied == 0:
+        raise UserError(f"none of {trainer.num_skipped} steps was applied, all overflowed in fp16; use --bf16 True")
+
+
+def train():
+    """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
+    quiet_libraries()
+    model_args, data_args, args, given = parse_arguments(sys.argv[1:])
+    base, batch = model_args.model_name_or_path, engines.global_batch(args)
+    transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
+    config = utils.load_config(base, args.cache_dir)
+    tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
+    dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
+    if args.dry_run:
+        if utils.rank() == 0:
+            print(dry_run(dataset, tokenizer, args, args.dry_run, sys.stdout.isatty()))
+        return
+
+    hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
+    settings = settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
+    finished, checkpoint = from_first_process(open_output, args, settings, base)
+    if finished:
+        return
+    if checkpoint and not os.path.isdir(checkpoint):
+        raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
+    check_before_loading(args, model_args, config, dataset)
+    say(f"data: {dataset.num_filled} rows without targets fill the last global batch of {batch}")
+    run = started_run(args, given, settings, hashes, dataset)
+    if utils.rank() == 0 and not args.overwrite_output_dir:
+        utils.write_json(run, Path(args.output_dir, "run.json"))
+
+    model = load_model(model_args, args, config, tokenizer)
+    trainer, watch = make_trainer(model, args, dataset, tokenizer, run)
+    del model  # the engine shards it: a name for the whole would keep its memory
+    gc.collect()
+    run_steps(trainer, watch, checkpoint)
+    finish(trainer, run)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors, and talking to the user
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Errors, and talking to the user ---------------------------------------------------------------------------------
 
 
 class UserError(Exception):
@@ -127,9 +125,7 @@ def run_main(main):
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# JSON files
-# ---------------------------------------------------------------------------------------------------------------------
+# --- JSON files ------------------------------------------------------------------------------------------------------
 
 
 def jload(f, mode="r"):
@@ -190,9 +186,44 @@ def write_json(obj, path):
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=str))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records and prompts
-# ---------------------------------------------------------------------------------------------------------------------
+def read_text(path, hint=""):
+    """The text of a UTF-8 file, without a byte order mark. Raises UserError, with `hint`, where it cannot be read."""
+    try:
+        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error, hint) from None
+
+
+def unreadable(path, error, hint=""):
+    """The UserError for a file that is not there (with `hint`) or is not UTF-8."""
+    if isinstance(error, OSError):
+        return UserError(f"{path}: {error.strerror}{hint}")
+    data, offset = error.object, error.start
+    line, encoding = data.count(b"\n", 0, offset) + 1, "UTF-16" if data[:1] in (b"\xff", b"\xfe") else "GB18030"
+    return UserError(
+        f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8; "
+        f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
+    )
+
+
+def read_json(path, text=None, hint=""):
+    """The JSON object of a file, or of its `text`. Raises UserError where it is none."""
+    try:
+        value = json.loads(read_text(path, hint) if text is None else text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: {json_problem(error)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds {json_type(value)}, expected a JSON object")
+    return value
+
+
+def json_problem(error):
+    """What is wrong with JSON, in words, by the exception of its parser."""
+    where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+    return f"not valid JSON, {where}"
+
+
+# --- Records and prompts ---------------------------------------------------------------------------------------------
 
 IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
 
@@ -212,9 +243,8 @@ PROMPT_DICT = {
 
 
 def render_prompt(record):
-    """The prompt of a record {instruction, input}; a missing, null or empty input takes the shorter template."""
-    template = PROMPT_DICT["prompt_input" if record.get("input") else "prompt_no_input"]
-    return template.format_map(record)
+    """Alpaca's prompt for a record {instruction, input (optional)}, as Stanford's scripts name it; see `spans`."""
+    return spans("alpaca", [{"role": "user", "content": record["instruction"], "input": record.get("input")}])[0][0]
 
 
 def json_type(value):
@@ -223,171 +253,141 @@ def json_type(value):
     return words.get(type(value)) or json.dumps(value)
 
 
-def check_record(record, required=("instruction", "output")):
-    """What is wrong with a record, as words; "" where nothing is. Keys that are not `required` may be null."""
+def as_messages(record, needs_answer=True):
+    """A record {instruction, input (optional), output} as messages: the user's {role, content, input}, the assistant's.
+
+    Where no answer is needed, output may be missing or null, and only the user's message is given: a question. Raises
+    ValueError, whose text says what is wrong, for what is no such record.
+    """
+    needed = ("instruction", "output") if needs_answer else ("instruction",)
     if not isinstance(record, dict):
-        return f"{json_type(record)}, expected an object with the keys instruction, input (optional), output"
-    missing = [key for key in required if key not in record]
+        raise ValueError(f"{json_type(record)}, expected an object with the keys instruction, input (optional), output")
+    missing = [key for key in needed if key not in record]
     if missing:
-        return (
+        raise ValueError(
             f"no {' and no '.join(missing)}; keys found: {', '.join(map(str, record)) or 'none'}; "
-            f"keys expected: instruction, input (optional), output{'' if 'output' in required else ' (optional)'}"
+            f"keys expected: instruction, input (optional), output{' (optional)' * (not needs_answer)}"
         )
     for key in ("instruction", "input", "output"):
         value = record.get(key)
-        if not isinstance(value, str) and not (key not in required and value is None):
-            return f"{key} is {json_type(value)}, expected text"
-        try:
-            (value or "").encode("utf-8")
-        except UnicodeEncodeError:
-            return f"{key} holds a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
-    return ""
+        if not isinstance(value, str) and (value is not None or key in needed):
+            raise ValueError(f"{key} is {json_type(value)}, expected text")
+        if value and re.search("[\ud800-\udfff]", value):
+            raise ValueError(
+                f"{key} holds a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
+            )
+    question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
+    return [question, {"role": "assistant", "content": record["output"]}] if needs_answer else [question]
 
 
-def read_text(path, hint=""):
-    """The text of a UTF-8 file, without a byte order mark. Raises UserError, with `hint`, where it cannot be read."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}{hint}") from None
-    return decode_text(data, path)
+def read_records(sources, needs_answer=True):
+    """Read every record of JSON lists, JSON Lines or Self-Instruct seed tasks, in order.
 
-
-def decode_text(data, path):
-    """The text in the bytes of `path`, without a byte order mark. Raises UserError where they are not UTF-8."""
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        encoding = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "GB18030"
-        raise UserError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} at offset {error.start} is not UTF-8; "
-            f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
-        ) from None
-
-
-def _json_problem(error):
-    where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
-    return f"not valid JSON, {where}"
-
-
-def parse_records(text, name, required=("instruction", "output")):
-    """Parse a JSON list, JSON Lines or Self-Instruct seed tasks; `name` stands in messages for the file.
-
-    Returns (records, problems): records as {instruction, input, output, source}, where source is "name[index]" in a
-    list and "name:line" in JSON Lines; problems as one line of text each. Where no output is `required`, the other
-    keys of a record are kept in `others`. Raises UserError for text that is no JSON.
-    """
-    rows, problems = [], []  # rows: (source, value)
-    if text.lstrip().startswith("["):
-        try:
-            rows = [(f"{name}[{i}]", value) for i, value in enumerate(json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{name}:{getattr(error, 'lineno', 1)}: {_json_problem(error)}") from None
-    else:
-        for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
-            if line.strip():
-                try:
-                    rows.append((f"{name}:{number}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    problems.append(f"{name}:{number}: {_json_problem(error)}")
-        if problems and not rows:
-            with contextlib.suppress(ValueError, RecursionError):  # one record, written over several lines
-                rows, problems = [(f"{name}:1", json.loads(text))], []
-    records = []
-    for source, value in rows:
-        examples = [value]
-        if isinstance(value, dict) and isinstance(value.get("instances"), list):  # a Self-Instruct seed task
-            examples = [
-                {**instance, "instruction": value.get("instruction")} if isinstance(instance, dict) else instance
-                for instance in value["instances"]
-            ]
-            if not examples:
-                problems.append(f"{source}: a seed task without instances")
-        for example in examples:
-            problem = check_record(example, required)
-            if problem:
-                problems.append(f"{source}: {problem}")
-            else:
-                fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
-                others = {k: v for k, v in {**value, **example}.items() if k not in (*fields, "instances")}
-                kept = {} if "output" in required else {"others": others}
-                records.append({**fields, "source": source, **kept})
-    return records, problems
-
-
-def read_records(paths):
-    """Read every record of one or several files, in order; see `parse_records`.
-
-    Raises UserError for a file that is missing, empty, not UTF-8 or not JSON.
+    `sources` are paths, or pairs (name, text) of what is read already. Returns (records, problems): records as
+    {instruction, input, output, source, messages}, where source is "name[index]" in a list and "name:line" in JSON
+    Lines and messages are of `as_messages`; problems as one line of text each. Where no answer is needed, the other
+    keys of a record are kept in `others`. Raises UserError for a file that is missing, empty, not UTF-8 or not JSON.
     """
     records, problems = [], []
-    for path in paths:
-        text = read_text(path, "; --data_path takes JSON or JSON Lines files")
+    for source in sources:
+        name, text = source if isinstance(source, tuple) else (os.path.basename(source), None)
+        try:
+            text = Path(source).read_bytes().decode("utf-8").removeprefix("\ufeff") if text is None else text
+        except (OSError, UnicodeDecodeError) as error:
+            raise unreadable(source, error, "; --data_path takes JSON or JSON Lines files") from None
         if not text.strip():
-            raise UserError(f"{path}: the file is empty; it should hold a JSON list or JSON Lines")
-        found = parse_records(text, os.path.basename(path))
-        records += found[0]
-        problems += found[1]
+            raise UserError(f"{source}: the file is empty; it should hold a JSON list or JSON Lines")
+        rows, broken = [], []  # rows: (source, value)
+        if text.lstrip().startswith("["):
+            try:
+                rows = [(f"{name}[{i}]", value) for i, value in enumerate(json.loads(text))]
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}") from None
+        else:
+            for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
+                try:
+                    rows += [(f"{name}:{number}", json.loads(line))] if line.strip() else []
+                except (ValueError, RecursionError) as error:
+                    broken.append(f"{name}:{number}: {json_problem(error)}")
+            if broken and not rows:
+                with contextlib.suppress(ValueError, RecursionError):  # one record, written over several lines
+                    rows, broken = [(f"{name}:1", json.loads(text))], []
+        problems += broken
+        for place, value in rows:
+            examples = [value]
+            if isinstance(value, dict) and isinstance(value.get("instances"), list):  # a Self-Instruct seed task
+                shared = {"instruction": value.get("instruction")}
+                examples = [one | shared if isinstance(one, dict) else one for one in value["instances"]]
+                problems += [] if examples else [f"{place}: a seed task without instances"]
+            for example in examples:
+                try:
+                    messages = as_messages(example, needs_answer)
+                except ValueError as error:
+                    problems.append(f"{place}: {error}")
+                    continue
+                fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
+                records.append({**fields, "source": place, "messages": messages})
+                if not needs_answer:
+                    others = {**value, **example}
+                    records[-1]["others"] = {k: others[k] for k in others if k not in (*fields, "instances")}
     return records, problems
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompt styles: how a conversation is put to a model, and what ends its answer
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Prompt styles: how a conversation is put to a model, and what ends its answer -----------------------------------
 
 # "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
 # token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in v1.1's.
 PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna_v1.1": ("</s>",), "chat_template": ()}
 
 # What Vicuna was trained with, a wire format byte for byte: FastChat's docs/vicuna_weights_version.md; for v0 as its
-# train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {0} is a message, {1} the answer to it.
+# train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {} is a message, or the answer to it.
 VICUNA_TURNS = {
     "vicuna_v0": (
         (
             "A chat between a curious human and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"
         ),
-        "### Human: {0}\n### Assistant:",
-        " {1}\n",
+        "### Human: {}\n### Assistant:",
+        " {}\n",
     ),
     "vicuna_v1.1": (
         (
             "A chat between a curious user and an artificial intelligence assistant. "
             "The assistant gives helpful, detailed, and polite answers to the user's questions. "
         ),
-        "USER: {0} ASSISTANT:",
-        " {1}</s>",
+        "USER: {} ASSISTANT:",
+        " {}</s>",
     ),
 }
 
 
-def render_conversation(style, turns, tokenizer=None):
-    """The prompt that asks for the answer to the last of `turns`, records {instruction, input, output}.
+def spans(style, messages, tokenizer=None):
+    """A conversation as [(text, trained), ...]: joined, the texts are what a model of that prompt style reads.
 
-    Alpaca's prompt has no place for earlier turns, so they are left out; it is `render_prompt` of the last. In the
-    other styles an input follows its instruction after an empty line. `tokenizer` holds the template of
-    "chat_template"; raises UserError where it holds none.
+    `messages` are of `as_messages`. Where the last is the user's, the last span ends where the answer begins; where it
+    is the assistant's, its answer with the end token is trained. Alpaca's prompt has no place for earlier turns, so
+    they are left out, and a row is two spans: [("Below is ... ### Response:", False), ("Hello.</s>", True)]. In the
+    other styles an input follows its instruction after an empty line. `tokenizer` holds the end token and the template
+    of "chat_template"; raises UserError where it holds no template.
     """
     if style == "alpaca":
-        return render_prompt(turns[-1])
-    texts = ["\n\n".join(filter(None, (turn["instruction"], turn.get("input")))) for turn in turns]
-    answers = [turn["output"] for turn in turns[:-1]]
+        question = [message for message in messages if message["role"] == "user"][-1]
+        template = PROMPT_DICT["prompt_input" if question["input"] else "prompt_no_input"]
+        parts = [(template.format_map({"instruction": question["content"], "input": question["input"]}), False)]
+        return parts + [(m["content"] + tokenizer.eos_token, True) for m in messages[-1:] if m["role"] == "assistant"]
+    said = [{"role": m["role"], "content": "\n\n".join(filter(None, (m["content"], m.get("input"))))} for m in messages]
     if style == "chat_template":
         if not tokenizer.chat_template:
             others = ", ".join(name for name in PROMPT_STYLES if name != style)
             raise UserError(f"the tokenizer has no chat template; choose another --prompt_style: {others}")
-        said = [text for pair in zip(texts, [*answers, None], strict=True) for text in pair][:-1]
-        messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return [(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True), False)]
     system, question, reply = VICUNA_TURNS[style]
-    earlier = [(question + reply).format(*pair) for pair in zip(texts[:-1], answers, strict=True)]
-    return system + "".join(earlier) + question.format(texts[-1])
+    frames = {"user": question, "assistant": reply}
+    parts = [(frames[m["role"]].format(m["content"]), m["role"] == "assistant") for m in said]
+    return [(system + parts[0][0], False), *parts[1:]]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Options of 2023
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Options of 2023 -------------------------------------------------------------------------------------------------
 
 
 def unknown_options(words, known):
@@ -422,9 +422,7 @@ def truth(word):
 TRUTH = {"type": truth, "nargs": "?", "const": True}  # of add_argument; the bare option is True
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Tokenizers ------------------------------------------------------------------------------------------------------
 
 # Where converted tokenizers have been seen to differ from their SentencePiece model: runs of spaces, leading and
 # trailing space, tabs and newlines, the word mark itself, byte fallback, joined and combining characters.
@@ -590,9 +588,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model folders
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Model folders ---------------------------------------------------------------------------------------------------
 
 
 def layout_hint(name_or_path, for_tokenizer=False):
@@ -670,9 +666,7 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Verified writes
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Verified writes -------------------------------------------------------------------------------------------------
 
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
 
@@ -773,9 +767,7 @@ def is_disk_full(error):
     return any(word in str(error) for word in words + of_torch_save)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# run.json: what a run was made of
-# ---------------------------------------------------------------------------------------------------------------------
+# --- run.json: what a run was made of --------------------------------------------------------------------------------
 
 
 def sha256_of(path):
@@ -819,9 +811,7 @@ def read_run(folder):
         raise UserError(f"{path}: not a run.json of these scripts; choose another folder") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and output folders: whose they are, and what of them is whole
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Checkpoints and output folders: whose they are, and what of them is whole ---------------------------------------
 
 
 def find_checkpoints(folder):
@@ -838,9 +828,7 @@ def find_checkpoints(folder):
     return whole, unfinished
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Engines: what they need, and what the machine has
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Engines: what they need, and what the machine has ---------------------------------------------------------------
 
 GIB = 2**30
 
@@ -856,9 +844,7 @@ def free_host_memory():
     return free
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated rows and the journal that they come from
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Generated rows and the journal that they come from --------------------------------------------------------------
 
 
 class Journal:
@@ -918,20 +904,21 @@ def read_rows(path):
     text = read_text(path)
     try:
         rows = json.loads(text)
-        problem = "" if isinstance(rows, list) else "not a list of rows"
-        for i, row in enumerate(rows if not problem else []):
-            what = check_record(row)
-            problem = problem or (what and f"row {i}: {what}")
     except (ValueError, RecursionError):
         problem = "not valid JSON; its writer may have been killed"
+    else:
+        problem = "" if isinstance(rows, list) else "not a list of rows"
+        for i, row in enumerate(rows if not problem else []):
+            try:
+                as_messages(row)
+            except ValueError as error:
+                problem = problem or f"row {i}: {error}"
     if problem:
         raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
     return [{**row, "input": row.get("input") or ""} for row in rows]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Servers that speak OpenAI's protocol
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Servers that speak OpenAI's protocol ----------------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
 DEFAULT_MODEL = "gpt-4o-mini"

@@ -129,12 +129,11 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
         if recipe == "original":
             trainer = original_recipe.make_trainer(model, options, rows, tokenizer)
         else:
-            rows.sources = [f"row {i}" for i in range(len(rows))]  # for train.py's messages
             trainer = train.SFTTrainer(
                 model=model,
                 args=train.TrainingArguments(save_rehearsal=False, **options),
-                train_dataset=train.FilledDataset(rows, batch, tokenizer.eos_token_id),
-                data_collator=train.FlatCollator(train.DataCollatorForSupervisedDataset(tokenizer)),
+                train_dataset=[{**rows[i], "source": f"row {i}", "row": i} for i in range(len(rows))],
+                data_collator=train.flatten,
             )
             trainer.add_callback(train.RunCallback(trainer, {}))
         trainer.remove_callback(transformers.PrinterCallback)
@@ -146,7 +145,7 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
     return {
         "losses": losses,
         "step_seconds": [round(value, 4) for value in seconds[skip:]],
-        "padded": recipe == "original" or trainer.data_collator.padded,
+        "padded": recipe == "original" or trainer.layout == "padded",
     }
 
 

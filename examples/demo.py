@@ -67,7 +67,7 @@ def choose_tasks(count, folder):
     lines = utils.read_text(ROOT / "seed_tasks.jsonl").splitlines(keepends=True)[:count]
     folder.mkdir(parents=True, exist_ok=True)
     tasks.write_text("".join(lines), encoding="utf-8")
-    records, _ = utils.parse_records("".join(lines), tasks.name)
+    records, _ = utils.read_records([(tasks.name, "".join(lines))])
     texts.write_text("\n".join(utils.render_prompt(r) + "\n" + r["output"] for r in records), encoding="utf-8")
     return tasks, texts
 

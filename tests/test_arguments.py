@@ -141,7 +141,7 @@ def test_deepspeed_json_with_an_error_is_named_by_line(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "ds.json"
     path.write_text('{\n  "fp16": {"enabled": }\n}')
-    assert refusal("--deepspeed", path) == f"{path}:2: not valid JSON, Expecting value"
+    assert refusal("--deepspeed", path) == f"{path}:2: not valid JSON, Expecting value at column 23"
     assert refusal("--deepspeed", tmp_path / "none.json").startswith(f"{tmp_path}/none.json: No such file or directory")
 
 
@@ -443,13 +443,18 @@ def test_the_keys_of_an_fsdp_config_have_accelerates_names_too(text, key, value,
         ('{"cpu_ofload": true}', "unknown key cpu_ofload; those that exist: activation_checkpointing, auto_wrap_policy, "
          "cpu_offload, cpu_ram_efficient_loading, min_num_params, reshard_after_forward, state_dict_type, "
          "transformer_layer_cls_to_wrap, version"),
-        ('{"a": ', "not valid JSON, Expecting value at column 7"),
     ],
 )  # fmt: skip
 def test_an_fsdp_config_that_would_not_be_heeded_is_refused(text, message, fsdp_environment):
     with pytest.raises(UserError) as caught:
         fsdp_config(text)
     assert str(caught.value) == f"--fsdp_config: {message}"
+
+
+def test_an_fsdp_config_that_is_no_json_is_refused_with_its_place(fsdp_environment):
+    with pytest.raises(UserError) as caught:
+        fsdp_config('{"a": ')
+    assert str(caught.value) == "--fsdp_config:1: not valid JSON, Expecting value at column 7"
 
 
 def test_keys_of_fsdp1_are_named_and_ignored(fsdp_environment, capsys):
@@ -511,10 +516,11 @@ def test_rows_longer_than_the_table_of_positions_are_refused():
     gpt2 = transformers.GPT2Config(n_positions=64, **small)
     for config in (opt, gpt2):
         model = utils.skeleton(config)
-        engines.check_positions(model, 64)
+        engines.check_model(SimpleNamespace(fsdp_config=None), model, 64)
         with pytest.raises(UserError) as caught:
-            engines.check_positions(model, 65)
+            engines.check_model(SimpleNamespace(fsdp_config=None), model, 65)
         assert str(caught.value) == (
             "rows of up to 65 tokens, but this model has 64 positions; give --model_max_length 64"
         )
-    engines.check_positions(utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small)), 65)
+    llama = utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small))
+    engines.check_model(SimpleNamespace(fsdp_config=None), llama, 65)

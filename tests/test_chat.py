@@ -101,6 +101,13 @@ def ask(monkeypatch, capsys):
     torch.set_rng_state(state)
 
 
+def prompt_text(style, turns, tokenizer=None):
+    """What the model reads before it answers the last of `turns`."""
+    messages = [message for turn in turns[:-1] for message in utils.as_messages(turn)]
+    messages += utils.as_messages(turns[-1], needs_answer=False)
+    return "".join(text for text, _ in utils.spans(style, messages, tokenizer))
+
+
 def load(folder, *words):
     words = ["--model_name_or_path", str(folder), *words]
     return chat.load_chat(chat.parse_arguments(words))
@@ -121,12 +128,12 @@ V11 = (  # what fschat 0.2.36 gives
 
 
 def test_vicuna_prompts_byte_for_byte():
-    assert utils.render_conversation("vicuna_v0", TURNS) == V0
-    assert utils.render_conversation("vicuna_v1.1", TURNS) == V11
+    assert prompt_text("vicuna_v0", TURNS) == V0
+    assert prompt_text("vicuna_v1.1", TURNS) == V11
 
 
 def test_alpaca_asks_for_the_last_turn_alone():
-    assert utils.render_conversation("alpaca", TURNS) == utils.render_prompt(TURNS[-1])
+    assert prompt_text("alpaca", TURNS) == utils.render_prompt(TURNS[-1])
     assert utils.render_prompt(TURNS[-1]).endswith(
         "### Instruction:\nHow {are} you?\n\n### Input:\n1\n2\n\n### Response:"
     )
@@ -134,14 +141,14 @@ def test_alpaca_asks_for_the_last_turn_alone():
 
 def test_a_chat_template_is_the_tokenizers_own(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    message = refusal(utils.render_conversation, "chat_template", TURNS, tokenizer)
+    message = refusal(prompt_text, "chat_template", TURNS, tokenizer)
     assert message == (
         "the tokenizer has no chat template; choose another --prompt_style: alpaca, vicuna_v0, vicuna_v1.1"
     )
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
     )
-    text = utils.render_conversation("chat_template", TURNS, tokenizer)
+    text = prompt_text("chat_template", TURNS, tokenizer)
     assert text == "[user]Hello![assistant]Hi.[user]How {are} you?\n\n1\n2[go]"
 
 
@@ -218,7 +225,7 @@ def test_a_pasted_template_beside_an_input_is_left_alone():
 
 def test_the_prompt_of_a_pasted_template_is_the_template(base):
     prompt = utils.render_prompt({"instruction": ZH_INPUT[0], "input": ZH_INPUT[1]})
-    assert utils.render_conversation("alpaca", [chat.unwrap({"instruction": prompt})]) == prompt
+    assert prompt_text("alpaca", [chat.unwrap({"instruction": prompt})]) == prompt
 
 
 def test_a_tokenizer_that_transformers_would_misread_is_built_anew(base, tmp_path, capsys):
@@ -645,7 +652,7 @@ def test_a_conversation_remembers_drops_and_goes_on_after_an_error(endless, monk
     assert out == "a thea thea\n" * 5 + "\n"
     lines = err.splitlines()
     assert "earlier messages are remembered; Ctrl-C stops an answer, Ctrl-D ends" in lines
-    long = loaded.tokenizer(utils.render_conversation("vicuna_v1.1", [{"instruction": "river " * 400}])).input_ids
+    long = loaded.tokenizer(prompt_text("vicuna_v1.1", [{"instruction": "river " * 400}])).input_ids
     assert [line for line in lines if line.startswith("error: ")] == [
         f"error: the prompt has {len(long):,} tokens and the model's window is 256; shorten it",
         r"error: instruction holds a lone surrogate (half of a character, such as \ud83d), which has no UTF-8 form",

@@ -1,7 +1,6 @@
 """From records to batches, and the public names of Stanford Alpaca's train.py as a fork uses them."""
 
 import copy
-import itertools
 import json
 import random
 import subprocess
@@ -17,7 +16,7 @@ from make_tiny_llama import CORPUS, train_sentencepiece
 import engines
 import train
 import utils
-from train import IGNORE_INDEX, FilledDataset, FlatCollator, SupervisedDataset, flatten, preprocess
+from train import IGNORE_INDEX, SupervisedDataset, cut, encode, flatten, preprocess
 from utils import UserError
 
 HEAD = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -149,16 +148,19 @@ def test_a_tokenizer_without_a_limit_cuts_nothing(base):
     assert data["labels"][0].tolist()[-1] == 2
 
 
+def token_ids(texts, tokenizer):
+    """The ids that `encode` gives texts of one span."""
+    return [row["input_ids"].tolist() for row in encode([[(text, True)] for text in texts], tokenizer)]
+
+
 @pytest.mark.parametrize("split_special_tokens", [False, True])
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("window", [10, 512])
-def test_ids_are_those_of_a_call_for_each_text(window, side, split_special_tokens, tokenizer):
-    tokenizer = with_window(tokenizer, window)
-    tokenizer.truncation_side, tokenizer.split_special_tokens = side, split_special_tokens
+def test_ids_are_those_of_a_call_for_each_text(split_special_tokens, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.split_special_tokens = split_special_tokens
     texts = [*utils.NASTY_STRINGS, "a</s> b<s>", "", *(answer for _, answer in varied_pairs(50))]
-    expected = [tokenizer(text, truncation=True).input_ids for text in texts]
-    tokenizer(texts[:3], padding="max_length", max_length=20)  # leaves the Rust half padding
-    assert train.token_ids(texts, tokenizer) == expected
+    expected = [tokenizer(text).input_ids for text in texts]
+    tokenizer(texts[:3], padding="max_length", max_length=20, truncation=True)  # leaves the Rust half padding, cutting
+    assert token_ids(texts, tokenizer) == expected
 
 
 @pytest.mark.parametrize("step", ["__call__", "_encode_plus", "_convert_encoding"])
@@ -174,8 +176,43 @@ def test_a_tokenizer_with_a_step_of_its_own_is_called(step, base, tokenizer):
 
     own = type("Own", (library,), {step: spoilt if step == "_convert_encoding" else backwards}).from_pretrained(base)
     texts = ["river", "no", "lamp"]
-    assert train.token_ids(texts, own) == own(texts).input_ids
-    assert train.token_ids(texts, own) != tokenizer(texts).input_ids
+    assert token_ids(texts, own) == own(texts).input_ids
+    assert token_ids(texts, own) != tokenizer(texts).input_ids
+
+
+# --- The steps of the data path --------------------------------------------------------------------------------------
+
+
+def test_a_record_is_two_messages_and_two_spans(tokenizer):
+    messages = utils.as_messages({"instruction": "Add.", "input": "1, 2", "output": "3"})
+    question = {"role": "user", "content": "Add.", "input": "1, 2"}
+    assert messages == [question, {"role": "assistant", "content": "3"}]
+    prompt = utils.PROMPT_DICT["prompt_input"].format(instruction="Add.", input="1, 2")
+    assert utils.spans("alpaca", messages, tokenizer) == [(prompt, False), ("3</s>", True)]
+    assert utils.spans("alpaca", messages[:1]) == [(prompt, False)]
+    assert utils.as_messages({"instruction": "Add.", "input": "1, 2"}, needs_answer=False) == [question]
+
+
+def test_any_number_of_spans_is_encoded_and_only_the_trained_ones_have_labels(base, tokenizer):
+    spans = [("one", False), (" two three", True), (" four", False), (" five</s>", True)]
+    (row,) = encode([spans], tokenizer)
+    whole = tokenizer("one two three four five</s>").input_ids
+    assert row["input_ids"].tolist() == whole
+    borders = [0, *(len(tokenizer(text).input_ids) for text in ("one", "one two three", "one two three four")), None]
+    expected = []
+    for (_, trained), first, last in zip(spans, borders, borders[1:]):
+        ids = whole[first:last]
+        expected += ids if trained else [IGNORE_INDEX] * len(ids)
+    assert row["labels"].tolist() == expected and row["straddling"] is False
+    assert tokenizer.decode([label for label in expected if label != IGNORE_INDEX]) == "two three five</s>"
+
+
+def test_cut_gives_the_example_of_its_docstring():
+    whole = row([1, 5, 6, 2], [-100, -100, 6, 2])
+    rows, outcomes = cut([whole] * 3, 3)
+    assert outcomes == ["truncated"] * 3 and lists(rows[0]) == {"input_ids": [1, 5, 6], "labels": [-100, -100, 6]}
+    assert cut([whole], 2)[1] == ["dropped"] and cut([whole], 4)[1] == ["kept"] and cut([whole], 10**30)[1] == ["kept"]
+    assert rows[0]["input_ids"].untyped_storage().nbytes() == 3 * 8  # the rest of a long text is not kept in memory
 
 
 # --- SupervisedDataset -----------------------------------------------------------------------------------------------
@@ -471,26 +508,20 @@ def test_without_a_padding_token_any_id_but_the_end_token_pads(end, pad):
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
 
 
-def test_the_flat_collator_tells_the_rows_and_pads_on_demand():
+def test_both_collators_tell_the_numbers_of_rows_that_have_one():
     right, instances = COLLATE(SimpleNamespace(pad_token_id=0)), [THREE | {"row": 9}, TWO | {"row": 4}]
-    flat, padded = FlatCollator(right), FlatCollator(right, padded=True)
-    assert lists(flat(instances)) == lists(flatten([THREE, TWO])) | {"rows": [9, 4]}
-    assert lists(padded(instances)) == lists(right([THREE, TWO])) | {"rows": [9, 4]}
+    assert lists(flatten(instances)) == lists(flatten([THREE, TWO])) | {"rows": [9, 4]}
+    assert lists(right(instances)) == lists(right([THREE, TWO])) | {"rows": [9, 4]}
 
 
 @pytest.mark.parametrize(("count", "multiple", "filled"), [(5, 4, 3), (4, 4, 0), (1, 8, 7), (3, 1, 0)])
-def test_a_filled_dataset_gives_each_record_once_and_then_ends(count, multiple, filled):
-    rows = [row([i, i], [-100, i]) for i in range(count)]
-    dataset = FilledDataset(rows, multiple, token_id=2)
-    assert (len(dataset), dataset.num_filled) == (count + filled, filled)
-    seen = itertools.islice(dataset, 100)  # a dataset that did not end would hang the test
-    items = [lists({k: torch.as_tensor(v) for k, v in item.items()}) for item in seen]
-    records = [{"input_ids": [i, i], "labels": [-100, i], "row": i} for i in range(count)]
-    fillers = [{"input_ids": [2], "labels": [-100], "row": i} for i in range(count, count + filled)]
-    assert items == records + fillers
-    for i in (-1, count + filled):
-        with pytest.raises(IndexError):
-            dataset[i]
+def test_rows_are_the_records_once_and_fillers_without_targets(count, multiple, filled, tokenizer, tmp_path):
+    path = write_records(tmp_path / "d.json", make_records(count))
+    dataset = SupervisedDataset(path, tokenizer, multiple=multiple)
+    assert (len(dataset), len(dataset.rows), dataset.num_filled) == (count, count + filled, filled)
+    items = [{**lists(dataset[i]), "source": f"d.json[{i}]", "row": i} for i in range(count)]
+    items += [{"input_ids": [2], "labels": [-100], "source": "", "row": i} for i in range(count, count + filled)]
+    assert [{k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()} for row in dataset.rows] == items
 
 
 def exact_loss(model, instances):
@@ -514,8 +545,10 @@ def model(base):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_flat_and_padded_batches_have_the_loss_and_gradient_of_single_examples(attention, base, data, tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention)
-    dataset = FilledDataset(SupervisedDataset(data, tokenizer), 8, tokenizer.eos_token_id)
-    instances = [dataset[i] for i in (0, 71, 6, 13, 70, 68)]  # 70 and 71 are fillers
+    rows = SupervisedDataset(data, tokenizer, multiple=8).rows
+    instances = [
+        {key: rows[i][key] for key in ("input_ids", "labels")} for i in (0, 71, 6, 13, 70, 68)
+    ]  # 70, 71: fillers
     assert len({len(instance["input_ids"]) for instance in instances}) == 5
     flat = flatten(instances)
     padded = COLLATE(tokenizer)(instances)
@@ -562,16 +595,22 @@ def test_examples_are_shown_with_what_is_trained_marked(base, tokenizer, tmp_pat
         head, ids = sentencepiece_row(base / "tokenizer.model", utils.render_prompt(record), record["output"])
         titles.append(f"--- d.json[{i}]: {len(ids)} tokens, {len(ids) - len(head)} trained\n")
     assert titles[2].endswith(", 1 trained\n")
-    assert train.show_examples(dataset, tokenizer, 2, False) == (
+
+    def shown(dataset, count, colour):  # without the summary
+        return (
+            train.dry_run(dataset, tokenizer, arguments(), count, colour).partition("lengths in tokens")[0].rstrip("\n")
+        )
+
+    assert shown(dataset, 2, False) == (
         f"{titles[0]}{prompts[0]}>>>3\n</s><<<\n{titles[1]}{prompts[1]}>>>  你 🦙</s><<<"
     )
     green = "\x1b[32m{}\x1b[0m"
-    assert train.show_examples(dataset, tokenizer, 9, True) == (
+    assert shown(dataset, 9, True) == (
         f"{titles[0]}{prompts[0]}{green.format('3' + chr(10) + '</s>')}\n"
         f"{titles[1]}{prompts[1]}{green.format('  你 🦙</s>')}\n"
         f"{titles[2]}{prompts[2]}{green.format('</s>')}"
     )
-    assert train.show_examples(dataset, tokenizer, 0, False) == ""
+    assert shown(dataset, 0, False) == ""
 
 
 def arguments(micro_batch=1, accumulation=1, processes=1, epochs=1, max_steps=-1):
@@ -588,7 +627,10 @@ class Rows:
     """Rows of given lengths, each with two targets."""
 
     def __init__(self, lengths):
-        self.input_ids = [torch.zeros(length, dtype=torch.long) for length in lengths]
+        self.input_ids, self.sources = (
+            [torch.zeros(length, dtype=torch.long) for length in lengths],
+            [""] * len(lengths),
+        )
         self.labels = [torch.tensor([-100] * (length - 2) + [1, 2]) for length in lengths]
 
     def __len__(self):
@@ -597,12 +639,12 @@ class Rows:
 
 def test_the_summary_gives_lengths_tokens_and_steps():
     rows = Rows([110, 10, 20, 90, 100, 30, 40, 50, 60, 70, 80])
-    assert train.summarize(rows, arguments(2, 2, 1, epochs=3)) == (
+    assert train.dry_run(rows, None, arguments(2, 2, 1, epochs=3), 0, False) == (
         "lengths in tokens: median 60, 90 % 100, 99 % 110, longest 110\n"
         "tokens per epoch: 660, of which trained 22 (3.3%)\n"
         "steps: 9 of 4 examples (3 epochs)"
     )
-    assert train.summarize(Rows([1234]), arguments(epochs=0.5)) == (
+    assert train.dry_run(Rows([1234]), None, arguments(epochs=0.5), 0, False) == (
         "lengths in tokens: median 1234, 90 % 1234, 99 % 1234, longest 1234\n"
         "tokens per epoch: 1,234, of which trained 2 (0.2%)\n"
         "steps: 1 of 1 examples (0.5 epochs)"

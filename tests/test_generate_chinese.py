@@ -23,7 +23,8 @@ def test_seed_tasks_have_the_form_of_the_english_ones():
     assert problems == [] and len(records) == len(TASKS)
     for task, record in zip(TASKS, records, strict=True):
         assert list(task) == ["id", "name", "instruction", "instances", "is_classification"]
-        assert all(text == text.strip() for text in record.values()) and record["output"]
+        texts = [record[key] for key in ("instruction", "input", "output")]
+        assert all(text == text.strip() for text in texts) and record["output"]
         assert (cannot_be_shown(record), broken_rule(record["instruction"])) == ("", ""), task["id"]
 
 

@@ -294,9 +294,7 @@ def test_kill_9_and_resume_loses_and_doubles_nothing(rounds, tmp_path):
 def test_a_second_process_is_refused(server, tmp_path):
     lock = utils.claim_folder(tmp_path)
     done = run_script(["--output_dir", tmp_path, "--base_url", server.url], code=2)
-    assert done.stderr == (
-        f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n"
-    )
+    assert done.stderr == (f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n")
     assert server.requests == []
     utils.HELD_LOCKS.remove(lock)
     lock.close()
