@@ -53,48 +53,41 @@ def check_launcher(args):
 
 
 # The keys of --fsdp_config, without "fsdp_": those that FSDP2 heeds, those that only FSDP1 did, accelerate's names.
-FSDP_KEYS = set(
-    "activation_checkpointing auto_wrap_policy cpu_offload cpu_ram_efficient_loading min_num_params "
-    "reshard_after_forward state_dict_type transformer_layer_cls_to_wrap version".split()
-)
-FSDP1_KEYS = set(
-    "backward_prefetch forward_prefetch limit_all_gathers sync_module_states use_orig_params "
-    "xla xla_fsdp_grad_ckpt xla_fsdp_v2".split()
-)
+FSDP_KEYS = {"activation_checkpointing", "auto_wrap_policy", "cpu_offload", "cpu_ram_efficient_loading", "version"}
+FSDP_KEYS |= {"min_num_params", "reshard_after_forward", "state_dict_type", "transformer_layer_cls_to_wrap"}
+FSDP1_KEYS = {"backward_prefetch", "forward_prefetch", "limit_all_gathers", "sync_module_states", "use_orig_params"}
+FSDP1_KEYS |= {"xla", "xla_fsdp_grad_ckpt", "xla_fsdp_v2"}
 FSDP_NAMES = {"offload_params": "cpu_offload", "sharding_strategy": "reshard_after_forward"}
 RESHARD = {"TRUE": True, "FULL_SHARD": True, "1": True, "FALSE": False, "SHARD_GRAD_OP": False, "2": False}
 
 
 def configure_fsdp(args):
     """Turn the words of --fsdp into FSDP2's settings; what the user wrote in --fsdp_config wins."""
-    words = args.fsdp.lower().split() if isinstance(args.fsdp, str) else []
+    words, config = args.fsdp.lower().split() if isinstance(args.fsdp, str) else [], args.fsdp_config or {}
     if not {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}.issuperset(words):
         raise UserError(f"--fsdp {args.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
-    config = args.fsdp_config or {}
     if isinstance(config, str):
-        is_file = not config.lstrip().startswith("{")
-        config = read_json(config if is_file else "--fsdp_config", None if is_file else config)
+        is_text = config.lstrip().startswith("{")
+        config = read_json("--fsdp_config", config) if is_text else read_json(config)
     config = {FSDP_NAMES.get(key.removeprefix("fsdp_"), key.removeprefix("fsdp_")): config[key] for key in config}
     if unknown := sorted(config.keys() - FSDP_KEYS - FSDP1_KEYS):
         raise UserError(f"--fsdp_config: unknown key {unknown[0]}; those that exist: {', '.join(sorted(FSDP_KEYS))}")
     if dropped := sorted(config.keys() & FSDP1_KEYS):
         say(f"--fsdp_config: {', '.join(dropped)}: of FSDP1, without meaning in FSDP2; ignored")
-        config = {key: value for key, value in config.items() if key not in dropped}
+        config = {key: config[key] for key in config if key not in dropped}
     if str(config.get("version", 2)) != "2":
         raise UserError("--fsdp_config: there is FSDP2 only; leave version out")
     strategy = str(config.get("reshard_after_forward", "shard_grad_op" not in words)).upper()
     if strategy not in RESHARD:
         what = f"{strategy} is not there in FSDP2; choose FULL_SHARD, SHARD_GRAD_OP or no --fsdp"
         raise UserError(f"--fsdp_config: {what}")
+    # RAM-efficient loading: one full copy of the weights per node.
+    config = {"cpu_offload": "offload" in words, "cpu_ram_efficient_loading": True} | config
     config["reshard_after_forward"] = RESHARD[strategy]
-    config.setdefault("cpu_offload", "offload" in words)
-    config.setdefault("cpu_ram_efficient_loading", True)  # one full copy of the weights per node
-    if config.get("min_num_params"):
-        config["min_num_params"] = int(config["min_num_params"])
-        config.setdefault("auto_wrap_policy", "SIZE_BASED_WRAP")
+    if size := int(config.get("min_num_params") or 0):
+        config = {"auto_wrap_policy": "SIZE_BASED_WRAP"} | config | {"min_num_params": size}
     if args.gradient_checkpointing:  # FSDP's own form saves the Trainer's extra gather in the backward pass
-        config.setdefault("activation_checkpointing", True)
-        args.gradient_checkpointing = False
+        config, args.gradient_checkpointing = {"activation_checkpointing": True} | config, False
     args.fsdp, args.fsdp_config = True, config
     # accelerate reads these when the process group is made: with them CPU tensors get a gloo group beside NCCL.
     os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
@@ -207,29 +200,27 @@ def save_dtype(args):
 
 
 def check_model(args, model, longest):
-    """Refuse a layer class for FSDP that the model lacks, and rows of `longest` tokens that it has no positions for.
-
-    `model` may be without weights. The case of the class is corrected; without one the model's own choice is used.
-    """
+    """Refuse an FSDP layer class that the model lacks (case aside), and rows longer than its table of positions."""
     wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
     classes = {type(module).__name__.lower(): type(module).__name__ for module in model.modules()}
     for i, name in enumerate(wanted):
-        found = classes.get(name.lower())
-        if found is None:
+        wanted[i] = classes.get(name.lower())
+        if wanted[i] is None:
             lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
             layers = ", ".join(sorted({type(layer).__name__ for layers in lists for layer in layers}))
             raise UserError(f"FSDP layer class {name} is not in this model; it has {layers}; or leave the option out")
-        if found != name:
-            say(f"FSDP layer class {name} is {found} in this model")
-            wanted[i] = found
+        if wanted[i] != name:
+            say(f"FSDP layer class {name} is {wanted[i]} in this model")
     if wanted and "transformer_cls_names_to_wrap" in args.fsdp_plugin_args:
         args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(wanted)
     for name, module in model.named_modules():  # learned positions, as GPT-2 and OPT have them
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
             rows = module.num_embeddings - getattr(module, "offset", 0)
+            what = (
+                f"rows of up to {longest} tokens, but this model has {rows} positions; give --model_max_length {rows}"
+            )
             if longest > rows:
-                what = f"rows of up to {longest} tokens, but this model has {rows} positions"
-                raise UserError(f"{what}; give --model_max_length {rows}")
+                raise UserError(what)
 
 
 def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
@@ -275,7 +266,7 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
 
 
 def disk_needs(args, num_params, steps):
-    """(bytes, checkpoints) that the run will hold on the disk at most: the model, and checkpoints with the optimizer."""
+    """(bytes, checkpoints) that the run will hold on the disk at most."""
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
     planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
@@ -285,10 +276,7 @@ def disk_needs(args, num_params, steps):
 
 
 def check_needs(args, dtype, num_params, steps):
-    """Refuse, before anything is loaded, a run that cannot fit in memory or on the disk. `dtype` is of the masters.
-
-    Only weights, gradients, optimizer and files are counted, so nothing that could run is refused.
-    """
+    """Refuse a run whose weights, gradients, optimizer or files alone do not fit; `dtype` is of the masters."""
     if not args.memory_check:
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
@@ -296,19 +284,18 @@ def check_needs(args, dtype, num_params, steps):
     needs = memory_needs(num_params, getattr(torch, dtype).itemsize, half, adam, args.world_size, local)
     device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
     problem = memory_problem(engine_name(args), needs, local, free_host_memory(), device_free)
+    anyway = "to try all the same: --memory_check False"
     if problem:
-        size = f"{num_params / 1e9:.2f} billion parameters"
-        raise UserError(f"{size}: {problem}; to try all the same: --memory_check False")
+        raise UserError(f"{num_params / 1e9:.2f} billion parameters: {problem}; {anyway}")
     disk, kept = disk_needs(args, num_params, steps)
+    os.makedirs(args.output_dir, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if args.overwrite_output_dir:  # what there is goes before the first step
         free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     if disk > free:
-        raise UserError(
-            f"{args.output_dir}: the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB "
-            "are free; use --save_total_limit 1, --save_only_model True or --save_strategy no; "
-            "to try all the same: --memory_check False"
-        )
+        what = f"the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        cure = "use --save_total_limit 1, --save_only_model True or --save_strategy no"
+        raise UserError(f"{args.output_dir}: {what}; {cure}; {anyway}")
 
 
 # --- The model on its engine -----------------------------------------------------------------------------------------
@@ -330,9 +317,8 @@ def empty_model(config, dtype):
 def enable_fsdp2_on_cpu(trainer):
     """Open accelerate's gate that lets FSDP run on a CPU; used only there.
 
-    AcceleratorState turns FSDP on for a list of device types that leaves out several CPU processes, and silently runs
-    DDP; everything behind the gate is device neutral. So two private dicts of shared state get what the gate would
-    have written. tests/test_engines.py says when it is no longer needed.
+    AcceleratorState leaves several CPU processes out and silently runs DDP, though everything behind that gate is
+    device neutral. So its shared state gets what it would have written. A test says when this is no longer needed.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -375,8 +361,7 @@ def check_engine(trainer):
 def flat_rows_problem(trainer):
     """Flatten two examples and change the first: the second one's logits must not move by a bit.
 
-    Runs on the wrapped model of any engine, with the arguments of a training step. Returns (why the model cannot take
-    flat rows, or "", dtype that the output layer computed in).
+    Runs on the wrapped model. Returns (why it cannot take flat rows, or "", dtype that its output layer computed in).
     """
     model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
     device, seen, training = trainer.args.device, [], model.training
@@ -470,10 +455,7 @@ def use_learning_rate(trainer):
 
 
 def gather_weights(trainer, dtype):
-    """The whole model as {name: CPU tensor of `dtype`} on the first process, {} elsewhere; all processes call it.
-
-    A tensor tied to an earlier one is left out.
-    """
+    """The whole model, without tied tensors, as {name: CPU tensor of `dtype`} on the first process, {} elsewhere."""
     model, weights = trainer.accelerator.unwrap_model(trainer.model_wrapped), {}
     if hasattr(trainer.model_wrapped, "zero_optimization_stage") and dtype != next(model.parameters()).dtype:
         from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits

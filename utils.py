@@ -815,16 +815,19 @@ def read_run(folder):
 
 
 def find_checkpoints(folder):
-    """(whole, unfinished) checkpoint folders, oldest first; whole means that all files of the marker are there."""
-    whole, unfinished = [], []
+    """({whole checkpoint: its marker}, [unfinished ones]), oldest first; whole means that the marker's files are there."""
+    whole, unfinished = {}, []
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
     for path in sorted(found, key=lambda path: int(path.name[11:])):
         try:
-            files = json.loads((path / COMPLETE).read_text(encoding="utf-8"))["files"]
-            is_whole = all((path / name).stat().st_size == size for name, size in files.items())
+            marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+            is_whole = all((path / name).stat().st_size == size for name, size in marker["files"].items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             is_whole = False
-        (whole if is_whole else unfinished).append(path)
+        if is_whole:
+            whole[path] = marker
+        else:
+            unfinished.append(path)
     return whole, unfinished
 
 

@@ -135,7 +135,6 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
                 train_dataset=[{**rows[i], "source": f"row {i}", "row": i} for i in range(len(rows))],
                 data_collator=train.flatten,
             )
-            trainer.add_callback(train.RunCallback(trainer, {}))
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Clock())
         started = time.perf_counter()

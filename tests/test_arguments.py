@@ -403,7 +403,7 @@ def test_overwriting_what_the_run_reads_is_refused(reads, tmp_path):
         ("--gradient_accumulation_steps 0", "--gradient_accumulation_steps 0: it must be at least 1"),
         ("--model_max_length -5", "--model_max_length -5: it must be at least 1"),
         ("--num_train_epochs 0", "--num_train_epochs 0 trains nothing; it must be more than 0"),
-        ("--seed -1", "--seed -1: it must not be negative"),
+        ("--seed -1", "--seed -1: it must be at least 0"),
     ],
 )
 def test_a_number_without_sense_is_refused(words, message):

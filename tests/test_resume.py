@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -306,7 +307,7 @@ def test_a_checkpoint_with_a_damaged_file_does_not_count(runs, tmp_path, name, d
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(runs, tmp_path, capsys):
     folder = copied(runs["terminated"], tmp_path / "copy")
     for path in utils.find_checkpoints(folder)[0]:
-        train.mark_checkpoint(path, step=int(path.name[11:]), resumable=False)  # as --save_only_model does
+        train.mark_checkpoint(path, int(path.name[11:]), SimpleNamespace(save_only_model=True))  # as --save_only_model does
     assert train.resume_point(folder, runs["terminated"].info()["settings"]) == (False, None)
     assert capsys.readouterr().err == f"{folder}: its run has no whole checkpoint yet; starting from the first step\n"
 
