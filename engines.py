@@ -1,19 +1,17 @@
 """train.py's chapter on where it runs: devices, launchers, FSDP and DeepSpeed, what they need, and proofs of them."""
 
 import contextlib
-import copy
 import io
 import math
 import os
 import shutil
 from pathlib import Path
 
+import accelerate
 import torch
 import transformers
 
 from utils import GIB, UserError, first_line, free_host_memory, read_json, say
-
-# --- Options to settings ---------------------------------------------------------------------------------------------
 
 
 def fit_device(args):
@@ -41,14 +39,13 @@ def check_launcher(args):
     if "WORLD_SIZE" in os.environ:
         return
     devices = 0 if args.use_cpu else torch.cuda.device_count()
-    command = f"torchrun --standalone --nproc_per_node={max(devices, 1 if devices else 2)} train.py ..."
+    command = f"torchrun --standalone --nproc_per_node={devices or 2} train.py ..."
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():  # on a CPU it starts one process for all
         raise UserError(f"accelerate launch has started one process in place of several; use {command}")
     if args.fsdp or args.deepspeed:
         raise UserError(f"--{'fsdp' if args.fsdp else 'deepspeed'} needs a launcher: {command}")
     if devices > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         say(f"using GPU {visible} of {devices}; for all of them: {command}")
 
 
@@ -100,10 +97,9 @@ def configure_deepspeed(args):
     except ImportError:
         raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
     deepspeed.utils.logger.setLevel("ERROR")
-    path, config = "DeepSpeed configuration", args.deepspeed
-    if isinstance(config, str):
-        path, config = config, read_json(config)
-    config, notices = complete_ds_config(config)
+    given = args.deepspeed
+    path = given if isinstance(given, str) else "DeepSpeed configuration"
+    config, notices = complete_ds_config(read_json(given) if isinstance(given, str) else given)
     for notice in notices:
         say(f"{path}: {notice}")
     if config["zero_optimization"].get("stage") not in (1, 2, 3):
@@ -116,13 +112,12 @@ def configure_deepspeed(args):
         raise UserError(f"{path}: fp16 and bf16 are both asked for; keep one of them")
     if args.fp16 and args.use_cpu and not deepspeed.get_accelerator().is_fp16_supported():  # DeepSpeed would refuse
         say("fp16 under DeepSpeed needs a GPU, or a CPU that computes in fp16; computing in float32 here")
-        args.fp16, config["fp16"]["enabled"] = False, "auto"
+        args.fp16, config["fp16"] = False, config["fp16"] | {"enabled": "auto"}
     args.deepspeed = config
 
 
 def complete_ds_config(config):
     """Fill in what a DeepSpeed JSON of 2023 leaves out. Returns (config, notices); `config` itself is not changed."""
-    config, notices = copy.deepcopy(config), []
     auto = {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
@@ -131,18 +126,14 @@ def complete_ds_config(config):
         "fp16": {"enabled": "auto"},
         "bf16": {"enabled": "auto"},  # without it --bf16 trains in float32
     }
-    added = [key for key in auto if key not in config]
-    config.update({key: auto[key] for key in added})
-    if added:
-        notices.append(f'added {", ".join(added)} as "auto"')
-    zero = config.setdefault("zero_optimization", {})
+    added, zero = [key for key in auto if key not in config], dict(config.get("zero_optimization") or {})
+    notices = [f'added {", ".join(added)} as "auto"'] if added else []
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         notices.append("set stage3_gather_16bit_weights_on_model_save, without which no model would be saved")
-    notices += [
-        f"its {key} block takes the place of the options" for key in ("optimizer", "scheduler") if key in config
-    ]
-    return config, notices
+    blocks = [key for key in ("optimizer", "scheduler") if key in config]
+    notices += [f"its {key} block takes the place of the options" for key in blocks]
+    return auto | config | {"zero_optimization": zero}, notices
 
 
 def configure_groups(args):
@@ -156,16 +147,6 @@ def configure_groups(args):
 
         with contextlib.redirect_stdout(io.StringIO()):  # every process would say that it built an operator
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-
-
-# --- What the arguments ask for --------------------------------------------------------------------------------------
-
-ENGINE_OPTIONS = {
-    "FSDP": '--fsdp "full_shard auto_wrap"',
-    "FSDP with offload": '--fsdp "full_shard auto_wrap offload"',
-    "ZeRO-2 with offload": "--deepspeed examples/ds_zero2.json",
-    "ZeRO-3 with offload": "--deepspeed ds_config.json",
-}
 
 
 def engine_name(args):
@@ -186,8 +167,8 @@ def global_batch(args):
 
 def num_steps(num_examples, args):
     """Optimizer steps of the run."""
-    per_epoch = -(-num_examples // global_batch(args))
-    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
+    a_pass = -(-num_examples // global_batch(args))  # an epoch; its last batch may be filled
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * a_pass)
 
 
 def save_dtype(args):
@@ -197,6 +178,11 @@ def save_dtype(args):
 
 
 # --- Before weights are loaded: will it run, and does it fit? --------------------------------------------------------
+
+ENGINE_OPTIONS = {
+    "FSDP": '--fsdp "full_shard auto_wrap"', "FSDP with offload": '--fsdp "full_shard auto_wrap offload"',
+    "ZeRO-2 with offload": "--deepspeed examples/ds_zero2.json", "ZeRO-3 with offload": "--deepspeed ds_config.json",
+}  # fmt: skip
 
 
 def check_model(args, model, longest):
@@ -216,11 +202,9 @@ def check_model(args, model, longest):
     for name, module in model.named_modules():  # learned positions, as GPT-2 and OPT have them
         if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in ("wpe", "embed_positions"):
             rows = module.num_embeddings - getattr(module, "offset", 0)
-            what = (
-                f"rows of up to {longest} tokens, but this model has {rows} positions; give --model_max_length {rows}"
-            )
+            what = f"rows of up to {longest} tokens, but this model has {rows} positions"
             if longest > rows:
-                raise UserError(what)
+                raise UserError(f"{what}; give --model_max_length {rows}")
 
 
 def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
@@ -230,25 +214,18 @@ def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_s
     section 3.1 (16 bytes a parameter for mixed precision Adam), and one full copy per node while FSDP loads.
     """
     share, states = local_world_size / world_size, 2 * weight_bytes + 8 * adam
-    work = 2 if half else 4  # ZeRO's working weights
+    work, rest = 2 if half else 4, 4 + 8 * adam  # ZeRO's working weights; its masters with the moments
     needs = {
-        "single process": (states, 0),
-        "DDP": (states, 0),
-        "FSDP": (states / world_size, weight_bytes),
-        "FSDP with offload": (0, max(states * share, weight_bytes)),
-        "ZeRO-2": (work + (work + 4 + 8 * adam) / world_size, 0),
-        "ZeRO-2 with offload": (work, (4 + 8 * adam) * share),
-        "ZeRO-3": ((2 * work + 4 + 8 * adam) / world_size, 0),
-        "ZeRO-3 with offload": (0, (2 * work + 4 + 8 * adam) * share),
-    }
+        "single process": (states, 0), "DDP": (states, 0),
+        "FSDP": (states / world_size, weight_bytes), "FSDP with offload": (0, max(states * share, weight_bytes)),
+        "ZeRO-2": (work + (work + rest) / world_size, 0), "ZeRO-2 with offload": (work, rest * share),
+        "ZeRO-3": ((2 * work + rest) / world_size, 0), "ZeRO-3 with offload": (0, (2 * work + rest) * share),
+    }  # fmt: skip
     return {name: (num_params * device, num_params * host) for name, (device, host) in needs.items()}
 
 
 def memory_problem(engine, needs, local_world_size, host_free, device_free=None):
-    """Why `engine` cannot fit, with the options of those that do; "" where it may. All sizes in bytes.
-
-    `needs` is of `memory_needs`; `device_free` None says that the devices are the host's own processors.
-    """
+    """Why `engine` cannot fit, with the options of those that do, or ""; `device_free` is None on a machine of CPUs."""
 
     def lack(name):
         device, host = needs[name]
@@ -265,16 +242,6 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
     return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
 
 
-def disk_needs(args, num_params, steps):
-    """(bytes, checkpoints) that the run will hold on the disk at most."""
-    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
-    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
-    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
-    a_checkpoint = 4 if args.save_only_model else 12  # bytes a parameter: master, and AdamW's two moments
-    return num_params * ((2 if args.fp16 or args.bf16 else 4) + kept * a_checkpoint), kept
-
-
 def check_needs(args, dtype, num_params, steps):
     """Refuse a run whose weights, gradients, optimizer or files alone do not fit; `dtype` is of the masters."""
     if not args.memory_check:
@@ -287,7 +254,11 @@ def check_needs(args, dtype, num_params, steps):
     anyway = "to try all the same: --memory_check False"
     if problem:
         raise UserError(f"{num_params / 1e9:.2f} billion parameters: {problem}; {anyway}")
-    disk, kept = disk_needs(args, num_params, steps)
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
+    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))  # masters, AdamW's moments
     os.makedirs(args.output_dir, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if args.overwrite_output_dir:  # what there is goes before the first step
@@ -298,14 +269,12 @@ def check_needs(args, dtype, num_params, steps):
         raise UserError(f"{args.output_dir}: {what}; {cure}; {anyway}")
 
 
-# --- The model on its engine -----------------------------------------------------------------------------------------
+# --- The model on its engine: loading, proofs, resuming, saving -------------------------------------------------------
 
 
 def empty_model(config, dtype):
     """The model with room for its weights on the host, not filled: the system gives no memory until it is written."""
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():  # buffers, which no file holds, get their values
+    with accelerate.init_empty_weights():  # buffers, which no file holds, get their values
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -317,21 +286,18 @@ def empty_model(config, dtype):
 def enable_fsdp2_on_cpu(trainer):
     """Open accelerate's gate that lets FSDP run on a CPU; used only there.
 
-    AcceleratorState leaves several CPU processes out and silently runs DDP, though everything behind that gate is
-    device neutral. So its shared state gets what it would have written. A test says when this is no longer needed.
+    AcceleratorState silently runs DDP on CPU processes, though all behind that gate is device neutral. So its state
+    gets what it would have written. A test says when this is no longer needed.
     """
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    plugin = accelerate.FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
     if trainer.accelerator.state.mixed_precision != "no":
         plugin.set_mixed_precision(trainer.accelerator.state.mixed_precision)
-    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs an accelerator
-    for shared in (PartialState._shared_state, AcceleratorState._shared_state):
-        shared["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+    if isinstance(plugin.cpu_offload, torch.distributed.fsdp.CPUOffloadPolicy):
+        plugin.cpu_offload = torch.distributed.fsdp.CPUOffloadPolicy(pin_memory=False)  # pinning needs an accelerator
+    states = accelerate.state.AcceleratorState._shared_state, accelerate.state.PartialState._shared_state
+    for shared in states:
+        shared["distributed_type"] = accelerate.utils.DistributedType.FSDP
+    states[0]["fsdp_plugin"] = plugin
     trainer.is_fsdp_enabled = True
 
 
@@ -344,20 +310,7 @@ def gathered(parameters):
     return torch.no_grad()
 
 
-def check_engine(trainer):
-    """Compare the engine that wraps the model with the one asked for. Raises UserError where they differ."""
-    wanted, model = engine_name(trainer.args), trainer.model_wrapped
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if hasattr(model, "zero_optimization_stage"):
-        found = f"ZeRO-{model.zero_optimization_stage()}"
-    elif isinstance(model, torch.distributed.fsdp.FSDPModule):
-        found = "FSDP"
-    else:
-        found = "DDP" if isinstance(model, torch.nn.parallel.DistributedDataParallel) else "single process"
-    if found != wanted.removesuffix(" with offload"):
-        raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
-
-
+@torch.no_grad()
 def flat_rows_problem(trainer):
     """Flatten two examples and change the first: the second one's logits must not move by a bit.
 
@@ -368,22 +321,18 @@ def flat_rows_problem(trainer):
     head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     one = (torch.arange(3, 27, device=device) % vocab_size)[None]  # two examples, of 8 and of 16 tokens
-    other = one.clone()
-    other[:, :8] = (other[:, :8] + 5) % vocab_size
+    other = torch.cat([(one[:, :8] + 5) % vocab_size, one[:, 8:]], dim=1)
     positions = torch.cat([torch.arange(8), torch.arange(16)])[None].to(device)
     flat = {"position_ids": positions, "logits_to_keep": torch.arange(8, 24, device=device), "use_cache": False}
     model.eval()
     try:
-        with torch.no_grad():
-            logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
+        logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
         if logits[0].shape[1] != 16:
             return "it does not compute selected logits", seen[-1]
-        if not torch.allclose(*logits, rtol=0, atol=0, equal_nan=True):
-            return "in a flat row its examples see each other", seen[-1]
-        return "", seen[-1]
+        is_apart = torch.allclose(*logits, rtol=0, atol=0, equal_nan=True)
+        return "" if is_apart else "in a flat row its examples see each other", seen[-1]
     except TypeError as error:
-        with torch.no_grad():
-            model(input_ids=one, use_cache=False)
+        model(input_ids=one, use_cache=False)
         return f"its forward takes no flat rows ({first_line(error)})", seen[-1]
     finally:
         hook.remove()
@@ -393,42 +342,39 @@ def flat_rows_problem(trainer):
                 module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
 
 
-def measured_dtypes(model, compute):
-    """The dtypes of weights and masters as found, and of `compute`, in words; all processes call it."""
+def check_engine(args, model, compute, layout, max_steps):
+    """Refuse another engine around `model` than was asked for; returns its dtypes in words, and a line on the run.
+
+    `compute` is the dtype of the output layer, `layout` "flat" or "padded". All processes call it.
+    """
     *_, last = parameters = list(model.parameters())
-    if hasattr(model, "zero_optimization_stage"):  # the optimizer updates a copy
+    kinds = {"FSDP": torch.distributed.fsdp.FSDPModule, "DDP": torch.nn.parallel.DistributedDataParallel}
+    inner = getattr(model, "_orig_mod", model)  # of torch.compile
+    found = next((name for name, kind in kinds.items() if isinstance(inner, kind)), "single process")
+    if hasattr(inner, "zero_optimization_stage"):  # its optimizer updates a copy
         from deepspeed.utils import safe_get_full_fp32_param
 
-        last = safe_get_full_fp32_param(last)
+        found, last = f"ZeRO-{inner.zero_optimization_stage()}", safe_get_full_fp32_param(last)
+    wanted, count = engine_name(args), args.world_size
+    if found != wanted.removesuffix(" with offload"):
+        raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
     weights = "/".join(sorted({str(parameter.dtype)[6:] for parameter in parameters}))
-    return f"weights {weights}, masters {str(last.dtype)[6:]}, compute {str(compute)[6:]}"
-
-
-def start_line(args, model, dtypes, layout, max_steps):
-    """What runs where, as found on the wrapped model, and the batches of the run; `layout` is "flat" or "padded"."""
-
-    def held(parameter):  # by this process: a shard under ZeRO-3 (ds_tensor) and FSDP2 (DTensor)
-        shard = getattr(parameter, "ds_tensor", parameter)
-        return (shard.to_local() if hasattr(shard, "to_local") else shard).numel()
-
-    parameters, count = list(model.parameters()), args.world_size
+    dtypes = f"weights {weights}, masters {str(last.dtype)[6:]}, compute {str(compute)[6:]}"
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
-    return (
-        f"engine: {engine_name(args)}, {count} process{'es' * (count > 1)} on {args.device.type}, "
-        f"{sum(map(held, parameters)):,} of {total:,} parameters here, {dtypes}, "
+    shards = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # of ZeRO-3; FSDP2 has DTensors
+    here = sum((shard.to_local() if hasattr(shard, "to_local") else shard).numel() for shard in shards)
+    return dtypes, (
+        f"engine: {wanted}, {count} process{'es' * (count > 1)} on {args.device.type}, "
+        f"{here:,} of {total:,} parameters here, {dtypes}, "
         f"micro-batch {args.per_device_train_batch_size} {layout} x accumulation {args.gradient_accumulation_steps} "
         f"x processes {count} = global batch {global_batch(args)}, {max_steps:,} steps"
     )
 
 
-# --- Resuming and saving ---------------------------------------------------------------------------------------------
-
-
 def replay_cpu_adam(trainer):
     """Take DeepSpeed's CPU Adam, where a run resumes with it, through the steps of the checkpoint on a stand-in.
 
-    Its bias correction is a product that takes another factor at every step and is in no checkpoint. A resumed one
-    would begin with a power in its place, which differs in the last bits, from step 18 on always.
+    Its bias correction is a product over the steps, in no checkpoint; a power in its place differs in the last bits.
     """
     optimizer = getattr(trainer.model_wrapped, "basic_optimizer", None)
     if type(optimizer).__name__ != "DeepSpeedCPUAdam":

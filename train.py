@@ -465,7 +465,6 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.began = True
-        engines.check_engine(self)
         reason, compute = engines.flat_rows_problem(self)
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"
@@ -473,8 +472,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
             say(f"micro-batches are padded on the right: {reason}")
             self.data_collator, self.layout = DataCollatorForSupervisedDataset(self.processing_class), "padded"
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
-        self.dtypes = engines.measured_dtypes(self.model_wrapped, compute)
-        say(engines.start_line(args, self.model_wrapped, self.dtypes, self.layout, state.max_steps))
+        self.dtypes, line = engines.check_engine(args, self.model_wrapped, compute, self.layout, state.max_steps)
+        say(line)
         engines.replay_cpu_adam(self)
         if args.save_rehearsal:
             rehearse_save(self)

@@ -23,8 +23,6 @@ MOST_LINES = {
 ORIGINALS = {"jload", "jdump", "openai_completion", "OpenAIDecodingArguments"}
 EVERY_SCRIPTS = {"main", "parse_arguments"}  # each script's own, with one meaning
 NOT_YET = """
-test_no_file_is_longer_than_the_layout_says[train]
-test_no_file_is_longer_than_the_layout_says[engines]
 test_no_file_is_longer_than_the_layout_says[weights]
 test_no_file_is_longer_than_the_layout_says[utils]
 test_no_file_is_longer_than_the_layout_says[convert_llama_weights]
