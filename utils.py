@@ -6,6 +6,7 @@ functions that need them, so that every script starts with only what it uses.
 
 import argparse
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -955,12 +956,6 @@ class OpenAIDecodingArguments:
     echo: bool = False
 
 
-class Completion(dict):
-    """One answer: text, finish_reason, model, usage and total_tokens, as keys and as attributes."""
-
-    __getattr__ = dict.__getitem__
-
-
 class RequestFailed(Exception):
     """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
 
@@ -1154,47 +1149,51 @@ def openai_completion(
     return_text=False,
     **decoding_kwargs,
 ):
-    """Complete one prompt or several through the server of OPENAI_BASE_URL, `batch_size` at a time.
+    """Complete one prompt, or a list of them, through the server of OPENAI_BASE_URL, `batch_size` at a time.
 
-    A prompt is a text, or a chat message {role, content}. `decoding_kwargs` are sent beside what `decoding_args` says.
-    Returns a `Completion` for a single prompt, else a list, of texts with `return_text`; with decoding_args.n above 1
-    a list of n for each prompt. `sleep_time` has no meaning any more: waiting is bounded and grows. Models that OpenAI
-    serves as text completions are asked so, all others through chat completions. Raises UserError where a prompt
-    stays without an answer.
+    A prompt is a text or a chat message {role, content}. Returns for each {text, finish_reason, model, total_tokens},
+    as keys and as attributes, or the text alone with `return_text`; a list of them where decoding_args.n is above 1.
+    The library tries again what fails, so `sleep_time` has no meaning any more. Raises UserError without an answer.
     """
-    single = isinstance(prompts, (str, dict))
-    prompts = [prompts] if single else list(prompts)
-    prompts = prompts[: min(max_instances, max_batches * batch_size)]
-    base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    model = living_model(model_name, base_url)
-    endpoint = "text" if model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct")) else "chat"
+    import openai
+
+    class Completion(dict):
+        __getattr__ = dict.__getitem__
+
+    def ask(prompt):
+        if is_text:
+            response = client.completions.create(model=model, prompt=prompt, **parameters)
+        else:
+            message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
+            response = client.chat.completions.create(model=model, messages=[message], **parameters)
+        if not getattr(response, "choices", None):  # an HTML page, for example, is handed through as a str
+            raise ValueError(f"no completion, but {str(response)[:60]!r}")
+        facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
+        found = []
+        for choice in response.choices:
+            text = choice.text if is_text else choice.message.content
+            found.append(text if return_text else Completion(text=text, finish_reason=choice.finish_reason, **facts))
+        return found if decoding_args.n > 1 else found[0]
+
+    url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+    model = model_name or "gpt-4o-mini"
+    if model == "text-davinci-003" and not url:
+        model = "gpt-4o-mini"
+        say(f"text-davinci-003 was withdrawn in 2024; using {model}")
+    is_text = model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct"))  # OpenAI serves them as completions
     parameters = {**dataclasses.asdict(decoding_args), **decoding_kwargs}
-    defaults = {"n": 1, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}
-    for name in ["stream"] + ["suffix", "logprobs", "echo"] * (endpoint == "chat"):
+    for name in ["stream"] if is_text else ["stream", "suffix", "logprobs", "echo"]:
         if parameters.pop(name, None):
             say(f"{name} has no meaning here; ignored")
-    parameters = {k: v for k, v in parameters.items() if v is not None and (k not in defaults or v != defaults[k])}
-
-    async def ask_all():
-        client = ChatClient(base_url, model, endpoint, 600, 5, parameters)
-        gate = asyncio.Semaphore(batch_size)
-
-        async def ask(prompt):
-            async with gate:
-                return await client.ask([prompt] if isinstance(prompt, dict) else prompt)
-
-        try:
-            return await asyncio.gather(*map(ask, prompts))
-        except RequestFailed as failure:
-            raise UserError(f"{client.name}: {failure}") from None
-        finally:
-            await client.close()
-
-    results = []
-    for answer in asyncio.run(ask_all()):
-        total = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"]
-        facts = {"model": answer["model"], "usage": answer["usage"], "total_tokens": total}
-        found = [Completion(text=text, finish_reason=reason, **facts) for text, reason in answer["choices"]]
-        found = [completion.text for completion in found] if return_text else found
-        results.append(found if decoding_args.n > 1 else found[0])
+    usual = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}  # not sent: some refuse them
+    parameters = {name: value for name, value in parameters.items() if value not in (None, usual.get(name))}
+    single = isinstance(prompts, (str, dict))
+    prompts = ([prompts] if single else list(prompts))[: min(max_instances, max_batches * batch_size)]
+    try:
+        client = openai.OpenAI(api_key=key or ("none" if url else None), max_retries=5)
+        with concurrent.futures.ThreadPoolExecutor(batch_size) as pool:
+            results = list(pool.map(ask, prompts))
+    except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
+        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
+        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
     return results[0] if single else results

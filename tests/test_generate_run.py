@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
-from scripted_server import Server, completion
+from scripted_server import Server, completion, refusal, usual_answer
 
 import generate_instruction
 import utils
@@ -294,9 +294,7 @@ def test_kill_9_and_resume_loses_and_doubles_nothing(rounds, tmp_path):
 def test_a_second_process_is_refused(server, tmp_path):
     lock = utils.claim_folder(tmp_path)
     done = run_script(["--output_dir", tmp_path, "--base_url", server.url], code=2)
-    assert done.stderr == (
-        f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n"
-    )
+    assert done.stderr == (f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n")
     assert server.requests == []
     utils.HELD_LOCKS.remove(lock)
     lock.close()
@@ -817,6 +815,77 @@ def test_openai_completion_returns_what_was_asked_for(monkeypatch, capsys):
         assert ask(["p"] * 5, one, max_instances=2, return_text=True) == ["a", "a"]
         assert ask(["p"] * 5, one, max_batches=1, batch_size=3, return_text=True) == ["a"] * 3
         assert ask([], one) == []
+
+
+def test_openai_completion_asks_the_models_of_text_completions_so(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    arguments = utils.OpenAIDecodingArguments(suffix="end", temperature=0.0)
+    for model in ("davinci-002", "babbage-002", "gpt-3.5-turbo-instruct"):
+        result = utils.openai_completion("4. Instruction:", arguments, model)
+        assert result.text == usual_answer("4. Instruction:") and result["model"] == "scripted"
+    assert [request["endpoint"] for request in server.requests] == ["text"] * 3
+    assert (server.requests[0]["suffix"], server.requests[0]["temperature"]) == ("end", 0.0)
+
+
+def test_openai_completion_keeps_the_order_and_sends_a_batch_at_a_time(monkeypatch):
+    on_their_way, most = [], []
+
+    def step_of(request):
+        on_their_way.append(request)
+        time.sleep(0.1)
+        most.append(len(on_their_way))
+        on_their_way.remove(request)
+        return {"text": request["prompt"] * 2}
+
+    with Server() as server:
+        server.step_of = step_of
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        arguments = utils.OpenAIDecodingArguments()
+        assert utils.openai_completion("abcdefg", arguments, return_text=True) == "abcdefgabcdefg"
+        texts = utils.openai_completion([*"abcdefg"], arguments, batch_size=3, return_text=True)
+    assert texts == [letter * 2 for letter in "abcdefg"] and max(most) == 3
+
+
+def test_openai_completion_tries_again_what_passes(monkeypatch):
+    with Server(script={0: {"status": 429, "headers": {"Retry-After": "0"}, "body": {}}}) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        result = utils.openai_completion("4. Instruction:", utils.OpenAIDecodingArguments())
+        assert result["finish_reason"] == "stop" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ({"status": 404, "body": refusal("no such model")}, "no such model"),
+        ({"status": 401, "body": refusal("Incorrect API key provided: sk-secret")}, "provided: [key]"),
+        ({"headers": {"Content-Type": "text/html"}, "raw": b"<html>\n"}, "<html>"),
+        ({"raw": b"{"}, "m: "),
+        ({"body": completion("x", choices=None)}, "choices=None"),
+    ],
+)
+def test_openai_completion_refuses_in_one_line_what_the_user_can_mend(step, problem, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with Server(**step) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        said = refused(utils.openai_completion, ["p"] * 9, utils.OpenAIDecodingArguments(), "m")
+        assert len(server.requests) <= 2
+    assert problem in said and "\n" not in said and "sk-secret" not in said
+    assert "OPENAI_API_KEY" in said and "OPENAI_BASE_URL" in said
+
+
+def test_openai_completion_against_openai_needs_a_key_and_a_model_that_lives(monkeypatch, capsys):
+    import openai
+
+    arguments = utils.OpenAIDecodingArguments()
+    assert "OPENAI_API_KEY" in refused(utils.openai_completion, "p", arguments)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with Server() as server:
+        client = openai.OpenAI(base_url=server.url, api_key="x")
+        monkeypatch.setattr(openai, "OpenAI", lambda **options: client)  # as if it were OpenAI's server
+        utils.openai_completion("4. Instruction:", arguments, "text-davinci-003")
+        utils.openai_completion("4. Instruction:", arguments)
+    assert [request["model"] for request in server.requests] == [utils.DEFAULT_MODEL] * 2
+    assert capsys.readouterr().err.count("text-davinci-003 was withdrawn") == 1
 
 
 def test_importing_neither_prints_nor_loads_openai_or_fire():

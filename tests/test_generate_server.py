@@ -6,7 +6,7 @@ import random
 import time
 
 import pytest
-from scripted_server import Server, completion, refusal, usual_answer
+from scripted_server import Server, completion, refusal
 from test_generate_run import answers_of, generate, quick, refused, rows_of, run_script  # noqa: F401
 
 import utils
@@ -268,16 +268,6 @@ def test_a_server_that_refuses_both_names_of_the_limit_gets_none(tmp_path):
         assert set(server.requests[-1]) & {"max_tokens", "max_completion_tokens"} == set()
 
 
-def test_a_refused_stop_is_dropped(monkeypatch, capsys):
-    with Server() as server:
-        server.step_of = refusing("stop")
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        arguments = utils.OpenAIDecodingArguments(stop=["20."])
-        prompt = "4. Instruction:"
-        assert utils.openai_completion(prompt, arguments, return_text=True) == usual_answer(prompt)
-    assert "refuses stop ['20.']; from here on sent without it\n" in capsys.readouterr().err
-
-
 def test_a_400_that_names_no_parameter_is_not_tried_again(tmp_path):
     with Server(status=400, body=refusal("The response was filtered", code="content_filter")) as server:
         said = refused(generate, server, tmp_path)
@@ -353,13 +343,6 @@ def test_100_requests_of_which_most_meet_a_fault(tmp_path, monkeypatch):
     assert sorted(entry["request"] for entry in entries) == list(range(100))
     failed = sum("failed" in entry for entry in entries)
     assert 0 < failed < 50 and len(rows) == 7 * (100 - failed)
-
-
-def test_a_dead_request_does_not_hang_openai_completion(monkeypatch):
-    with Server(status=404, body=refusal("no such model")) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        said = refused(utils.openai_completion, ["p", "q"], utils.OpenAIDecodingArguments(), "m", batch_size=2)
-        assert said.startswith(f"m at {server.url}: ") and "no such model" in said
 
 
 def test_an_ending_client_starts_no_other_attempt():
