@@ -499,6 +499,270 @@ class Collection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Generated rows and the journal that they come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
+    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
+    """
+
+    def __init__(self, path):
+        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
+            try:
+                entry = json.loads(line)
+                if "request" in entry:
+                    self.answers.setdefault(entry["request"], entry)
+                elif "run" in entry:
+                    self.runs.append(entry["run"])
+                else:
+                    self.wrote.add(entry["wrote"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
+            self.size += len(line) + 1
+        self.torn = len(data) - self.size
+        self.file = None
+
+    def append(self, entry):
+        """Append a line and wait for the disk; what was half written on failure is taken back."""
+        if self.file is None:
+            self.file = open(self.path, "ab", buffering=0)
+            self.file.truncate(self.size)  # cuts a torn line off
+        try:
+            line = json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
+            line = json.dumps(entry).encode()
+        try:
+            rest = line + b"\n"
+            while rest:
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(self.size)
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
+            )
+        self.size += len(line) + 1
+        if "request" in entry:
+            self.answers[entry["request"]] = entry
+
+    def close(self):
+        if self.file:
+            self.file.close()
+
+
+def read_rows(path):
+    """The rows of a regen.json, ours or the original's."""
+    text = utils.read_text(path)
+    try:
+        rows = json.loads(text)
+        problem = "" if isinstance(rows, list) else "not a list of rows"
+        for i, row in enumerate(rows if not problem else []):
+            what = utils.check_record(row)
+            problem = problem or (what and f"row {i}: {what}")
+    except (ValueError, RecursionError):
+        problem = "not valid JSON; its writer may have been killed"
+    if problem:
+        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
+    return [{**row, "input": row.get("input") or ""} for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that speak OpenAI's protocol
+# ---------------------------------------------------------------------------------------------------------------------
+
+OPENAI_URL = "https://api.openai.com/v1"
+DEFAULT_MODEL = "gpt-4o-mini"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
+
+
+class RequestFailed(Exception):
+    """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
+
+    def __init__(self, message, usage):
+        super().__init__(message)
+        self.usage = usage
+
+
+def public_url(url):
+    """A URL without what may be secret in it: user, password and query."""
+    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
+
+
+def estimate_tokens(text):
+    """About how many tokens a text has: one for four ASCII characters, one for any other character."""
+    ascii_only = sum(character < "\x80" for character in text)
+    return ascii_only // 4 + len(text) - ascii_only
+
+
+def retry_after(headers):
+    """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
+    from email.utils import parsedate_to_datetime
+
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        with contextlib.suppress(KeyError, ValueError):
+            return max(0.0, float(headers[name]) / unit)
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        until = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, (until - parsedate_to_datetime(headers["date"])).total_seconds())
+    return None
+
+
+class ChatClient:
+    """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
+
+    `endpoint` is "chat" or "text"; `timeout` is the longest that an attempt, or a wait asked for by the server, may
+    take, in seconds; `parameters` go with every request. Use it inside one event loop, and close it there. `ending`,
+    once set, lets requests on the wire arrive and starts no other attempt.
+    """
+
+    def __init__(self, base_url, model, endpoint, timeout, max_retries, parameters):
+        import openai
+
+        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not key and base_url == OPENAI_URL:
+            raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
+        if not (key.isascii() and key.isprintable()):
+            raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
+        self.openai, self.key, self.model, self.endpoint = openai, key, model, endpoint
+        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
+        self.timeout, self.max_retries, self.parameters = timeout, max_retries, dict(parameters)
+        self.refused = set()
+        self.name, self.num_answers, self.ending = f"{model} at {public_url(base_url)}", 0, asyncio.Event()
+
+    async def close(self):
+        await self.client.close()
+
+    async def ask(self, prompt):
+        """Ask for an answer to `prompt`, a text or a list of chat messages.
+
+        Returns {choices: [(text, finish reason)], model, usage, attempts}; the usage is that of all attempts. Raises
+        RequestFailed where this request stays without an answer, UserError where all would, and CancelledError where
+        `ending` is set before it has one.
+        """
+        usage, attempts, problem = {"prompt_tokens": 0, "completion_tokens": 0}, 0, ""
+        while not self.ending.is_set():
+            sent, pause = dict(self.parameters), None
+            try:
+                async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
+                    response = await self._send(prompt, sent)
+                choices, problem = self._read(response, prompt, usage)
+                if choices:
+                    self.num_answers += 1
+                    model = _within(response, "model")
+                    model = model if isinstance(model, str) else self.model
+                    return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
+            except self.openai.APIStatusError as error:
+                if error.status_code in (400, 422) and self._adapt(error, sent):
+                    continue
+                problem, pause = self._public(error), retry_after(error.response.headers)
+                self._raise_if_final(error, problem, pause)
+                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
+                    raise RequestFailed(problem, usage) from None
+            except (TimeoutError, self.openai.APITimeoutError):
+                problem = f"no answer within {self.timeout:g} s"
+            except self.openai.APIConnectionError as error:
+                problem = f"no connection ({self._public(error.__cause__ or error)})"
+            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that is not JSON
+                problem = f"bad answer ({self._public(error)})"
+            attempts += 1
+            if attempts > self.max_retries:
+                raise RequestFailed(problem, usage)
+            if pause is None:
+                pause = min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.ending.wait(), pause)
+        raise asyncio.CancelledError
+
+    def _public(self, error):
+        """The first line of an error, short and without the key."""
+        text = utils.first_line(error)[:300]
+        return text.replace(self.key, "[key]") if self.key else text
+
+    def _raise_if_final(self, error, problem, pause):
+        """Raise UserError for what no request of this run can get past."""
+        said = f"{error.code} {error.type} {error.message}".lower()
+        advice = {
+            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
+            402: "there is no credit left; put it in order",
+            403: "this key may not do that; choose another --model_name, or check the key",
+            404: "check --model_name and --base_url, which mostly ends in /v1",
+        }.get(error.status_code)
+        if error.status_code == 429 and ("insufficient_quota" in said or "billing" in said):
+            advice = "there is no credit left; put it in order"
+        if pause is not None and pause > self.timeout:
+            advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
+        if advice:
+            raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
+
+    def _send(self, prompt, parameters):
+        if self.endpoint == "text":
+            return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
+
+    def _read(self, response, prompt, usage):
+        """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
+        if isinstance(response, str):
+            return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
+        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
+        choices, texts = _within(response, "choices"), []
+        for choice in choices if isinstance(choices, list) else []:
+            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
+            texts.append((text, _within(choice, "finish_reason")))
+        if not all(isinstance(count, int) for count in counted.values()):
+            words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
+            answers = "".join(text for text, _ in texts if isinstance(text, str))
+            counted = {"prompt_tokens": estimate_tokens(words), "completion_tokens": estimate_tokens(answers)}
+            usage["estimated"] = True
+        for name, count in counted.items():
+            usage[name] += count
+        if not texts:
+            return None, "bad answer (no choices)"
+        if not all(isinstance(text, str) for text, _ in texts):
+            return None, f"bad answer (no text, finish_reason {texts[0][1]})"
+        return texts, ""
+
+    def _adapt(self, error, sent):
+        """Rename or drop the parameter that the server refuses; whether there is something new to try."""
+        said = error.message.replace("`", "'")
+        if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
+            return False  # the prompt is too long; it speaks of max_tokens too
+        name = error.param if error.param in sent else None
+        if name is None and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
+            named = [key for key in sent if re.search(rf"\b{key}\b", said)]
+            name = named[0] if named else None
+        if name is None:
+            return False
+        if name in self.parameters:  # else another request has met the same
+            value, other = self.parameters.pop(name), {"max_tokens": "max_completion_tokens"}.get(name)
+            if other:
+                self.parameters[other] = value
+            how = f"sending it as {other}" if other else "sent without it"
+            say(f"{self.name}: refuses {name} {value}; from here on {how}")
+        return True
+
+
+def _within(value, *names):
+    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
+    for name in names:
+        value = getattr(value, name, None)
+    return value
+
+
+def living_model(name, base_url):
+    """`name`, or the default model for the one of 2023 that OpenAI has withdrawn."""
+    if name == "text-davinci-003" and base_url == OPENAI_URL:
+        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
+        return DEFAULT_MODEL
+    return name or DEFAULT_MODEL
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Before the first request: arguments, seeds, and what the folder holds already
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -544,7 +808,7 @@ def check_arguments(args):
         problems.append("--max_cost needs --price_in and --price_out, per million tokens")
     if args.endpoint not in ("chat", "text"):
         problems.append(f"--endpoint {args.endpoint}: must be chat or text")
-    args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or utils.OPENAI_URL
+    args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
     if not re.match(r"https?://[^/]", args.base_url):
         problems.append(f"--base_url {args.base_url}: must begin with http:// or https://")
     rules = args.quality_rules
@@ -563,7 +827,7 @@ def check_arguments(args):
     args.header = read_prompt(args.prompt_path)
     args.seed_tasks_path = args.seed_tasks_path or HERE / "seed_tasks.jsonl"
     args.output_dir = Path(args.output_dir)
-    args.model_name = utils.living_model(args.model_name, args.base_url)
+    args.model_name = living_model(args.model_name, args.base_url)
 
 
 def read_seeds(args):
@@ -596,14 +860,14 @@ def adopt_rows(folder, journal):
     if path.exists():
         digest = utils.sha256_of(path)
         if not journal.runs:
-            rows = utils.read_rows(path)
+            rows = read_rows(path)
             utils.write_text(start, path.read_text(encoding="utf-8-sig"))
             say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
         elif digest not in journal.wrote and not (start.exists() and digest == utils.sha256_of(start)):
             raise UserError(
                 f"{path}: not as the run of {journal.path.name} wrote it; move it away, or choose another --output_dir"
             )
-    return utils.read_rows(start) if start.exists() else []
+    return read_rows(start) if start.exists() else []
 
 
 def record_run(args, journal):
@@ -616,7 +880,7 @@ def record_run(args, journal):
     judged["blacklist"] = args.blacklist
     asked = {name: getattr(args, name) for name in ASKED.split()}
     asked |= {
-        "base_url": utils.public_url(args.base_url),
+        "base_url": public_url(args.base_url),
         "prompt": hashlib.sha256(args.header.encode()).hexdigest()[:16],
     }
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
@@ -707,7 +971,7 @@ async def collect(args, collection, journal, client, progress):
             answer = await client.ask(encode_prompt(shown, args.header))
             text, finish_reason = answer.pop("choices")[0]
             entry |= {"text": text, "finish_reason": finish_reason, **answer}
-        except utils.RequestFailed as failure:
+        except RequestFailed as failure:
             if not client.num_answers:
                 raise UserError(
                     f"{client.name} has not answered once: {failure}; the same command tries again"
@@ -786,7 +1050,7 @@ async def collect(args, collection, journal, client, progress):
 
 def estimate(args, tasks):
     """An upper estimate of the tokens of a request that shows `tasks`."""
-    prompt = utils.estimate_tokens(encode_prompt(tasks, args.header))
+    prompt = estimate_tokens(encode_prompt(tasks, args.header))
     return {"prompt_tokens": prompt, "completion_tokens": args.max_tokens, "estimated": True}
 
 
@@ -797,8 +1061,7 @@ def preview(args, collection):
     requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
     lines = [
         encode_prompt(tasks, args.header),
-        f"--- {args.model_name} at {utils.public_url(args.base_url)}, temperature {args.temperature}, "
-        f"top_p {args.top_p}",
+        f"--- {args.model_name} at {public_url(args.base_url)}, temperature {args.temperature}, top_p {args.top_p}",
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows",
     ]
@@ -915,7 +1178,7 @@ def generate_instruction_following_data(
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise UserError(f"{args.output_dir}: is a file; choose another --output_dir")
     if not args.replay:
-        client = utils.ChatClient(
+        client = ChatClient(
             args.base_url,
             args.model_name,
             args.endpoint,
@@ -924,7 +1187,7 @@ def generate_instruction_following_data(
             {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens},
         )
     lock = utils.claim_folder(args.output_dir)
-    journal = utils.Journal(args.output_dir / "regen.journal.jsonl")
+    journal = Journal(args.output_dir / "regen.journal.jsonl")
     try:
         if journal.torn:
             say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")

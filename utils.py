@@ -5,7 +5,6 @@ functions that need them, so that every script starts with only what it uses.
 """
 
 import argparse
-import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -15,8 +14,6 @@ import hashlib
 import io
 import json
 import os
-import random
-import re
 import shlex
 import shutil
 import signal
@@ -858,85 +855,8 @@ def free_host_memory():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generated rows and the journal that they come from
+# Completions by the name that forks of Stanford Alpaca import from here
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
-    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
-    """
-
-    def __init__(self, path):
-        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
-            try:
-                entry = json.loads(line)
-                if "request" in entry:
-                    self.answers.setdefault(entry["request"], entry)
-                elif "run" in entry:
-                    self.runs.append(entry["run"])
-                else:
-                    self.wrote.add(entry["wrote"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
-            self.size += len(line) + 1
-        self.torn = len(data) - self.size
-        self.file = None
-
-    def append(self, entry):
-        """Append a line and wait for the disk; what was half written on failure is taken back."""
-        if self.file is None:
-            self.file = open(self.path, "ab", buffering=0)
-            self.file.truncate(self.size)  # cuts a torn line off
-        try:
-            line = json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
-            line = json.dumps(entry).encode()
-        try:
-            rest = line + b"\n"
-            while rest:
-                rest = rest[self.file.write(rest) :]
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.truncate(self.size)
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
-            )
-        self.size += len(line) + 1
-        if "request" in entry:
-            self.answers[entry["request"]] = entry
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-def read_rows(path):
-    """The rows of a regen.json, ours or the original's."""
-    text = read_text(path)
-    try:
-        rows = json.loads(text)
-        problem = "" if isinstance(rows, list) else "not a list of rows"
-        for i, row in enumerate(rows if not problem else []):
-            what = check_record(row)
-            problem = problem or (what and f"row {i}: {what}")
-    except (ValueError, RecursionError):
-        problem = "not valid JSON; its writer may have been killed"
-    if problem:
-        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
-    return [{**row, "input": row.get("input") or ""} for row in rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Servers that speak OpenAI's protocol
-# ---------------------------------------------------------------------------------------------------------------------
-
-OPENAI_URL = "https://api.openai.com/v1"
-DEFAULT_MODEL = "gpt-4o-mini"
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
 
 
 @dataclasses.dataclass
@@ -954,188 +874,6 @@ class OpenAIDecodingArguments:
     suffix: str | None = None
     logprobs: int | None = None
     echo: bool = False
-
-
-class RequestFailed(Exception):
-    """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
-
-    def __init__(self, message, usage):
-        super().__init__(message)
-        self.usage = usage
-
-
-def public_url(url):
-    """A URL without what may be secret in it: user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
-
-
-def estimate_tokens(text):
-    """About how many tokens a text has: one for four ASCII characters, one for any other character."""
-    ascii_only = sum(character < "\x80" for character in text)
-    return ascii_only // 4 + len(text) - ascii_only
-
-
-def retry_after(headers):
-    """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
-    from email.utils import parsedate_to_datetime
-
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(headers[name]) / unit)
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        until = parsedate_to_datetime(headers["retry-after"])
-        return max(0.0, (until - parsedate_to_datetime(headers["date"])).total_seconds())
-    return None
-
-
-class ChatClient:
-    """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
-
-    `endpoint` is "chat" or "text"; `timeout` is the longest that an attempt, or a wait asked for by the server, may
-    take, in seconds; `parameters` go with every request. Use it inside one event loop, and close it there. `ending`,
-    once set, lets requests on the wire arrive and starts no other attempt.
-    """
-
-    def __init__(self, base_url, model, endpoint, timeout, max_retries, parameters):
-        import openai
-
-        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not key and base_url == OPENAI_URL:
-            raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
-        self.openai, self.key, self.model, self.endpoint = openai, key, model, endpoint
-        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
-        self.timeout, self.max_retries, self.parameters = timeout, max_retries, dict(parameters)
-        self.refused = set()
-        self.name, self.num_answers, self.ending = f"{model} at {public_url(base_url)}", 0, asyncio.Event()
-
-    async def close(self):
-        await self.client.close()
-
-    async def ask(self, prompt):
-        """Ask for an answer to `prompt`, a text or a list of chat messages.
-
-        Returns {choices: [(text, finish reason)], model, usage, attempts}; the usage is that of all attempts. Raises
-        RequestFailed where this request stays without an answer, UserError where all would, and CancelledError where
-        `ending` is set before it has one.
-        """
-        usage, attempts, problem = {"prompt_tokens": 0, "completion_tokens": 0}, 0, ""
-        while not self.ending.is_set():
-            sent, pause = dict(self.parameters), None
-            try:
-                async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
-                    response = await self._send(prompt, sent)
-                choices, problem = self._read(response, prompt, usage)
-                if choices:
-                    self.num_answers += 1
-                    model = _within(response, "model")
-                    model = model if isinstance(model, str) else self.model
-                    return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
-            except self.openai.APIStatusError as error:
-                if error.status_code in (400, 422) and self._adapt(error, sent):
-                    continue
-                problem, pause = self._public(error), retry_after(error.response.headers)
-                self._raise_if_final(error, problem, pause)
-                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                    raise RequestFailed(problem, usage) from None
-            except (TimeoutError, self.openai.APITimeoutError):
-                problem = f"no answer within {self.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                problem = f"no connection ({self._public(error.__cause__ or error)})"
-            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that is not JSON
-                problem = f"bad answer ({self._public(error)})"
-            attempts += 1
-            if attempts > self.max_retries:
-                raise RequestFailed(problem, usage)
-            if pause is None:
-                pause = min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.ending.wait(), pause)
-        raise asyncio.CancelledError
-
-    def _public(self, error):
-        """The first line of an error, short and without the key."""
-        text = first_line(error)[:300]
-        return text.replace(self.key, "[key]") if self.key else text
-
-    def _raise_if_final(self, error, problem, pause):
-        """Raise UserError for what no request of this run can get past."""
-        said = f"{error.code} {error.type} {error.message}".lower()
-        advice = {
-            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
-            402: "there is no credit left; put it in order",
-            403: "this key may not do that; choose another --model_name, or check the key",
-            404: "check --model_name and --base_url, which mostly ends in /v1",
-        }.get(error.status_code)
-        if error.status_code == 429 and ("insufficient_quota" in said or "billing" in said):
-            advice = "there is no credit left; put it in order"
-        if pause is not None and pause > self.timeout:
-            advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
-        if advice:
-            raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
-
-    def _send(self, prompt, parameters):
-        if self.endpoint == "text":
-            return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
-
-    def _read(self, response, prompt, usage):
-        """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
-        if isinstance(response, str):
-            return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
-        choices, texts = _within(response, "choices"), []
-        for choice in choices if isinstance(choices, list) else []:
-            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
-            texts.append((text, _within(choice, "finish_reason")))
-        if not all(isinstance(count, int) for count in counted.values()):
-            words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
-            answers = "".join(text for text, _ in texts if isinstance(text, str))
-            counted = {"prompt_tokens": estimate_tokens(words), "completion_tokens": estimate_tokens(answers)}
-            usage["estimated"] = True
-        for name, count in counted.items():
-            usage[name] += count
-        if not texts:
-            return None, "bad answer (no choices)"
-        if not all(isinstance(text, str) for text, _ in texts):
-            return None, f"bad answer (no text, finish_reason {texts[0][1]})"
-        return texts, ""
-
-    def _adapt(self, error, sent):
-        """Rename or drop the parameter that the server refuses; whether there is something new to try."""
-        said = error.message.replace("`", "'")
-        if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
-            return False  # the prompt is too long; it speaks of max_tokens too
-        name = error.param if error.param in sent else None
-        if name is None and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
-            named = [key for key in sent if re.search(rf"\b{key}\b", said)]
-            name = named[0] if named else None
-        if name is None:
-            return False
-        if name in self.parameters:  # else another request has met the same
-            value, other = self.parameters.pop(name), {"max_tokens": "max_completion_tokens"}.get(name)
-            if other:
-                self.parameters[other] = value
-            how = f"sending it as {other}" if other else "sent without it"
-            say(f"{self.name}: refuses {name} {value}; from here on {how}")
-        return True
-
-
-def _within(value, *names):
-    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
-    for name in names:
-        value = getattr(value, name, None)
-    return value
-
-
-def living_model(name, base_url):
-    """`name`, or the default model for the one of 2023 that OpenAI has withdrawn."""
-    if name == "text-davinci-003" and base_url == OPENAI_URL:
-        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
-        return DEFAULT_MODEL
-    return name or DEFAULT_MODEL
 
 
 def openai_completion(

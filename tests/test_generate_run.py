@@ -25,7 +25,7 @@ SCRIPT = ROOT / "generate_instruction.py"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses, and no key or server of whoever runs the tests."""
-    monkeypatch.setattr(utils, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(generate_instruction, "FIRST_PAUSE_S", 0.01)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -495,8 +495,8 @@ def test_a_missing_usage_is_estimated_and_said(tmp_path, capsys):
         generate(server, tmp_path, 5)
         answer = answers_of(tmp_path)[0]
     assert answer["usage"] == {
-        "prompt_tokens": utils.estimate_tokens(server.requests[0]["prompt"]),
-        "completion_tokens": utils.estimate_tokens(answer["text"]),
+        "prompt_tokens": generate_instruction.estimate_tokens(server.requests[0]["prompt"]),
+        "completion_tokens": generate_instruction.estimate_tokens(answer["text"]),
         "estimated": True,
     }
     assert f"tokens ~{answer['usage']['prompt_tokens']:,} in ~" in capsys.readouterr().err
@@ -530,7 +530,7 @@ def test_dry_run_shows_the_first_request_and_writes_nothing(server, tmp_path):
     prompt, _, rest = done.stdout.partition("\n--- ")
     generate(server, tmp_path / "out", 5)
     assert prompt == server.requests[0]["prompt"]
-    tokens = utils.estimate_tokens(prompt)
+    tokens = generate_instruction.estimate_tokens(prompt)
     assert (
         f"an estimate, by characters: about {tokens:,} tokens in a request, at most 3,072 out; at least 3 requests"
         in rest
@@ -884,7 +884,7 @@ def test_openai_completion_against_openai_needs_a_key_and_a_model_that_lives(mon
         monkeypatch.setattr(openai, "OpenAI", lambda **options: client)  # as if it were OpenAI's server
         utils.openai_completion("4. Instruction:", arguments, "text-davinci-003")
         utils.openai_completion("4. Instruction:", arguments)
-    assert [request["model"] for request in server.requests] == [utils.DEFAULT_MODEL] * 2
+    assert [request["model"] for request in server.requests] == [generate_instruction.DEFAULT_MODEL] * 2
     assert capsys.readouterr().err.count("text-davinci-003 was withdrawn") == 1
 
 
