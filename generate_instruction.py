@@ -11,6 +11,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -40,9 +41,7 @@ HERE = Path(__file__).resolve().parent
 TASKS_PER_PROMPT = 20  # that prompt.txt asks for, the shown ones included
 SHOWN_CHARACTERS = 10_000  # a longer task is not shown as a demonstration
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Options that are texts, those that need not be given, and those that decide what is asked for.
-TEXTS = "output_dir seed_tasks_path model_name base_url endpoint prompt_path quality_rules blacklist_path report"
-OPTIONAL = ("num_parallel_requests", "max_requests", "max_cost", "price_in", "price_out")
+# Options that decide what is asked for.
 ASKED = (
     "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt "
     "num_parallel_requests seed"
@@ -416,18 +415,14 @@ class Collection:
         self.shown_rows = [i for i, row in enumerate(self.rows) if not cannot_be_shown(row)]
         self.rows_after, self.num_old, self.committed = [len(self.rows)], len(self.rows), set()
         self.dropped, self.reasons, self.failures = [], collections.Counter(), collections.Counter()
-        self.usage, self.dearest = [0, 0], 0.0
+        self.usage, self.dearest = {"prompt_tokens": 0, "completion_tokens": 0}, 0.0
         self.estimated = 0  # answers without a token count
-
-    @property
-    def num_committed(self):
-        return len(self.rows_after) - 1
 
     @property
     def per_request(self):
         """Rows kept per request so far; before the first the most that there can be."""
-        if self.num_committed:
-            return (len(self.rows) - self.num_old) / self.num_committed
+        if self.committed:
+            return (len(self.rows) - self.num_old) / len(self.committed)
         return max(1, TASKS_PER_PROMPT - self.args.num_prompt_instructions)
 
     def draw(self, request):
@@ -447,8 +442,8 @@ class Collection:
         """Take the tasks from one line of the journal, in request order; returns how many were kept."""
         number, before = entry["request"], len(self.rows)
         usage = entry.get("usage") or {}
-        for side, key in enumerate(("prompt_tokens", "completion_tokens")):
-            self.usage[side] += usage.get(key) or 0
+        for key in self.usage:
+            self.usage[key] += usage.get(key) or 0
         self.estimated += bool(usage.get("estimated"))
         self.dearest = max(self.dearest, self.cost(usage))
         if "failed" in entry:
@@ -486,9 +481,18 @@ class Collection:
         price_in, price_out = self.args.price_in or 0, self.args.price_out or 0
         return (price_in * (usage.get("prompt_tokens") or 0) + price_out * (usage.get("completion_tokens") or 0)) / 1e6
 
-    @property
-    def total_cost(self):
-        return self.cost({"prompt_tokens": self.usage[0], "completion_tokens": self.usage[1]})
+    def limit(self, request, num_on_their_way):
+        """Why a request must not be sent, "enough" or the option that forbids it; "" where it may."""
+        args = self.args
+        if len(self.rows) + num_on_their_way * self.per_request >= args.num_instructions_to_generate:
+            return "enough"
+        if args.max_requests is not None and request >= args.max_requests:
+            return f"--max_requests {args.max_requests}"
+        if args.max_cost is not None:
+            dearest = self.dearest or self.cost(estimate(args, self.draw(request)))
+            if self.cost(self.usage) + (num_on_their_way + 1) * dearest > args.max_cost:
+                return f"--max_cost {args.max_cost}"
+        return ""
 
     def account(self):
         """One line in which the counts add up."""
@@ -555,7 +559,7 @@ class Journal:
             self.file.close()
 
 
-def read_rows(path):
+def read_regenerated(path):
     """The rows of a regen.json, ours or the original's."""
     text = utils.read_text(path)
     try:
@@ -612,6 +616,11 @@ def retry_after(headers):
     return None
 
 
+def pause_before(attempt):
+    """Seconds before another attempt; they differ, so that requests refused together do not come back together."""
+    return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
+
+
 class ChatClient:
     """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
 
@@ -638,24 +647,22 @@ class ChatClient:
         await self.client.close()
 
     async def ask(self, prompt):
-        """Ask for an answer to `prompt`, a text or a list of chat messages.
+        """Ask for an answer to a text.
 
-        Returns {choices: [(text, finish reason)], model, usage, attempts}; the usage is that of all attempts. Raises
-        RequestFailed where this request stays without an answer, UserError where all would, and CancelledError where
-        `ending` is set before it has one.
+        Returns {text, finish_reason, model, usage, attempts}; the usage is that of all attempts. Raises RequestFailed
+        where this request stays without an answer, UserError where all would, and CancelledError where `ending` is set
+        before it has one.
         """
-        usage, attempts, problem = {"prompt_tokens": 0, "completion_tokens": 0}, 0, ""
+        usage, attempts = {"prompt_tokens": 0, "completion_tokens": 0}, 0
         while not self.ending.is_set():
             sent, pause = dict(self.parameters), None
             try:
                 async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
                     response = await self._send(prompt, sent)
-                choices, problem = self._read(response, prompt, usage)
-                if choices:
+                answer, problem = self._read(response, prompt, usage)
+                if answer:
                     self.num_answers += 1
-                    model = _within(response, "model")
-                    model = model if isinstance(model, str) else self.model
-                    return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
+                    return {**answer, "usage": usage, "attempts": attempts + 1}
             except self.openai.APIStatusError as error:
                 if error.status_code in (400, 422) and self._adapt(error, sent):
                     continue
@@ -672,10 +679,8 @@ class ChatClient:
             attempts += 1
             if attempts > self.max_retries:
                 raise RequestFailed(problem, usage)
-            if pause is None:
-                pause = min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.ending.wait(), pause)
+                await asyncio.wait_for(self.ending.wait(), pause_before(attempts) if pause is None else pause)
         raise asyncio.CancelledError
 
     def _public(self, error):
@@ -702,30 +707,35 @@ class ChatClient:
     def _send(self, prompt, parameters):
         if self.endpoint == "text":
             return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [{"role": "user", "content": prompt}]
         return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
 
     def _read(self, response, prompt, usage):
-        """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
+        """({text, finish_reason, model}, "") or (None, what is wrong); adds the tokens to `usage`.
+
+        Servers send anything, and the client hands it through unchecked.
+        """
         if isinstance(response, str):
             return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
-        choices, texts = _within(response, "choices"), []
-        for choice in choices if isinstance(choices, list) else []:
-            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
-            texts.append((text, _within(choice, "finish_reason")))
-        if not all(isinstance(count, int) for count in counted.values()):
-            words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
-            answers = "".join(text for text, _ in texts if isinstance(text, str))
-            counted = {"prompt_tokens": estimate_tokens(words), "completion_tokens": estimate_tokens(answers)}
+        text, finish_reason, problem, counted = None, None, "", (None, None)
+        try:
+            choice = response.choices[0]
+            finish_reason = choice.finish_reason
+            text = choice.text if self.endpoint == "text" else choice.message.content
+        except (AttributeError, LookupError, TypeError):
+            problem = "bad answer (no choices)"
+        with contextlib.suppress(AttributeError):
+            counted = response.usage.prompt_tokens, response.usage.completion_tokens
+        if not all(isinstance(count, int) for count in counted):
+            counted = estimate_tokens(prompt), estimate_tokens(text if isinstance(text, str) else "")
             usage["estimated"] = True
-        for name, count in counted.items():
-            usage[name] += count
-        if not texts:
-            return None, "bad answer (no choices)"
-        if not all(isinstance(text, str) for text, _ in texts):
-            return None, f"bad answer (no text, finish_reason {texts[0][1]})"
-        return texts, ""
+        usage["prompt_tokens"] += counted[0]
+        usage["completion_tokens"] += counted[1]
+        if not isinstance(text, str):
+            return None, problem or f"bad answer (no text, finish_reason {finish_reason})"
+        model = getattr(response, "model", None)
+        model = model if isinstance(model, str) else self.model
+        return {"text": text, "finish_reason": finish_reason, "model": model}, ""
 
     def _adapt(self, error, sent):
         """Rename or drop the parameter that the server refuses; whether there is something new to try."""
@@ -747,63 +757,77 @@ class ChatClient:
         return True
 
 
-def _within(value, *names):
-    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
-    for name in names:
-        value = getattr(value, name, None)
-    return value
-
-
-def living_model(name, base_url):
-    """`name`, or the default model for the one of 2023 that OpenAI has withdrawn."""
-    if name == "text-davinci-003" and base_url == OPENAI_URL:
-        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
-        return DEFAULT_MODEL
-    return name or DEFAULT_MODEL
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Before the first request: arguments, seeds, and what the folder holds already
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_arguments(args):
-    """Complete the arguments. Raises one UserError that names everything wrong with them."""
+def option(default, text, least=None, most=math.inf):
+    """A field of `Options` with its help; where it is a number that is checked, with the least and the most."""
+    return dataclasses.field(default=default, metadata={"help": text, "least": least, "most": most})
+
+
+@dataclasses.dataclass
+class Options:
+    """What --help lists, and what `generate_instruction_following_data` takes."""
+
+    output_dir: str = option("./", "Folder of the results and of the journal.")
+    seed_tasks_path: str | None = option(None, "Seed tasks, as JSON Lines or a list (default: this script's own).")
+    num_instructions_to_generate: int = option(100, "How many rows the folder should hold in the end.", 1)
+    model_name: str | None = option(None, f"The model that writes (default: {DEFAULT_MODEL}).")
+    num_prompt_instructions: int = option(3, "Tasks shown in a request.", 0, TASKS_PER_PROMPT - 1)
+    request_batch_size: int = option(5, "The old name of --num_parallel_requests.", 1, 1000)
+    temperature: float = option(1.0, "Sampling temperature.", 0, 2)
+    top_p: float = option(1.0, "Share of probability that is sampled from.", 0, 1)
+    num_cpus: int | None = option(None, "Has no meaning any more.")
+    _: dataclasses.KW_ONLY
+    base_url: str | None = option(None, "The server (default: OPENAI_BASE_URL, else OpenAI's), as http://HOST:8000/v1.")
+    endpoint: str = option("chat", "chat, or text for base models (text completions).")
+    max_tokens: int = option(3072, "The longest answer, in tokens.", 1)
+    num_parallel_requests: int | None = option(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
+    num_generated_in_prompt: int = option(0, "How many of the shown tasks are taken from those generated so far.", 0)
+    prompt_path: str | None = option(
+        None, "What the model is told before the tasks (default: this script's prompt.txt)."
+    )
+    rouge_threshold: float = option(0.7, "Above this ROUGE-L with a known instruction a task is a duplicate.", 0, 1)
+    quality_rules: str = option(",".join(RULES), "What an instruction must not break, separated by commas, or none.")
+    blacklist_path: str | None = option(
+        None, "Words that no instruction may hold, one a line, instead of the usual ones."
+    )
+    price_in: float | None = option(None, "Price of a million tokens of prompt.", 0)
+    price_out: float | None = option(None, "Price of a million tokens of answer.", 0)
+    max_cost: float | None = option(None, "Send no request that would bring the cost above this.", 0)
+    max_requests: int | None = option(None, "Send no more requests than this, earlier runs of the folder included.", 0)
+    timeout: float = option(600, "Seconds that an answer may take, and that a server may ask to wait.", 0.1)
+    max_retries: int = option(5, "How often a request is tried again.", 0, 100)
+    patience: int = option(20, "End after so many requests in a row of which nothing was kept.", 1)
+    seed: int = option(0, "Decides which tasks are shown in which request.", -math.inf)
+    dry_run: bool = option(False, "Show the first request and what the run may cost; send and write nothing.")
+    replay: bool = option(False, "Parse and judge all answers of the journal anew, with the rules given; send nothing.")
+    report: str | None = option(None, "Write an HTML page about the rows to this file.")
+
+
+def wrong_numbers(options):
+    """What is wrong with the options that are numbers, one text for each."""
     problems = []
-    limits = {  # name: (least, most, whole number); None stands for an option that was not given
-        "num_instructions_to_generate": (1, math.inf, True),
-        "num_prompt_instructions": (0, TASKS_PER_PROMPT - 1, True),
-        "num_generated_in_prompt": (0, args.num_prompt_instructions, True),
-        "request_batch_size": (1, 1000, True),
-        "num_parallel_requests": (1, 1000, True),
-        "temperature": (0, 2, False),
-        "top_p": (0, 1, False),
-        "rouge_threshold": (0, 1, False),
-        "max_tokens": (1, math.inf, True),
-        "timeout": (0.1, math.inf, False),
-        "max_retries": (0, 100, True),
-        "max_requests": (0, math.inf, True),
-        "max_cost": (0, math.inf, False),
-        "price_in": (0, math.inf, False),
-        "price_out": (0, math.inf, False),
-        "patience": (1, math.inf, True),
-        "seed": (-math.inf, math.inf, True),
-    }
-    for name, (least, most, whole) in limits.items():
-        value = getattr(args, name)
-        if value is None and name in OPTIONAL:
+    for field in dataclasses.fields(options):
+        value, least, most = getattr(options, field.name), field.metadata["least"], field.metadata["most"]
+        if least is None or (value is None and field.default is None):
             continue
-        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        kind, types = ("a whole number", int) if field.type in (int, int | None) else ("a number", (int, float))
+        is_number = isinstance(value, types) and not isinstance(value, bool)
         if not is_number or not least <= value <= most:  # NaN is between nothing
-            kind = "a whole number" if whole else "a number"
-            bounds = (
-                ""
-                if least == -math.inf
-                else f" of at least {least}"
-                if most == math.inf
-                else f" from {least} to {most}"
-            )
-            problems.append(f"--{name} {value}: must be {kind}{bounds}")
+            bounds = f" of at least {least}" if most == math.inf else f" from {least} to {most}"
+            problems.append(f"--{field.name} {value}: must be {kind}{'' if least == -math.inf else bounds}")
+    return problems
+
+
+def check_options(options):
+    """The options with what follows from them, as a namespace. Raises one UserError that names all that is wrong."""
+    args, problems = SimpleNamespace(**vars(options)), wrong_numbers(options)
+    if not problems and args.num_generated_in_prompt > args.num_prompt_instructions:
+        bounds = f"from 0 to {args.num_prompt_instructions}"
+        problems.append(f"--num_generated_in_prompt {args.num_generated_in_prompt}: must be a whole number {bounds}")
     if args.max_cost is not None and args.price_in is None and args.price_out is None:
         problems.append("--max_cost needs --price_in and --price_out, per million tokens")
     if args.endpoint not in ("chat", "text"):
@@ -817,6 +841,9 @@ def check_arguments(args):
     wrong = [rule for rule in args.quality_rules if rule not in RULES]
     if wrong:
         problems.append(f"--quality_rules {wrong[0]}: must be none, or some of {','.join(RULES)}")
+    args.output_dir = Path(args.output_dir)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        problems.append(f"{args.output_dir}: is a file; choose another --output_dir")
     if problems:
         raise UserError("; ".join(problems))
     args.num_parallel_requests = args.num_parallel_requests or args.request_batch_size
@@ -826,8 +853,13 @@ def check_arguments(args):
         args.blacklist = [line.strip() for line in text.split("\n") if line.strip()]
     args.header = read_prompt(args.prompt_path)
     args.seed_tasks_path = args.seed_tasks_path or HERE / "seed_tasks.jsonl"
-    args.output_dir = Path(args.output_dir)
-    args.model_name = living_model(args.model_name, args.base_url)
+    if args.model_name == "text-davinci-003" and args.base_url == OPENAI_URL:
+        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
+        args.model_name = DEFAULT_MODEL
+    args.model_name = args.model_name or DEFAULT_MODEL
+    if args.num_cpus is not None:
+        say("--num_cpus has no meaning any more: one core filters a batch in milliseconds; ignored")
+    return args
 
 
 def read_seeds(args):
@@ -840,18 +872,19 @@ def read_seeds(args):
         raise UserError(f"{problems[0]}{more}; mend the file, or choose another --seed_tasks_path")
     if not found:
         raise UserError(f"{path}: holds no tasks; choose another --seed_tasks_path")
-    seeds = list({task["source"]: task for task in reversed(found)}.values())[::-1]
+    seeds = {}
+    for task in found:
+        seeds.setdefault(task["source"], task)
     shown = 0
-    for seed in seeds:
+    for source, seed in seeds.items():
         problem = cannot_be_shown(seed)
         shown += not problem
         if problem:
-            say(f"{seed['source']}: never shown to the model, {problem}")
+            say(f"{source}: never shown to the model, {problem}")
     if shown < args.num_prompt_instructions:
-        raise UserError(
-            f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {args.num_prompt_instructions}"
-        )
-    return seeds
+        asked = args.num_prompt_instructions
+        raise UserError(f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {asked}")
+    return list(seeds.values())
 
 
 def adopt_rows(folder, journal):
@@ -860,14 +893,14 @@ def adopt_rows(folder, journal):
     if path.exists():
         digest = utils.sha256_of(path)
         if not journal.runs:
-            rows = read_rows(path)
+            rows = read_regenerated(path)
             utils.write_text(start, path.read_text(encoding="utf-8-sig"))
             say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
         elif digest not in journal.wrote and not (start.exists() and digest == utils.sha256_of(start)):
             raise UserError(
                 f"{path}: not as the run of {journal.path.name} wrote it; move it away, or choose another --output_dir"
             )
-    return read_rows(start) if start.exists() else []
+    return read_regenerated(start) if start.exists() else []
 
 
 def record_run(args, journal):
@@ -876,31 +909,30 @@ def record_run(args, journal):
     Raises UserError where rows that are kept already would be judged by other rules; --replay may do that.
     """
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
-    judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
-    judged["blacklist"] = args.blacklist
+    judged = {name: getattr(args, name) for name in ("rouge_threshold", "quality_rules", "blacklist")}
+    judged["seed_tasks"] = seeds[:16]
     asked = {name: getattr(args, name) for name in ASKED.split()}
-    asked |= {
-        "base_url": public_url(args.base_url),
-        "prompt": hashlib.sha256(args.header.encode()).hexdigest()[:16],
-    }
+    asked["base_url"] = public_url(args.base_url)
+    asked["prompt"] = hashlib.sha256(args.header.encode()).hexdigest()[:16]
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
+    if args.replay:
+        asked = last["asked"]  # nothing is
     changes = {
-        key: [f"{k} was {last[key].get(k)} and is {v}" for k, v in now.items() if last[key].get(k) != v]
-        for key, now in (("judged", judged), ("asked", asked))
+        key: [
+            f"{name} was {last[key].get(name)} and is {now}" for name, now in new.items() if last[key].get(name) != now
+        ]
+        for key, new in (("judged", judged), ("asked", asked))
     }
     if changes["judged"] and not args.replay:
         raise UserError(
             f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old "
             "settings, judge all answers anew with --replay, or choose another --output_dir"
         )
-    if args.replay:
-        asked = last["asked"]
-    elif changes["asked"]:
+    if changes["asked"]:
         say(f"{args.output_dir}: from here on {'; '.join(changes['asked'])}")
-    run = {"judged": judged, "asked": asked}
     if not journal.runs or any(changes.values()):
         facts = {"versions": utils.versions("openai", "rapidfuzz", "rouge_score"), "git_commit": utils.git_commit()}
-        journal.append({"run": {**run, **facts}})
+        journal.append({"run": {"judged": judged, "asked": asked, **facts}})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -917,23 +949,19 @@ class Progress:
 
     def line(self):
         args, found = self.args, self.collection
-        kept, target = len(found.rows), args.num_instructions_to_generate
-        parts = [
-            f"kept {kept:,}/{target:,}",
-            f"{found.per_request:.1f} per request",
-            f"{found.num_committed:,} requests",
-        ]
+        kept, target, num_requests = len(found.rows), args.num_instructions_to_generate, len(found.committed)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common(3))
-        parts.append(f"dropped {sum(found.reasons.values()):,}{f' ({reasons})' if reasons else ''}")
+        parts = [f"kept {kept:,}/{target:,}", f"{found.per_request:.1f} per request", f"{num_requests:,} requests"]
+        parts.append(f"dropped {found.reasons.total():,}{f' ({reasons})' if reasons else ''}")
         if found.failures:
-            parts.append(f"{sum(found.failures.values()):,} failed")
+            parts.append(f"{found.failures.total():,} failed")
         about = "~" if found.estimated else ""
-        parts.append(f"tokens {about}{found.usage[0]:,} in {about}{found.usage[1]:,} out")
-        new = kept - found.num_old
+        parts.append("tokens {0}{1:,} in {0}{2:,} out".format(about, *found.usage.values()))
         if args.price_in is not None or args.price_out is not None:
-            whole = f", {found.total_cost / new * (target - found.num_old):.4f} at {target:,}" if new else ""
-            parts.append(f"cost {about}{found.total_cost:.4f}{whole}")
-        if kept > self.first and kept < target:
+            cost, new = found.cost(found.usage), kept - found.num_old
+            whole = f", {cost / new * (target - found.num_old):.4f} at {target:,}" if new else ""
+            parts.append(f"cost {about}{cost:.4f}{whole}")
+        if self.first < kept < target:
             left = int((time.monotonic() - self.started) / (kept - self.first) * (target - kept))
             parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
         return "  ".join(parts)
@@ -941,6 +969,73 @@ class Progress:
     def show(self, last=False):
         self.lines += 1
         utils.show_progress(self.line(), is_due=self.lines % 10 == 0, is_last=last)
+
+
+class Requests:
+    """Those on their way, as {number: task of asyncio} in the order of their numbers.
+
+    `stopped` is a future that ends the run: by the number of a signal, or by the error that a request has met.
+    """
+
+    def __init__(self, args, collection, journal, client, stopped):
+        self.args, self.collection, self.journal, self.client = args, collection, journal, client
+        self.tasks, self.started, self.stopped, self.fruitless = {}, 0, stopped, []
+        self.last_known = max(journal.answers, default=-1)  # up to here an earlier run has asked
+
+    def start(self):
+        """Start as many as may be on their way; returns what holds the next one back, "" where nothing does."""
+        while len(self.tasks) < self.args.num_parallel_requests:
+            limit = self.collection.limit(self.started, len(self.tasks)) if self.started > self.last_known else ""
+            if limit:
+                return limit
+            self.tasks[self.started] = task = asyncio.ensure_future(self.obtain(self.started))
+            task.add_done_callback(self.check)
+            self.started += 1
+        return ""
+
+    async def obtain(self, number):
+        """The journal's line of a request, which is sent where the journal has none."""
+        if number in self.journal.answers:
+            return self.journal.answers[number]
+        shown = self.collection.draw(number)
+        entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
+        try:
+            entry |= await self.client.ask(encode_prompt(shown, self.args.header))
+        except RequestFailed as failure:
+            if not self.client.num_answers:
+                name = self.client.name
+                raise UserError(f"{name} has not answered once: {failure}; the same command tries again") from None
+            entry |= {"failed": str(failure), "usage": failure.usage}
+        self.journal.append(entry)
+        return entry
+
+    def check(self, task):
+        """What a request raises ends the run, whether it is its turn or not."""
+        if not task.cancelled() and task.exception() and not self.stopped.done():
+            self.stopped.set_exception(task.exception())
+
+    def commit(self, number):
+        """Commit an answer that is there. Raises UserError where nothing was kept of too many in a row."""
+        if self.collection.commit(self.tasks.pop(number).result()):
+            self.fruitless = []
+        elif number > self.last_known:
+            self.fruitless.append(number)
+        if len(self.fruitless) >= self.args.patience:
+            reasons = [row["reason"] for row in self.collection.dropped if row["request"] in self.fruitless]
+            reasons += [self.journal.answers[number].get("failed") for number in self.fruitless]
+            raise UserError(
+                f"{self.client.name}: nothing was kept of the last {len(self.fruitless)} requests "
+                f"({', '.join(filter(None, dict.fromkeys(reasons)))}); see {self.journal.path.name}, then try another "
+                "--model_name, more --max_tokens or more --patience"
+            )
+
+    def stop(self, number):
+        """Take a signal: the first lets answers arrive that are on their way, the second does not."""
+        if not self.stopped.done():
+            self.stopped.set_result(number)
+        else:
+            for task in self.tasks.values():
+                task.cancel()
 
 
 async def collect(args, collection, journal, client, progress):
@@ -951,99 +1046,35 @@ async def collect(args, collection, journal, client, progress):
     same rows, in whatever order the answers come, and however often the process was killed. Returns (message, exit
     code) of an end before the target, else ("", 0).
     """
-    loop, tasks, started, fruitless = asyncio.get_running_loop(), {}, 0, []
-    stopped = loop.create_future()  # by a signal, or for good by a UserError
-    last_known = max(journal.answers, default=-1)
-
-    def on_signal(number):
-        if stopped.done():  # the second one
-            for task in tasks.values():
-                task.cancel()
-        else:
-            stopped.set_result(number)
-
-    async def obtain(number):
-        if number in journal.answers:
-            return journal.answers[number]
-        shown = collection.draw(number)
-        entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
+    loop = asyncio.get_running_loop()
+    stopped = loop.create_future()
+    requests, limit, message, code = Requests(args, collection, journal, client, stopped), "", "", 0
+    with utils.on_signals(lambda number, frame: loop.call_soon_threadsafe(requests.stop, number), *SIGNALS):
         try:
-            answer = await client.ask(encode_prompt(shown, args.header))
-            text, finish_reason = answer.pop("choices")[0]
-            entry |= {"text": text, "finish_reason": finish_reason, **answer}
-        except RequestFailed as failure:
-            if not client.num_answers:
-                raise UserError(
-                    f"{client.name} has not answered once: {failure}; the same command tries again"
-                ) from None
-            entry |= {"failed": str(failure), "usage": failure.usage}
-        journal.append(entry)
-        return entry
-
-    def limit():
-        """Why request `started` must not be sent; "" where it may."""
-        if started <= last_known:
-            return ""
-        if len(collection.rows) + len(tasks) * collection.per_request >= args.num_instructions_to_generate:
-            return "enough"
-        if args.max_requests is not None and started >= args.max_requests:
-            return f"--max_requests {args.max_requests}"
-        if args.max_cost is not None:
-            dearest = collection.dearest or collection.cost(estimate(args, collection.draw(started)))
-            if collection.total_cost + (len(tasks) + 1) * dearest > args.max_cost:
-                return f"--max_cost {args.max_cost}"
-        return ""
-
-    for number in SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP: so do we
-            with contextlib.suppress(RuntimeError, ValueError):  # outside the main thread there are no signals
-                loop.add_signal_handler(number, on_signal, number)
-    message, code, reason = "", 0, ""
-    try:
-        while not stopped.done():
-            while len(tasks) < args.num_parallel_requests and not (reason := limit()):
-                tasks[started] = asyncio.ensure_future(obtain(started))
-                started += 1
-            if not tasks:
-                break
-            number, first = next(iter(tasks.items()))
-            if not first.done():
-                pending = [task for task in tasks.values() if not task.done()]
-                await asyncio.wait([*pending, stopped], return_when=asyncio.FIRST_COMPLETED)
-                for task in tasks.values():
-                    if task.done() and not task.cancelled():
-                        task.result()  # raises what ends the run
-                continue
-            kept = collection.commit(first.result())  # one alone: what is started next must not depend on the others
-            del tasks[number]
-            progress.show()
-            fruitless = [] if kept else [*fruitless, number] if number > last_known else fruitless
-            if len(fruitless) >= args.patience:
-                why = {row["reason"]: None for row in collection.dropped if row["request"] in fruitless}
-                why |= {journal.answers[number].get("failed"): None for number in fruitless}
-                why.pop(None, None)
-                raise UserError(
-                    f"{client.name}: nothing was kept of the last {len(fruitless)} requests ({', '.join(why)}); "
-                    f"see {journal.path.name}, then try another --model_name, more --max_tokens or more --patience"
-                )
-        if stopped.done():
-            message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
-        elif reason not in ("", "enough"):
-            message = f"stopped at {reason}"
-    except UserError as error:
-        message, code = str(error), 2
-        if not stopped.done():
-            stopped.set_result(0)
-    client.ending.set()
-    pending = [task for task in tasks.values() if not task.done()]
-    if pending:
-        say(f"{message}; waiting up to {GRACE_S} s for answers on their way; Ctrl-C leaves at once")
-        await asyncio.wait(pending, timeout=GRACE_S)
-        for task in tasks.values():
+            while not stopped.done():
+                limit = requests.start()
+                if not requests.tasks:
+                    break
+                number, first = next(iter(requests.tasks.items()))
+                await asyncio.wait([first, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if not stopped.done():
+                    requests.commit(number)  # one alone: what is started next must not depend on the others
+                    progress.show()
+            if stopped.done():
+                message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
+            elif limit not in ("", "enough"):
+                message = f"stopped at {limit}"
+        except UserError as error:
+            message, code = str(error), 2
+            stopped.cancel()  # so that the next signal counts as the second
+        client.ending.set()
+        pending = [task for task in requests.tasks.values() if not task.done()]
+        if pending:
+            say(f"{message}; waiting up to {GRACE_S} s for answers on their way; Ctrl-C leaves at once")
+            await asyncio.wait(pending, timeout=GRACE_S)
+        for task in pending:
             task.cancel()
-    await asyncio.gather(*tasks.values(), return_exceptions=True)
-    for number in SIGNALS:
-        loop.remove_signal_handler(number)
+        await asyncio.gather(*pending, return_exceptions=True)
     await client.close()
     return message, code
 
@@ -1093,38 +1124,7 @@ def write_results(args, collection, journal):
         say(f"{args.report}: report written")
 
 
-def generate_instruction_following_data(
-    output_dir="./",
-    seed_tasks_path=None,
-    num_instructions_to_generate=100,
-    model_name=None,
-    num_prompt_instructions=3,
-    request_batch_size=5,
-    temperature=1.0,
-    top_p=1.0,
-    num_cpus=None,
-    *,
-    base_url=None,
-    endpoint="chat",
-    max_tokens=3072,
-    num_parallel_requests=None,
-    num_generated_in_prompt=0,
-    prompt_path=None,
-    rouge_threshold=0.7,
-    quality_rules=",".join(RULES),
-    blacklist_path=None,
-    price_in=None,
-    price_out=None,
-    max_cost=None,
-    max_requests=None,
-    timeout=600,
-    max_retries=5,
-    patience=20,
-    seed=0,
-    dry_run=False,
-    replay=False,
-    report=None,
-):
+def generate_instruction_following_data(*positional, **options):
     """Let a language model write instruction data from a few seed tasks, in Stanford Alpaca's way.
 
     The key is read from OPENAI_API_KEY; a server of your own needs none. Rows go to regen.json in --output_dir, which
@@ -1135,92 +1135,63 @@ def generate_instruction_following_data(
       python generate_instruction.py --output_dir out --num_instructions_to_generate 1000 --max_requests 200
 
       python generate_instruction.py --output_dir out --base_url http://localhost:8000/v1 --model_name MODEL --dry_run
-
-    Args:
-      output_dir: Folder of the results and of the journal.
-      seed_tasks_path: Seed tasks, as JSON Lines or a JSON list (default: seed_tasks.jsonl beside this script).
-      num_instructions_to_generate: How many rows the folder should hold in the end.
-      model_name: The model that writes (default: gpt-4o-mini).
-      num_prompt_instructions: Tasks shown in a request.
-      request_batch_size: The old name of --num_parallel_requests.
-      temperature: Sampling temperature.
-      top_p: Share of probability that is sampled from.
-      num_cpus: Has no meaning any more.
-      base_url: The server (default: OPENAI_BASE_URL, else OpenAI's), for example http://localhost:8000/v1.
-      endpoint: chat, or text for base models (text completions).
-      max_tokens: The longest answer, in tokens.
-      num_parallel_requests: Requests on their way at a time (default: --request_batch_size).
-      num_generated_in_prompt: How many of the shown tasks are taken from those generated so far.
-      prompt_path: What the model is told before the tasks (default: prompt.txt beside this script).
-      rouge_threshold: A task whose ROUGE-L with a known instruction is above it is a duplicate.
-      quality_rules: Rules that an instruction must not break, separated by commas, or none.
-      blacklist_path: Words that an instruction must not hold, one a line, instead of the built-in ones.
-      price_in: Price of a million tokens of prompt.
-      price_out: Price of a million tokens of answer.
-      max_cost: Send no request that would bring the cost above this.
-      max_requests: Send no more requests than this, earlier runs of the folder included.
-      timeout: Seconds that an answer may take, and that a server may ask to wait.
-      max_retries: How often a request is tried again.
-      patience: End after so many requests in a row of which nothing was kept.
-      seed: Decides which tasks are shown in which request.
-      dry_run: Show the first request and what the run may cost; send and write nothing.
-      replay: Parse and judge all answers of the journal anew, with the rules given; send nothing.
-      report: Write an HTML page about the rows to this file.
     """
-    args = SimpleNamespace(**locals())
-    check_arguments(args)
-    if num_cpus is not None:
-        say("--num_cpus has no meaning any more: one core filters a batch in milliseconds; ignored")
+    args = check_options(Options(*positional, **options))
     seeds = read_seeds(args)
     if args.dry_run:
         print(preview(args, Collection(args, seeds, [])))
         return
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise UserError(f"{args.output_dir}: is a file; choose another --output_dir")
-    if not args.replay:
-        client = ChatClient(
-            args.base_url,
-            args.model_name,
-            args.endpoint,
-            args.timeout,
-            args.max_retries,
-            {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens},
-        )
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+    server = (args.base_url, args.model_name, args.endpoint, args.timeout, args.max_retries)
+    client = None if args.replay else ChatClient(*server, sampling)
     lock = utils.claim_folder(args.output_dir)
-    journal = Journal(args.output_dir / "regen.journal.jsonl")
     try:
-        if journal.torn:
-            say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")
-        if args.replay and not journal.runs:
-            raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
-        collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
-        record_run(args, journal)
-        if journal.answers:
-            say(f"{journal.path}: going on behind {len(journal.answers):,} requests")
-        progress, message, code = Progress(args, collection), "", 0
-        try:
-            if not args.replay:
-                message, code = asyncio.run(collect(args, collection, journal, client, progress))
-        finally:
-            try:
-                write_results(args, collection, journal)
-            except UserError as error:
-                if code != 2:
-                    raise
-                say(str(error))  # the full disk that has ended the run
-            progress.show(last=True)
-        say(collection.account())
-        if code == 2:
-            raise UserError(message)
-        if message:
-            say(f"{message}; the same command goes on")
-        print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
-        if code:
-            sys.exit(code)
+        with contextlib.closing(Journal(args.output_dir / "regen.journal.jsonl")) as journal:
+            code = go_on(args, seeds, journal, client)
     finally:
-        journal.close()
         utils.HELD_LOCKS.remove(lock)
         lock.close()
+    if code:
+        sys.exit(code)
+
+
+# To fire, and to whoever asks for the signature, it is a function of the options.
+generate_instruction_following_data.__signature__ = inspect.signature(Options)
+generate_instruction_following_data.__doc__ += "\n    Args:\n" + "".join(
+    f"      {field.name}: {field.metadata['help']}\n" for field in dataclasses.fields(Options)
+)
+
+
+def go_on(args, seeds, journal, client):
+    """Bring the folder from what the journal holds to what is asked for; without a client nothing is sent.
+
+    Returns the exit code. Raises UserError for what ended the run, when all that there is has been written.
+    """
+    if journal.torn:
+        say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")
+    if args.replay and not journal.runs:
+        raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
+    collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
+    record_run(args, journal)
+    if journal.answers:
+        say(f"{journal.path}: going on behind {len(journal.answers):,} requests")
+    progress, message, code = Progress(args, collection), "", 0
+    if client:
+        message, code = asyncio.run(collect(args, collection, journal, client, progress))
+    try:
+        write_results(args, collection, journal)
+    except UserError as error:
+        if code != 2:
+            raise
+        say(str(error))  # the full disk that has ended the run
+    progress.show(last=True)
+    say(collection.account())
+    if code == 2:
+        raise UserError(message)
+    if message:
+        say(f"{message}; the same command goes on")
+    print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1239,40 +1210,29 @@ def command_line():
     """Parse the command line with fire, wholly, and only then run."""
     import fire
 
-    words, function = sys.argv[1:], generate_instruction_following_data
-    if words and not words[0].startswith("-"):
-        task = words.pop(0)
-        if task != function.__name__:
-            raise UserError(f"{task}: no such task; options begin with --, and --help lists them")
-    parameters = inspect.signature(function).parameters
-    names = {
-        name: word for word in words if word.startswith("--") for name in [word[2:].split("=")[0].replace("-", "_")]
-    }
-    unknown = [word for name, word in names.items() if not {name, name.removeprefix("no")} & {*parameters, "help", ""}]
-    if unknown:
-        raise utils.unknown_options(unknown, [f"--{name}" for name in parameters])
-    given = []
+    words, said, given = sys.argv[1:], io.StringIO(), []
+    task = words.pop(0) if words and not words[0].startswith("-") else generate_instruction_following_data.__name__
+    texts = [field.name for field in dataclasses.fields(Options) if field.type in (str, str | None)]
 
-    @fire.decorators.SetParseFn(str, *TEXTS.split())
-    @functools.wraps(function)
+    @fire.decorators.SetParseFn(str, *texts)
+    @functools.wraps(generate_instruction_following_data)
     def parse(*positional, **options):
-        given.append((positional, options))
+        given.append(Options(*positional, **options))
 
-    with contextlib.ExitStack() as stack:
-        said = io.StringIO()
-        if not {"--help", "-h"} & set(words):
-            stack.enter_context(contextlib.redirect_stderr(said))
-        try:
+    try:
+        with contextlib.redirect_stderr(sys.stderr if {"--help", "-h"} & set(words) else said):
             fire.Fire(parse, command=words, name="generate_instruction.py")
-        except fire.core.FireExit as stop:
-            if stop.code == 0:
-                raise
-            what = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip().split("\n")[0].removeprefix("ERROR: ")
-            raise UserError(f"{what}; --help lists the options") from None
-    ((positional, options),) = given
-    if "request_batch_size" in names:
+    except fire.core.FireExit as stop:
+        if stop.code == 0:
+            raise
+        what = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip().split("\n")[0].removeprefix("ERROR: ")
+        unknown = what.removeprefix("Could not consume arg: ")
+        if unknown.startswith("--"):
+            raise utils.unknown_options([unknown], [f"--{f.name}" for f in dataclasses.fields(Options)]) from None
+        raise UserError(f"{what}; --help lists the options") from None
+    if any(word.startswith("--request_batch_size") for word in words):
         say("--request_batch_size is now --num_parallel_requests")
-    main(function.__name__, **dict(zip(parameters, positional)), **options)
+    main(task, **vars(given[0]))
 
 
 if __name__ == "__main__":

@@ -558,7 +558,7 @@ REFUSED = {
     "length,program,punctuation,blacklist",
     "--num_instruction=3": "unknown option: --num_instruction (did you mean --num_prompt_instructions?); "
     "--help lists those that exist",
-    "generate": "generate: no such task; options begin with --, and --help lists them",
+    "generate": "generate: no such task; there is generate_instruction_following_data",
     "--prompt_path=missing.txt": "missing.txt: No such file or directory; --prompt_path takes a text file",
     "--blacklist_path=missing.txt": "missing.txt: No such file or directory; "
     "--blacklist_path takes a text file of one word a line",
