@@ -26,6 +26,7 @@ import string
 import sys
 import time
 import unicodedata
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,11 +42,6 @@ HERE = Path(__file__).resolve().parent
 TASKS_PER_PROMPT = 20  # that prompt.txt asks for, the shown ones included
 SHOWN_CHARACTERS = 10_000  # a longer task is not shown as a demonstration
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Options that decide what is asked for.
-ASKED = (
-    "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt "
-    "num_parallel_requests seed"
-)
 GRACE_S = 20  # how long a run that ends early waits for answers on their way, which are paid for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,15 +96,15 @@ MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
-# What may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
+# A line that may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
 BETWEEN = re.compile(
-    r"[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)[ \t]*",
+    r"(?=.{0,60}$)[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)[ \t]*",
     re.IGNORECASE,
 )
-NO_INPUT = {
-    *("noinput", "no input", "none", "n/a", "na", "not applicable", "empty", "no input needed", "no input required"),
-    *("no input provided", "no input is needed", "无输入", "無輸入", "无需输入", "无", "入力なし", "なし"),
-}
+NO_INPUT = (
+    "noinput|no input|none|n/a|na|not applicable|empty|no input needed|no input required|no input provided|"
+    "no input is needed|无输入|無輸入|无需输入|无|入力なし|なし"
+).split("|")
 Marker = collections.namedtuple("Marker", "start end label number")
 
 
@@ -144,7 +140,7 @@ def find_blocks(text, markers):
         if marker.label == "instruction" and not (blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"):
             blocks.append(k)
         elif marker.label == "input" and k + 1 < len(markers):
-            opens = is_between(line_before(text, marker.start)) or (k == 0 and not text[: marker.start].strip())
+            opens = BETWEEN.fullmatch(line_before(text, marker.start)) or (k == 0 and not text[: marker.start].strip())
             if opens and markers[k + 1].label == "instruction" and markers[k + 1].number == marker.number:
                 blocks.append(k)
     return blocks
@@ -165,7 +161,10 @@ def read_block(text, markers, end):
             chosen = sorted([head, output, *inputs[:1]])
             stops = [*(m.start for m in chosen[1:]), end]
             fields = {m.label: clean(text[m.end : stop]) for m, stop in zip(chosen, stops, strict=True)}
-            return {"instruction": fields["instruction"], "input": fields.get("input", ""), "output": fields["output"]}
+            given = fields.get("input", "")
+            if re.sub(r"[<>\[\]().。（）\s]+", " ", given).strip().lower() in NO_INPUT:
+                given = ""
+            return {"instruction": fields["instruction"], "input": given, "output": fields["output"]}
     return None
 
 
@@ -176,17 +175,12 @@ def clean(field):
     while lines:
         is_fence = bool(FENCE.match(lines[-1]))
         loose = is_fence and (fences % 2 or (len(lines) > 1 and FENCE.match(lines[-2])))
-        if not (loose or is_between(lines[-1]) or not lines[-1].strip()):
+        if not (loose or BETWEEN.fullmatch(lines[-1]) or not lines[-1].strip()):
             break
         lines.pop()
         fences -= is_fence
     field = "\n".join(lines).strip()
     return field.removesuffix("**").rstrip() if field.count("**") % 2 else field
-
-
-def is_between(line):
-    """Whether a line separates two tasks or announces the next."""
-    return len(line) <= 60 and bool(BETWEEN.fullmatch(line))
 
 
 def line_before(text, position):
@@ -202,34 +196,38 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     answer = without_reasoning(text)
     markers = find_markers(answer)
     head = answer[: markers[0].start] if markers else ""
-    if markers and markers[0].label != "instruction" and head.strip() and not is_between(line_before(head, len(head))):
+    if (
+        markers
+        and markers[0].label != "instruction"
+        and head.strip()
+        and not BETWEEN.fullmatch(line_before(head, len(head)))
+    ):
         markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
     blocks = find_blocks(answer, markers)
     if not blocks:
         return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
-    ends = [*blocks[1:], len(markers)]
-    for number, (first, stop) in enumerate(zip(blocks, ends, strict=True)):
-        end = markers[stop].start if stop < len(markers) else len(answer)
-        raw, last = answer[markers[first].start : end], stop == len(markers)
+    for number, (first, stop) in enumerate(zip(blocks, [*blocks[1:], len(markers)], strict=True)):
+        is_last, rest, reason = stop == len(markers), "", ""
+        end = len(answer) if is_last else markers[stop].start
         task = read_block(answer, markers[first:stop], end)
-        if last and finish_reason == "length":
-            dropped.append((number, "cut off by the token limit", raw))
+        if is_last and finish_reason == "length":
+            reason = "cut off by the token limit"
         elif task is None:
-            dropped.append((number, "no output label", raw))
+            reason = "no output label"
         elif not task["instruction"]:
-            dropped.append((number, "empty instruction", raw))
+            reason = "empty instruction"
         else:
             task["output"], rest = split_tail(task["output"])
-            key = re.sub(r"[<>\[\]().。（）\s]+", " ", task["input"]).strip().lower()
-            task["input"] = "" if key in NO_INPUT else task["input"]
             if not task["output"]:
-                dropped.append((number, "empty output", raw))
+                reason = "empty output"
             elif re.search("[\x00\ud800-\udfff]", "".join(task.values())):
-                dropped.append((number, "broken characters", raw))
-            else:
-                tasks.append((number, task))
-            if rest:
-                dropped.append((number, "text between tasks", rest))
+                reason = "broken characters"
+        if reason:
+            dropped.append((number, reason, answer[markers[first].start : end]))
+        else:
+            tasks.append((number, task))
+        if rest:
+            dropped.append((number, "text between tasks", rest))
     return tasks, dropped
 
 
@@ -397,8 +395,66 @@ class RougeFilter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is taken from the answers
+# The journal of all answers, and the rows that are taken from them
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Journal:
+    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
+    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
+    """
+
+    def __init__(self, path):
+        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
+        data = self.path.read_bytes() if self.path.exists() else b""
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
+            try:
+                entry = json.loads(line)
+                if "request" in entry:
+                    self.answers.setdefault(entry["request"], entry)
+                elif "run" in entry:
+                    self.runs.append(entry["run"])
+                else:
+                    self.wrote.add(entry["wrote"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
+            self.size += len(line) + 1
+        self.torn = len(data) - self.size
+
+    def append(self, entry):
+        """Append a line and wait for the disk. What is half written is cut off: at once where there is no room for the
+        rest, and before the next line where an earlier process was killed.
+        """
+        # A lone surrogate has no UTF-8 form; the escape that takes its place is JSON's too.
+        line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        with open(self.path, "ab", buffering=0) as file:
+            file.truncate(self.size)
+            try:
+                rest = line
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    file.truncate(self.size)
+                what = f"cannot be written ({error.strerror}); make room, then the same command goes on"
+                raise UserError(f"{self.path}: {what}") from None
+        self.size += len(line)
+        if "request" in entry:
+            self.answers[entry["request"]] = entry
+
+
+def read_regenerated(path):
+    """The rows of a regen.json, ours or the original's."""
+    text, problems = utils.read_text(path), ["not valid JSON; its writer may have been killed"]
+    with contextlib.suppress(ValueError, RecursionError):
+        rows = json.loads(text)
+        problems = ["not a list of rows"]
+        if isinstance(rows, list):
+            problems = [f"row {i}: {what}" for i, what in enumerate(map(utils.check_record, rows)) if what]
+    if problems:
+        raise UserError(f"{path}: {problems[0]}; mend it, move it away, or choose another --output_dir")
+    return [{**row, "input": row.get("input") or ""} for row in rows]
 
 
 class Collection:
@@ -416,7 +472,7 @@ class Collection:
         self.rows_after, self.num_old, self.committed = [len(self.rows)], len(self.rows), set()
         self.dropped, self.reasons, self.failures = [], collections.Counter(), collections.Counter()
         self.usage, self.dearest = {"prompt_tokens": 0, "completion_tokens": 0}, 0.0
-        self.estimated = 0  # answers without a token count
+        self.estimated, self.began = False, time.monotonic()  # estimated: a server has not counted its tokens
 
     @property
     def per_request(self):
@@ -444,7 +500,7 @@ class Collection:
         usage = entry.get("usage") or {}
         for key in self.usage:
             self.usage[key] += usage.get(key) or 0
-        self.estimated += bool(usage.get("estimated"))
+        self.estimated |= bool(usage.get("estimated"))
         self.dearest = max(self.dearest, self.cost(usage))
         if "failed" in entry:
             self.failures[entry["failed"]] += 1
@@ -494,85 +550,32 @@ class Collection:
                 return f"--max_cost {args.max_cost}"
         return ""
 
+    def progress(self):
+        """The line of progress."""
+        args, kept, target = self.args, len(self.rows), self.args.num_instructions_to_generate
+        new, num_requests, about = kept - self.num_old, len(self.committed), "~" if self.estimated else ""
+        parts = [f"kept {kept:,}/{target:,}", f"{self.per_request:.1f} per request", f"{num_requests:,} requests"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common(3))
+        parts.append(f"dropped {self.reasons.total():,}{f' ({reasons})' if reasons else ''}")
+        if self.failures:
+            parts.append(f"{self.failures.total():,} failed")
+        tokens_in, tokens_out = self.usage.values()
+        parts.append(f"tokens {about}{tokens_in:,} in {about}{tokens_out:,} out")
+        if args.price_in is not None or args.price_out is not None:
+            cost = self.cost(self.usage)
+            whole = f", {cost / new * (target - self.num_old):.4f} at {target:,}" if new else ""
+            parts.append(f"cost {about}{cost:.4f}{whole}")
+        if new and kept < target:
+            left = int((time.monotonic() - self.began) / new * (target - kept))
+            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+        return "  ".join(parts)
+
     def account(self):
         """One line in which the counts add up."""
-        kept, dropped = len(self.rows) - self.num_old, sum(self.reasons.values())
+        kept, dropped = len(self.rows) - self.num_old, self.reasons.total()
         parts = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common())
         old = f", and {self.num_old:,} rows that were there before" if self.num_old else ""
         return f"{kept + dropped:,} blocks = {kept:,} kept + {dropped:,} dropped{f' ({parts})' if parts else ''}{old}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generated rows and the journal that they come from
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Journal:
-    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
-    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
-    """
-
-    def __init__(self, path):
-        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
-            try:
-                entry = json.loads(line)
-                if "request" in entry:
-                    self.answers.setdefault(entry["request"], entry)
-                elif "run" in entry:
-                    self.runs.append(entry["run"])
-                else:
-                    self.wrote.add(entry["wrote"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
-            self.size += len(line) + 1
-        self.torn = len(data) - self.size
-        self.file = None
-
-    def append(self, entry):
-        """Append a line and wait for the disk; what was half written on failure is taken back."""
-        if self.file is None:
-            self.file = open(self.path, "ab", buffering=0)
-            self.file.truncate(self.size)  # cuts a torn line off
-        try:
-            line = json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
-            line = json.dumps(entry).encode()
-        try:
-            rest = line + b"\n"
-            while rest:
-                rest = rest[self.file.write(rest) :]
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.truncate(self.size)
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
-            )
-        self.size += len(line) + 1
-        if "request" in entry:
-            self.answers[entry["request"]] = entry
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-def read_regenerated(path):
-    """The rows of a regen.json, ours or the original's."""
-    text = utils.read_text(path)
-    try:
-        rows = json.loads(text)
-        problem = "" if isinstance(rows, list) else "not a list of rows"
-        for i, row in enumerate(rows if not problem else []):
-            what = utils.check_record(row)
-            problem = problem or (what and f"row {i}: {what}")
-    except (ValueError, RecursionError):
-        problem = "not valid JSON; its writer may have been killed"
-    if problem:
-        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
-    return [{**row, "input": row.get("input") or ""} for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -584,19 +587,6 @@ DEFAULT_MODEL = "gpt-4o-mini"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
 
 
-class RequestFailed(Exception):
-    """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
-
-    def __init__(self, message, usage):
-        super().__init__(message)
-        self.usage = usage
-
-
-def public_url(url):
-    """A URL without what may be secret in it: user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
-
-
 def estimate_tokens(text):
     """About how many tokens a text has: one for four ASCII characters, one for any other character."""
     ascii_only = sum(character < "\x80" for character in text)
@@ -605,8 +595,6 @@ def estimate_tokens(text):
 
 def retry_after(headers):
     """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
-    from email.utils import parsedate_to_datetime
-
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         with contextlib.suppress(KeyError, ValueError):
             return max(0.0, float(headers[name]) / unit)
@@ -624,34 +612,29 @@ def pause_before(attempt):
 class ChatClient:
     """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
 
-    `endpoint` is "chat" or "text"; `timeout` is the longest that an attempt, or a wait asked for by the server, may
-    take, in seconds; `parameters` go with every request. Use it inside one event loop, and close it there. `ending`,
-    once set, lets requests on the wire arrive and starts no other attempt.
+    `args.timeout` is the longest that an attempt, or a wait asked for by the server, may take, in seconds. `ending`,
+    once set, lets requests on the wire arrive and starts no other attempt. Use it inside one event loop.
     """
 
-    def __init__(self, base_url, model, endpoint, timeout, max_retries, parameters):
+    def __init__(self, args):
         import openai
 
         key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not key and base_url == OPENAI_URL:
+        if not key and args.base_url == OPENAI_URL:
             raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
         if not (key.isascii() and key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
-        self.openai, self.key, self.model, self.endpoint = openai, key, model, endpoint
-        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
-        self.timeout, self.max_retries, self.parameters = timeout, max_retries, dict(parameters)
-        self.refused = set()
-        self.name, self.num_answers, self.ending = f"{model} at {public_url(base_url)}", 0, asyncio.Event()
-
-    async def close(self):
-        await self.client.close()
+        self.openai, self.key, self.timeout, self.max_retries = openai, key, args.timeout, args.max_retries
+        client = openai.AsyncOpenAI(api_key=key or "none", base_url=args.base_url, timeout=args.timeout, max_retries=0)
+        self.client, self.model, self.endpoint = client, args.model_name, args.endpoint
+        self.parameters = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
+        self.name, self.num_answers, self.ending = f"{self.model} at {args.server}", 0, asyncio.Event()
 
     async def ask(self, prompt):
-        """Ask for an answer to a text.
+        """The answer to a text: {text, finish_reason, model, usage, attempts}, the usage being that of all attempts.
 
-        Returns {text, finish_reason, model, usage, attempts}; the usage is that of all attempts. Raises RequestFailed
-        where this request stays without an answer, UserError where all would, and CancelledError where `ending` is set
-        before it has one.
+        Where this request stays without an answer it is {failed: why, usage}. Raises UserError where every request
+        would, and CancelledError where `ending` is set before there is an answer.
         """
         usage, attempts = {"prompt_tokens": 0, "completion_tokens": 0}, 0
         while not self.ending.is_set():
@@ -669,7 +652,7 @@ class ChatClient:
                 problem, pause = self._public(error), retry_after(error.response.headers)
                 self._raise_if_final(error, problem, pause)
                 if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                    raise RequestFailed(problem, usage) from None
+                    break
             except (TimeoutError, self.openai.APITimeoutError):
                 problem = f"no answer within {self.timeout:g} s"
             except self.openai.APIConnectionError as error:
@@ -678,14 +661,16 @@ class ChatClient:
                 problem = f"bad answer ({self._public(error)})"
             attempts += 1
             if attempts > self.max_retries:
-                raise RequestFailed(problem, usage)
+                break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.ending.wait(), pause_before(attempts) if pause is None else pause)
-        raise asyncio.CancelledError
+        else:
+            raise asyncio.CancelledError
+        return {"failed": problem, "usage": usage}
 
     def _public(self, error):
-        """The first line of an error, short and without the key."""
-        text = utils.first_line(error)[:300]
+        """The first line of an error, without the key."""
+        text = utils.first_line(error)
         return text.replace(self.key, "[key]") if self.key else text
 
     def _raise_if_final(self, error, problem, pause):
@@ -769,42 +754,38 @@ def option(default, text, least=None, most=math.inf):
 
 @dataclasses.dataclass
 class Options:
-    """What --help lists, and what `generate_instruction_following_data` takes."""
+    """What --help lists. One whose default is None need not be given."""
 
     output_dir: str = option("./", "Folder of the results and of the journal.")
-    seed_tasks_path: str | None = option(None, "Seed tasks, as JSON Lines or a list (default: this script's own).")
+    seed_tasks_path: str = option(None, "Seed tasks, as JSON Lines or a list (default: this script's own).")
     num_instructions_to_generate: int = option(100, "How many rows the folder should hold in the end.", 1)
-    model_name: str | None = option(None, f"The model that writes (default: {DEFAULT_MODEL}).")
+    model_name: str = option(None, f"The model that writes (default: {DEFAULT_MODEL}).")
     num_prompt_instructions: int = option(3, "Tasks shown in a request.", 0, TASKS_PER_PROMPT - 1)
     request_batch_size: int = option(5, "The old name of --num_parallel_requests.", 1, 1000)
     temperature: float = option(1.0, "Sampling temperature.", 0, 2)
     top_p: float = option(1.0, "Share of probability that is sampled from.", 0, 1)
-    num_cpus: int | None = option(None, "Has no meaning any more.")
+    num_cpus: int = option(None, "Has no meaning any more.")
     _: dataclasses.KW_ONLY
-    base_url: str | None = option(None, "The server (default: OPENAI_BASE_URL, else OpenAI's), as http://HOST:8000/v1.")
+    base_url: str = option(None, "The server (default: OPENAI_BASE_URL, else OpenAI's), as http://HOST:8000/v1.")
     endpoint: str = option("chat", "chat, or text for base models (text completions).")
     max_tokens: int = option(3072, "The longest answer, in tokens.", 1)
-    num_parallel_requests: int | None = option(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
+    num_parallel_requests: int = option(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
     num_generated_in_prompt: int = option(0, "How many of the shown tasks are taken from those generated so far.", 0)
-    prompt_path: str | None = option(
-        None, "What the model is told before the tasks (default: this script's prompt.txt)."
-    )
+    prompt_path: str = option(None, "What the model is told before the tasks (default: this script's prompt.txt).")
     rouge_threshold: float = option(0.7, "Above this ROUGE-L with a known instruction a task is a duplicate.", 0, 1)
     quality_rules: str = option(",".join(RULES), "What an instruction must not break, separated by commas, or none.")
-    blacklist_path: str | None = option(
-        None, "Words that no instruction may hold, one a line, instead of the usual ones."
-    )
-    price_in: float | None = option(None, "Price of a million tokens of prompt.", 0)
-    price_out: float | None = option(None, "Price of a million tokens of answer.", 0)
-    max_cost: float | None = option(None, "Send no request that would bring the cost above this.", 0)
-    max_requests: int | None = option(None, "Send no more requests than this, earlier runs of the folder included.", 0)
+    blacklist_path: str = option(None, "Words that no instruction may hold, one a line, instead of the usual ones.")
+    price_in: float = option(None, "Price of a million tokens of prompt.", 0)
+    price_out: float = option(None, "Price of a million tokens of answer.", 0)
+    max_cost: float = option(None, "Send no request that would bring the cost above this.", 0)
+    max_requests: int = option(None, "Send no more requests than this, earlier runs of the folder included.", 0)
     timeout: float = option(600, "Seconds that an answer may take, and that a server may ask to wait.", 0.1)
     max_retries: int = option(5, "How often a request is tried again.", 0, 100)
     patience: int = option(20, "End after so many requests in a row of which nothing was kept.", 1)
     seed: int = option(0, "Decides which tasks are shown in which request.", -math.inf)
     dry_run: bool = option(False, "Show the first request and what the run may cost; send and write nothing.")
     replay: bool = option(False, "Parse and judge all answers of the journal anew, with the rules given; send nothing.")
-    report: str | None = option(None, "Write an HTML page about the rows to this file.")
+    report: str = option(None, "Write an HTML page about the rows to this file.")
 
 
 def wrong_numbers(options):
@@ -814,7 +795,7 @@ def wrong_numbers(options):
         value, least, most = getattr(options, field.name), field.metadata["least"], field.metadata["most"]
         if least is None or (value is None and field.default is None):
             continue
-        kind, types = ("a whole number", int) if field.type in (int, int | None) else ("a number", (int, float))
+        kind, types = ("a whole number", int) if field.type is int else ("a number", (int, float))
         is_number = isinstance(value, types) and not isinstance(value, bool)
         if not is_number or not least <= value <= most:  # NaN is between nothing
             bounds = f" of at least {least}" if most == math.inf else f" from {least} to {most}"
@@ -833,7 +814,8 @@ def check_options(options):
     if args.endpoint not in ("chat", "text"):
         problems.append(f"--endpoint {args.endpoint}: must be chat or text")
     args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    if not re.match(r"https?://[^/]", args.base_url):
+    args.server = re.sub("//[^/@]*@", "//", args.base_url.partition("?")[0])  # without what may be secret in it
+    if not re.match("https?://[^/]", args.base_url):
         problems.append(f"--base_url {args.base_url}: must begin with http:// or https://")
     rules = args.quality_rules
     rules = re.split(r"[,\s]+", rules.strip()) if isinstance(rules, str) else list(rules)
@@ -866,7 +848,7 @@ def read_seeds(args):
     """The seed tasks: [{instruction, input, output, source}], of several instances the first."""
     path = args.seed_tasks_path
     text = utils.read_text(path, "; --seed_tasks_path takes JSON Lines or a JSON list of tasks")
-    found, problems = utils.parse_records(text, os.path.basename(path)) if text.strip() else ([], [])
+    found, problems = utils.parse_records(text, os.path.basename(path))
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}; mend the file, or choose another --seed_tasks_path")
@@ -875,12 +857,11 @@ def read_seeds(args):
     seeds = {}
     for task in found:
         seeds.setdefault(task["source"], task)
-    shown = 0
-    for source, seed in seeds.items():
-        problem = cannot_be_shown(seed)
-        shown += not problem
-        if problem:
-            say(f"{source}: never shown to the model, {problem}")
+    reasons = {source: cannot_be_shown(seed) for source, seed in seeds.items()}
+    for source, reason in reasons.items():
+        if reason:
+            say(f"{source}: never shown to the model, {reason}")
+    shown = list(reasons.values()).count("")
     if shown < args.num_prompt_instructions:
         asked = args.num_prompt_instructions
         raise UserError(f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {asked}")
@@ -909,20 +890,19 @@ def record_run(args, journal):
     Raises UserError where rows that are kept already would be judged by other rules; --replay may do that.
     """
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
-    judged = {name: getattr(args, name) for name in ("rouge_threshold", "quality_rules", "blacklist")}
-    judged["seed_tasks"] = seeds[:16]
-    asked = {name: getattr(args, name) for name in ASKED.split()}
-    asked["base_url"] = public_url(args.base_url)
-    asked["prompt"] = hashlib.sha256(args.header.encode()).hexdigest()[:16]
+    judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
+    judged["blacklist"] = args.blacklist
+    names = "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt"
+    asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed"]}
+    asked["base_url"], asked["prompt"] = args.server, hashlib.sha256(args.header.encode()).hexdigest()[:16]
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
     if args.replay:
         asked = last["asked"]  # nothing is
-    changes = {
-        key: [
-            f"{name} was {last[key].get(name)} and is {now}" for name, now in new.items() if last[key].get(name) != now
-        ]
-        for key, new in (("judged", judged), ("asked", asked))
-    }
+    changes = {"judged": [], "asked": []}
+    for key, settings in (("judged", judged), ("asked", asked)):
+        for name, now in settings.items():
+            if last[key].get(name) != now:
+                changes[key].append(f"{name} was {last[key].get(name)} and is {now}")
     if changes["judged"] and not args.replay:
         raise UserError(
             f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old "
@@ -940,45 +920,14 @@ def record_run(args, journal):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """A line of progress on stderr after a commit: rewritten on a terminal, every tenth elsewhere."""
-
-    def __init__(self, args, collection):
-        self.args, self.collection = args, collection
-        self.started, self.first, self.lines = time.monotonic(), len(collection.rows), 0
-
-    def line(self):
-        args, found = self.args, self.collection
-        kept, target, num_requests = len(found.rows), args.num_instructions_to_generate, len(found.committed)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.most_common(3))
-        parts = [f"kept {kept:,}/{target:,}", f"{found.per_request:.1f} per request", f"{num_requests:,} requests"]
-        parts.append(f"dropped {found.reasons.total():,}{f' ({reasons})' if reasons else ''}")
-        if found.failures:
-            parts.append(f"{found.failures.total():,} failed")
-        about = "~" if found.estimated else ""
-        parts.append("tokens {0}{1:,} in {0}{2:,} out".format(about, *found.usage.values()))
-        if args.price_in is not None or args.price_out is not None:
-            cost, new = found.cost(found.usage), kept - found.num_old
-            whole = f", {cost / new * (target - found.num_old):.4f} at {target:,}" if new else ""
-            parts.append(f"cost {about}{cost:.4f}{whole}")
-        if self.first < kept < target:
-            left = int((time.monotonic() - self.started) / (kept - self.first) * (target - kept))
-            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
-        return "  ".join(parts)
-
-    def show(self, last=False):
-        self.lines += 1
-        utils.show_progress(self.line(), is_due=self.lines % 10 == 0, is_last=last)
-
-
 class Requests:
     """Those on their way, as {number: task of asyncio} in the order of their numbers.
 
     `stopped` is a future that ends the run: by the number of a signal, or by the error that a request has met.
     """
 
-    def __init__(self, args, collection, journal, client, stopped):
-        self.args, self.collection, self.journal, self.client = args, collection, journal, client
+    def __init__(self, collection, journal, client, stopped):
+        self.args, self.collection, self.journal, self.client = collection.args, collection, journal, client
         self.tasks, self.started, self.stopped, self.fruitless = {}, 0, stopped, []
         self.last_known = max(journal.answers, default=-1)  # up to here an earlier run has asked
 
@@ -999,13 +948,10 @@ class Requests:
             return self.journal.answers[number]
         shown = self.collection.draw(number)
         entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
-        try:
-            entry |= await self.client.ask(encode_prompt(shown, self.args.header))
-        except RequestFailed as failure:
-            if not self.client.num_answers:
-                name = self.client.name
-                raise UserError(f"{name} has not answered once: {failure}; the same command tries again") from None
-            entry |= {"failed": str(failure), "usage": failure.usage}
+        entry |= await self.client.ask(encode_prompt(shown, self.args.header))
+        if "failed" in entry and not self.client.num_answers:
+            name = self.client.name
+            raise UserError(f"{name} has not answered once: {entry['failed']}; the same command tries again")
         self.journal.append(entry)
         return entry
 
@@ -1038,7 +984,7 @@ class Requests:
                 task.cancel()
 
 
-async def collect(args, collection, journal, client, progress):
+async def collect(collection, journal, client):
     """Ask for answers and commit them in request order until there are enough rows.
 
     A request starts when the one num_parallel_requests before it is committed, and only while the rows expected of
@@ -1048,7 +994,7 @@ async def collect(args, collection, journal, client, progress):
     """
     loop = asyncio.get_running_loop()
     stopped = loop.create_future()
-    requests, limit, message, code = Requests(args, collection, journal, client, stopped), "", "", 0
+    requests, limit, message, code = Requests(collection, journal, client, stopped), "", "", 0
     with utils.on_signals(lambda number, frame: loop.call_soon_threadsafe(requests.stop, number), *SIGNALS):
         try:
             while not stopped.done():
@@ -1059,7 +1005,7 @@ async def collect(args, collection, journal, client, progress):
                 await asyncio.wait([first, stopped], return_when=asyncio.FIRST_COMPLETED)
                 if not stopped.done():
                     requests.commit(number)  # one alone: what is started next must not depend on the others
-                    progress.show()
+                    utils.show_progress(collection.progress(), is_due=len(collection.committed) % 10 == 0)
             if stopped.done():
                 message, code = f"stopped by {signal.Signals(stopped.result()).name}", 128 + stopped.result()
             elif limit not in ("", "enough"):
@@ -1075,7 +1021,7 @@ async def collect(args, collection, journal, client, progress):
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
-    await client.close()
+    await client.client.close()
     return message, code
 
 
@@ -1087,20 +1033,20 @@ def estimate(args, tasks):
 
 def preview(args, collection):
     """--dry_run: the first request as it would be sent, and what the run may cost."""
-    usage = estimate(args, tasks := collection.draw(0))
+    tasks = collection.draw(0)
+    usage = estimate(args, tasks)
     rows = TASKS_PER_PROMPT - args.num_prompt_instructions
     requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
-    lines = [
-        encode_prompt(tasks, args.header),
-        f"--- {args.model_name} at {public_url(args.base_url)}, temperature {args.temperature}, top_p {args.top_p}",
-        f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
-        f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows",
-    ]
+    cost = f"at most about {collection.cost(usage) * requests:.4f} for these requests"
     if args.price_in is None and args.price_out is None:
-        lines.append("--- cost: give --price_in and --price_out, per million tokens")
-    else:
-        lines.append(f"--- cost: at most about {collection.cost(usage) * requests:.4f} for these requests")
-    return "\n".join(lines)
+        cost = "give --price_in and --price_out, per million tokens"
+    return (
+        f"{encode_prompt(tasks, args.header)}\n"
+        f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p}\n"
+        f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
+        f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows\n"
+        f"--- cost: {cost}"
+    )
 
 
 def write_results(args, collection, journal):
@@ -1141,13 +1087,10 @@ def generate_instruction_following_data(*positional, **options):
     if args.dry_run:
         print(preview(args, Collection(args, seeds, [])))
         return
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-    server = (args.base_url, args.model_name, args.endpoint, args.timeout, args.max_retries)
-    client = None if args.replay else ChatClient(*server, sampling)
+    client = None if args.replay else ChatClient(args)
     lock = utils.claim_folder(args.output_dir)
     try:
-        with contextlib.closing(Journal(args.output_dir / "regen.journal.jsonl")) as journal:
-            code = go_on(args, seeds, journal, client)
+        code = go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
     finally:
         utils.HELD_LOCKS.remove(lock)
         lock.close()
@@ -1175,16 +1118,14 @@ def go_on(args, seeds, journal, client):
     record_run(args, journal)
     if journal.answers:
         say(f"{journal.path}: going on behind {len(journal.answers):,} requests")
-    progress, message, code = Progress(args, collection), "", 0
-    if client:
-        message, code = asyncio.run(collect(args, collection, journal, client, progress))
+    message, code = asyncio.run(collect(collection, journal, client)) if client else ("", 0)
     try:
         write_results(args, collection, journal)
     except UserError as error:
         if code != 2:
             raise
         say(str(error))  # the full disk that has ended the run
-    progress.show(last=True)
+    utils.show_progress(collection.progress(), is_last=True)
     say(collection.account())
     if code == 2:
         raise UserError(message)
@@ -1192,11 +1133,6 @@ def go_on(args, seeds, journal, client):
         say(f"{message}; the same command goes on")
     print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
     return code
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main(task="generate_instruction_following_data", **kwargs):
@@ -1212,7 +1148,7 @@ def command_line():
 
     words, said, given = sys.argv[1:], io.StringIO(), []
     task = words.pop(0) if words and not words[0].startswith("-") else generate_instruction_following_data.__name__
-    texts = [field.name for field in dataclasses.fields(Options) if field.type in (str, str | None)]
+    texts = [field.name for field in dataclasses.fields(Options) if field.type is str]
 
     @fire.decorators.SetParseFn(str, *texts)
     @functools.wraps(generate_instruction_following_data)

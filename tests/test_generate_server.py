@@ -9,7 +9,7 @@ import pytest
 from scripted_server import Server, completion, refusal
 from test_generate_run import answers_of, generate, quick, refused, rows_of, run_script  # noqa: F401
 
-import generate_instruction
+from generate_instruction import ChatClient, Options, check_options, retry_after
 
 GOOD = {}
 QUOTA = refusal("You exceeded your current quota.", code="insufficient_quota", kind="insufficient_quota")
@@ -123,7 +123,7 @@ def test_retry_after_is_obeyed(tmp_path):
     ],
 )
 def test_what_retry_after_says(headers, seconds):
-    assert generate_instruction.retry_after(headers) == seconds
+    assert retry_after(headers) == seconds
 
 
 # --- What is final: one line, no retry -------------------------------------------------------------------------------
@@ -349,13 +349,13 @@ def test_an_ending_client_starts_no_other_attempt():
     with Server(status=500, body={}) as server:
 
         async def ask():
-            client = generate_instruction.ChatClient(server.url, "m", "chat", 5, 5, {})
+            client = ChatClient(check_options(Options(base_url=server.url, timeout=5)))
             task = asyncio.ensure_future(client.ask("4. Instruction:"))
             while not server.requests:
                 await asyncio.sleep(0.01)
             client.ending.set()
             await asyncio.wait([task])
-            await client.close()
+            await client.client.close()
             return task.cancelled()
 
         assert asyncio.run(ask()) and len(server.requests) == 1
