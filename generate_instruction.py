@@ -41,11 +41,10 @@ from utils import UserError, say
 HERE = Path(__file__).resolve().parent
 TASKS_PER_PROMPT = 20  # that prompt.txt asks for, the shown ones included
 SHOWN_CHARACTERS = 10_000  # a longer task is not shown as a demonstration
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 GRACE_S = 20  # how long a run that ends early waits for answers on their way, which are paid for
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The prompt
+# The wire format: the prompt, and the parser that gets tasks out of an answer
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -78,10 +77,6 @@ def cannot_be_shown(task):
     return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parser: from an answer to tasks
-# ---------------------------------------------------------------------------------------------------------------------
-
 LABELS = {
     **dict.fromkeys(("instruction", "指令", "指示"), "instruction"),
     **dict.fromkeys(("input", "输入", "輸入", "入力"), "input"),
@@ -98,7 +93,8 @@ MARKER = re.compile(
 FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
 # A line that may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
 BETWEEN = re.compile(
-    r"(?=.{0,60}$)[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)[ \t]*",
+    r"(?=.{0,60}$)[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)"
+    r"[ \t]*",
     re.IGNORECASE,
 )
 NO_INPUT = (
@@ -140,7 +136,8 @@ def find_blocks(text, markers):
         if marker.label == "instruction" and not (blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"):
             blocks.append(k)
         elif marker.label == "input" and k + 1 < len(markers):
-            opens = BETWEEN.fullmatch(line_before(text, marker.start)) or (k == 0 and not text[: marker.start].strip())
+            before = text[max(0, marker.start - 80) : marker.start].rstrip()  # holds the whole of a line that separates
+            opens = BETWEEN.fullmatch(before.rpartition("\n")[2]) or (k == 0 and not text[: marker.start].strip())
             if opens and markers[k + 1].label == "instruction" and markers[k + 1].number == marker.number:
                 blocks.append(k)
     return blocks
@@ -183,11 +180,6 @@ def clean(field):
     return field.removesuffix("**").rstrip() if field.count("**") % 2 else field
 
 
-def line_before(text, position):
-    """The last line with text before a position."""
-    return text[max(0, position - 80) : position].rstrip().rpartition("\n")[2]
-
-
 def parse_response(text, finish_reason, num_prompt_instructions):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
     [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble.
@@ -195,13 +187,8 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     tasks, dropped = [], []
     answer = without_reasoning(text)
     markers = find_markers(answer)
-    head = answer[: markers[0].start] if markers else ""
-    if (
-        markers
-        and markers[0].label != "instruction"
-        and head.strip()
-        and not BETWEEN.fullmatch(line_before(head, len(head)))
-    ):
+    head = answer[: markers[0].start].strip() if markers else ""
+    if head and markers[0].label != "instruction" and not BETWEEN.fullmatch(head.rpartition("\n")[2]):
         markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
     blocks = find_blocks(answer, markers)
     if not blocks:
@@ -243,7 +230,7 @@ def split_tail(output):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rules
+# What is kept: the rules, and the filter by ROUGE-L with everything kept so far
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Scripts that are written without spaces between words: Chinese characters, kana, hangul, and south-east Asian ones.
@@ -252,31 +239,26 @@ NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u
 # Accents and vowel signs belong to the word that they stand in.
 MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
 TOKEN = re.compile(rf"[{NO_SPACES}]|(?:(?![{NO_SPACES}])[^\W_]|[{MARKS}])+")
+# A character of a script without spaces counts as a word.
 WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 RULES = ("length", "program", "punctuation", "blacklist")
 # What a model without eyes, ears and hands cannot do; the words are Stanford Alpaca's.
-BLACKLIST = [
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
-    "go to", "video", "audio", "music", "flowchart", "diagram",
-]  # fmt: skip
+BLACKLIST = (
+    "image, images, graph, graphs, picture, pictures, file, files, map, maps, draw, plot, go to, video, audio, music, "
+    "flowchart, diagram"
+).split(", ")
 
 
 def find_word_in_string(w, s):
-    """The match of a whole word in a text, whatever its case; None where it does not occur.
-
-    A word that ends in a character of a script without spaces may have letters beside it.
-    """
-    spaceless = re.compile(f"[{NO_SPACES}]")
+    """The match of a whole word in a text, whatever its case; None where it does not occur."""
+    spaceless = re.compile(f"[{NO_SPACES}]")  # such a character may have letters beside it
     before = "" if spaceless.match(w[0]) else r"(?<!\w)"
     after = "" if spaceless.match(w[-1]) else r"(?!\w)"
     return re.search(before + re.escape(w) + after, s, re.IGNORECASE)
 
 
 def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
-    """The rule of Stanford Alpaca that an instruction breaks, as words; "" where it breaks none of `rules`.
-
-    A character of a script without spaces counts as a word.
-    """
+    """The rule of Stanford Alpaca that an instruction breaks, as words; "" where it breaks none of `rules`."""
     num_words = len(WORD.findall(instruction))
     if "length" in rules and num_words <= 3:
         return "instruction too short"
@@ -292,19 +274,13 @@ def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
 
 
 def post_process_gpt3_response(num_prompt_instructions, response):
-    """The tasks of an answer that break no rule: [{instruction, input, output}].
-
-    `response` has the keys text and finish_reason, as `utils.openai_completion` returns them; None gives [].
+    """The tasks that break no rule: [{instruction, input, output}]. `response`, as `utils.openai_completion` returns it,
+    has the keys text and finish_reason; None gives [].
     """
     if response is None or response["text"] is None:
         return []
     tasks, _ = parse_response(response["text"], response["finish_reason"], num_prompt_instructions)
     return [task for _, task in tasks if not broken_rule(task["instruction"])]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The filter: ROUGE-L with everything kept
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def tokenize(text):
@@ -367,8 +343,6 @@ class RougeFilter:
         first and the older first among equals, "avg_similarity_score": mean over the pool}, or {"kept": False,
         "reason", and for a duplicate "similar_to" and "score"}.
         """
-        if not texts:
-            return []
         coded, known, verdicts = [self.code(text) for text in texts], len(self.coded), []
         lcs = process.cdist(coded, self.coded + coded, scorer=LCSseq.similarity, dtype=np.int32)
         fresh = []  # columns of this batch that have been kept
@@ -497,10 +471,10 @@ class Collection:
     def commit(self, entry):
         """Take the tasks from one line of the journal, in request order; returns how many were kept."""
         number, before = entry["request"], len(self.rows)
-        usage = entry.get("usage") or {}
+        usage = entry["usage"]
         for key in self.usage:
-            self.usage[key] += usage.get(key) or 0
-        self.estimated |= bool(usage.get("estimated"))
+            self.usage[key] += usage[key]
+        self.estimated |= "estimated" in usage
         self.dearest = max(self.dearest, self.cost(usage))
         if "failed" in entry:
             self.failures[entry["failed"]] += 1
@@ -535,7 +509,12 @@ class Collection:
     def cost(self, usage):
         """What tokens cost, in the unit of the prices; 0 without prices."""
         price_in, price_out = self.args.price_in or 0, self.args.price_out or 0
-        return (price_in * (usage.get("prompt_tokens") or 0) + price_out * (usage.get("completion_tokens") or 0)) / 1e6
+        return (price_in * usage["prompt_tokens"] + price_out * usage["completion_tokens"]) / 1e6
+
+    def estimate(self, request):
+        """An upper estimate of the tokens of a request, in the form of its usage."""
+        prompt = encode_prompt(self.draw(request), self.args.header)
+        return {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": self.args.max_tokens}
 
     def limit(self, request, num_on_their_way):
         """Why a request must not be sent, "enough" or the option that forbids it; "" where it may."""
@@ -545,7 +524,7 @@ class Collection:
         if args.max_requests is not None and request >= args.max_requests:
             return f"--max_requests {args.max_requests}"
         if args.max_cost is not None:
-            dearest = self.dearest or self.cost(estimate(args, self.draw(request)))
+            dearest = self.dearest or self.cost(self.estimate(request))
             if self.cost(self.usage) + (num_on_their_way + 1) * dearest > args.max_cost:
                 return f"--max_cost {args.max_cost}"
         return ""
@@ -636,12 +615,15 @@ class ChatClient:
         Where this request stays without an answer it is {failed: why, usage}. Raises UserError where every request
         would, and CancelledError where `ending` is set before there is an answer.
         """
+        content, create = {"messages": [{"role": "user", "content": prompt}]}, self.client.chat.completions.create
+        if self.endpoint == "text":
+            content, create = {"prompt": prompt}, self.client.completions.create
         usage, attempts = {"prompt_tokens": 0, "completion_tokens": 0}, 0
         while not self.ending.is_set():
             sent, pause = dict(self.parameters), None
             try:
                 async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
-                    response = await self._send(prompt, sent)
+                    response = await create(model=self.model, **content, **sent)
                 answer, problem = self._read(response, prompt, usage)
                 if answer:
                     self.num_answers += 1
@@ -666,6 +648,8 @@ class ChatClient:
                 await asyncio.wait_for(self.ending.wait(), pause_before(attempts) if pause is None else pause)
         else:
             raise asyncio.CancelledError
+        if not self.num_answers:
+            raise UserError(f"{self.name} has not answered once: {problem}; the same command tries again")
         return {"failed": problem, "usage": usage}
 
     def _public(self, error):
@@ -689,26 +673,16 @@ class ChatClient:
         if advice:
             raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
 
-    def _send(self, prompt, parameters):
-        if self.endpoint == "text":
-            return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
-        messages = [{"role": "user", "content": prompt}]
-        return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
-
     def _read(self, response, prompt, usage):
-        """({text, finish_reason, model}, "") or (None, what is wrong); adds the tokens to `usage`.
-
-        Servers send anything, and the client hands it through unchecked.
-        """
+        """({text, finish_reason, model}, "") or (None, what is wrong), whatever a server sends; adds to `usage`."""
         if isinstance(response, str):
             return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        text, finish_reason, problem, counted = None, None, "", (None, None)
-        try:
+        text, problem, counted = None, "bad answer (no choices)", (None, None)
+        with contextlib.suppress(AttributeError, LookupError, TypeError):
             choice = response.choices[0]
             finish_reason = choice.finish_reason
+            problem = f"bad answer (no text, finish_reason {finish_reason})"
             text = choice.text if self.endpoint == "text" else choice.message.content
-        except (AttributeError, LookupError, TypeError):
-            problem = "bad answer (no choices)"
         with contextlib.suppress(AttributeError):
             counted = response.usage.prompt_tokens, response.usage.completion_tokens
         if not all(isinstance(count, int) for count in counted):
@@ -717,9 +691,8 @@ class ChatClient:
         usage["prompt_tokens"] += counted[0]
         usage["completion_tokens"] += counted[1]
         if not isinstance(text, str):
-            return None, problem or f"bad answer (no text, finish_reason {finish_reason})"
-        model = getattr(response, "model", None)
-        model = model if isinstance(model, str) else self.model
+            return None, problem
+        model = response.model if isinstance(getattr(response, "model", None), str) else self.model
         return {"text": text, "finish_reason": finish_reason, "model": model}, ""
 
     def _adapt(self, error, sent):
@@ -727,17 +700,16 @@ class ChatClient:
         said = error.message.replace("`", "'")
         if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
             return False  # the prompt is too long; it speaks of max_tokens too
-        name = error.param if error.param in sent else None
-        if name is None and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
+        named = [key for key in sent if key == error.param]
+        if not named and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
             named = [key for key in sent if re.search(rf"\b{key}\b", said)]
-            name = named[0] if named else None
-        if name is None:
+        if not named:
             return False
+        name, how = named[0], "sent without it"
         if name in self.parameters:  # else another request has met the same
-            value, other = self.parameters.pop(name), {"max_tokens": "max_completion_tokens"}.get(name)
-            if other:
-                self.parameters[other] = value
-            how = f"sending it as {other}" if other else "sent without it"
+            value = self.parameters.pop(name)
+            if name == "max_tokens":
+                self.parameters["max_completion_tokens"], how = value, "sending it as max_completion_tokens"
             say(f"{self.name}: refuses {name} {value}; from here on {how}")
         return True
 
@@ -926,9 +898,10 @@ class Requests:
     `stopped` is a future that ends the run: by the number of a signal, or by the error that a request has met.
     """
 
-    def __init__(self, collection, journal, client, stopped):
+    def __init__(self, collection, journal, client):
         self.args, self.collection, self.journal, self.client = collection.args, collection, journal, client
-        self.tasks, self.started, self.stopped, self.fruitless = {}, 0, stopped, []
+        self.tasks, self.started, self.fruitless = {}, 0, []
+        self.stopped = asyncio.get_running_loop().create_future()
         self.last_known = max(journal.answers, default=-1)  # up to here an earlier run has asked
 
     def start(self):
@@ -949,9 +922,6 @@ class Requests:
         shown = self.collection.draw(number)
         entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
         entry |= await self.client.ask(encode_prompt(shown, self.args.header))
-        if "failed" in entry and not self.client.num_answers:
-            name = self.client.name
-            raise UserError(f"{name} has not answered once: {entry['failed']}; the same command tries again")
         self.journal.append(entry)
         return entry
 
@@ -992,10 +962,10 @@ async def collect(collection, journal, client):
     same rows, in whatever order the answers come, and however often the process was killed. Returns (message, exit
     code) of an end before the target, else ("", 0).
     """
-    loop = asyncio.get_running_loop()
-    stopped = loop.create_future()
-    requests, limit, message, code = Requests(collection, journal, client, stopped), "", "", 0
-    with utils.on_signals(lambda number, frame: loop.call_soon_threadsafe(requests.stop, number), *SIGNALS):
+    requests, limit, message, code = Requests(collection, journal, client), "", "", 0
+    stopped, signals = requests.stopped, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    hear = asyncio.get_running_loop().call_soon_threadsafe  # else the loop sleeps on
+    with utils.on_signals(lambda number, frame: hear(requests.stop, number), *signals):
         try:
             while not stopped.done():
                 limit = requests.start()
@@ -1025,23 +995,15 @@ async def collect(collection, journal, client):
     return message, code
 
 
-def estimate(args, tasks):
-    """An upper estimate of the tokens of a request that shows `tasks`."""
-    prompt = estimate_tokens(encode_prompt(tasks, args.header))
-    return {"prompt_tokens": prompt, "completion_tokens": args.max_tokens, "estimated": True}
-
-
 def preview(args, collection):
     """--dry_run: the first request as it would be sent, and what the run may cost."""
-    tasks = collection.draw(0)
-    usage = estimate(args, tasks)
-    rows = TASKS_PER_PROMPT - args.num_prompt_instructions
+    usage, rows = collection.estimate(0), TASKS_PER_PROMPT - args.num_prompt_instructions
     requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
     cost = f"at most about {collection.cost(usage) * requests:.4f} for these requests"
     if args.price_in is None and args.price_out is None:
         cost = "give --price_in and --price_out, per million tokens"
     return (
-        f"{encode_prompt(tasks, args.header)}\n"
+        f"{encode_prompt(collection.draw(0), args.header)}\n"
         f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p}\n"
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows\n"
@@ -1054,14 +1016,13 @@ def write_results(args, collection, journal):
     for number in sorted(journal.answers):
         if number not in collection.committed:
             collection.commit(journal.answers[number])
-    folder = args.output_dir
     dropped = "".join(json.dumps(row) + "\n" for row in collection.dropped)  # ASCII: it may hold lone surrogates
-    utils.write_text(folder / "regen.dropped.jsonl", dropped)
+    utils.write_text(args.output_dir / "regen.dropped.jsonl", dropped)
     text = json.dumps(collection.rows, indent=4, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     if digest not in journal.wrote:
         journal.append({"wrote": digest})
-    utils.write_text(folder / "regen.json", text)
+    utils.write_text(args.output_dir / "regen.json", text)
     if args.report:
         sys.path.insert(0, str(HERE / "examples"))
         from generation_report import render
