@@ -62,8 +62,7 @@ def encode_prompt(prompt_instructions, header=None):
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
         prompt += f"###\n{number}. Instruction: {instruction}\n"
-        prompt += f"{number}. Input:\n{task['input'] or '<noinput>'}\n"
-        prompt += f"{number}. Output:\n{task['output']}\n"
+        prompt += f"{number}. Input:\n{task['input'] or '<noinput>'}\n{number}. Output:\n{task['output']}\n"
     return f"{prompt}###\n{len(prompt_instructions) + 1}. Instruction:"
 
 
@@ -77,11 +76,8 @@ def cannot_be_shown(task):
     return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
 
 
-LABELS = {
-    **dict.fromkeys(("instruction", "指令", "指示"), "instruction"),
-    **dict.fromkeys(("input", "输入", "輸入", "入力"), "input"),
-    **dict.fromkeys(("output", "输出", "輸出", "出力"), "output"),
-}
+FIELDS = ("instruction 指令 指示", "input 输入 輸入 入力", "output 输出 輸出 出力")  # in the words of several languages
+LABELS = {word: words.split()[0] for words in FIELDS for word in words.split()}
 # A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "Task 5 Output:", "指令：".
 # Every repetition of the middle is bounded, so that no line can make the search slow.
 MARKER = re.compile(
@@ -93,8 +89,7 @@ MARKER = re.compile(
 FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
 # A line that may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
 BETWEEN = re.compile(
-    r"(?=.{0,60}$)[ \t]*(?:[#*_=-]{2,}|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)"
-    r"[ \t]*",
+    r"(?=.{0,60}$)(?:[ \t]*[#*_=-]{2,}[ \t]*|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)",
     re.IGNORECASE,
 )
 NO_INPUT = (
@@ -114,14 +109,11 @@ def without_reasoning(text):
 
 
 def find_markers(text):
-    """The lines that begin with a label, of the kind that the answer uses for its instructions: numbered, or not.
-
-    A label of the other kind is part of a text. Unnumbered ones are told from prose by their capital.
-    """
+    """The lines that begin with a label, of the kind that the answer uses for its instructions: numbered, or not."""
     found = [
         Marker(m.start(), m.end(), LABELS[m["label"].lower()], int(m["number"] or m["number_behind"] or -1))
         for m in MARKER.finditer(text)
-        if m["number"] or m["number_behind"] or not m["label"][0].islower()
+        if m["number"] or m["number_behind"] or not m["label"][0].islower()  # without a number, prose has no capital
     ]
     heads = [marker.number >= 0 for marker in found if marker.label == "instruction"]
     if heads.count(False) > heads.count(True):
@@ -144,11 +136,9 @@ def find_blocks(text, markers):
 
 
 def read_block(text, markers, end):
-    """The fields of one task as {instruction, input, output}; None without an output. `end` is where it ends.
-
-    An output label with the instruction's number comes before any other, so that an output may quote labels.
-    """
+    """The fields of one task as {instruction, input, output}; None without an output. `end` is where it ends."""
     head = next(marker for marker in markers if marker.label == "instruction")
+    # An output may quote labels: the one with the instruction's number comes before any other.
     for fits in (lambda m: m.number == head.number, lambda m: m.number >= 0, lambda m: True):
         after = [m for m in markers if m.label == "output" and m.start > head.start and fits(m)]
         if after:
@@ -274,9 +264,7 @@ def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
 
 
 def post_process_gpt3_response(num_prompt_instructions, response):
-    """The tasks that break no rule: [{instruction, input, output}]. `response`, as `utils.openai_completion` returns it,
-    has the keys text and finish_reason; None gives [].
-    """
+    """The tasks of `response`, {text, finish_reason}, that break no rule: [{instruction, input, output}]."""
     if response is None or response["text"] is None:
         return []
     tasks, _ = parse_response(response["text"], response["finish_reason"], num_prompt_instructions)
@@ -291,10 +279,9 @@ def tokenize(text):
 
 
 def f_measures(lcs, length, lengths):
-    """ROUGE-L F1 of a text of `length` tokens with others, from the lengths of their common subsequences.
+    """ROUGE-L F1 of a text of `length` tokens with others: rouge_score's own float operations in its order.
 
-    rouge_score's own float operations in its order; where there are few different lengths, each case is computed once.
-    `lcs` and `lengths` are integer arrays (pool,).
+    `lcs` and `lengths` are integer arrays (pool,): how long the common subsequences are, and the others.
     """
 
     def compute(lcs, lengths):
@@ -303,7 +290,7 @@ def f_measures(lcs, length, lengths):
             return np.where(lcs > 0, 2 * precision * recall / (precision + recall), 0.0)
 
     height, width = int(lcs.max(initial=0)) + 1, int(lengths.max(initial=0)) + 1
-    if height * width > 100_000:
+    if height * width > 100_000:  # else each case that there can be is computed once
         return compute(lcs, lengths)
     table = compute(np.arange(height)[:, None], np.arange(width)[None])
     return table.ravel()[lcs * width + lengths]
@@ -393,12 +380,11 @@ class Journal:
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
             self.size += len(line) + 1
-        self.torn = len(data) - self.size
+        if len(data) > self.size:
+            say(f"{path}: cut off {len(data) - self.size} bytes of an unfinished last line")
 
     def append(self, entry):
-        """Append a line and wait for the disk. What is half written is cut off: at once where there is no room for the
-        rest, and before the next line where an earlier process was killed.
-        """
+        """Append a line and wait for the disk; half a line, now or of a process that was killed, is cut off."""
         # A lone surrogate has no UTF-8 form; the escape that takes its place is JSON's too.
         line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with open(self.path, "ab", buffering=0) as file:
@@ -411,8 +397,7 @@ class Journal:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     file.truncate(self.size)
-                what = f"cannot be written ({error.strerror}); make room, then the same command goes on"
-                raise UserError(f"{self.path}: {what}") from None
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then go on") from None
         self.size += len(line)
         if "request" in entry:
             self.answers[entry["request"]] = entry
@@ -456,9 +441,7 @@ class Collection:
         return max(1, TASKS_PER_PROMPT - self.args.num_prompt_instructions)
 
     def draw(self, request):
-        """The demonstrations of a request: [task with its source]. Depends on the seed, the request's number and the
-        rows of the requests up to num_parallel_requests before it, on nothing else.
-        """
+        """The demonstrations of a request; they depend on the seed, its number and the first `num_rows` rows alone."""
         args, draw = self.args, random.Random(f"{self.args.seed}:{request}")
         num_rows = self.rows_after[max(0, request - args.num_parallel_requests + 1)]
         shown = self.shown_rows[: bisect.bisect_left(self.shown_rows, num_rows)]
@@ -470,8 +453,7 @@ class Collection:
 
     def commit(self, entry):
         """Take the tasks from one line of the journal, in request order; returns how many were kept."""
-        number, before = entry["request"], len(self.rows)
-        usage = entry["usage"]
+        number, usage, before = entry["request"], entry["usage"], len(self.rows)
         for key in self.usage:
             self.usage[key] += usage[key]
         self.estimated |= "estimated" in usage
@@ -518,15 +500,14 @@ class Collection:
 
     def limit(self, request, num_on_their_way):
         """Why a request must not be sent, "enough" or the option that forbids it; "" where it may."""
-        args = self.args
-        if len(self.rows) + num_on_their_way * self.per_request >= args.num_instructions_to_generate:
+        if len(self.rows) + num_on_their_way * self.per_request >= self.args.num_instructions_to_generate:
             return "enough"
-        if args.max_requests is not None and request >= args.max_requests:
-            return f"--max_requests {args.max_requests}"
-        if args.max_cost is not None:
+        if self.args.max_requests is not None and request >= self.args.max_requests:
+            return f"--max_requests {self.args.max_requests}"
+        if self.args.max_cost is not None:
             dearest = self.dearest or self.cost(self.estimate(request))
-            if self.cost(self.usage) + (num_on_their_way + 1) * dearest > args.max_cost:
-                return f"--max_cost {args.max_cost}"
+            if self.cost(self.usage) + (num_on_their_way + 1) * dearest > self.args.max_cost:
+                return f"--max_cost {self.args.max_cost}"
         return ""
 
     def progress(self):
@@ -610,10 +591,10 @@ class ChatClient:
         self.name, self.num_answers, self.ending = f"{self.model} at {args.server}", 0, asyncio.Event()
 
     async def ask(self, prompt):
-        """The answer to a text: {text, finish_reason, model, usage, attempts}, the usage being that of all attempts.
+        """The answer to a text: {text, finish_reason, model, usage, attempts}; where it fails, {failed: why, usage}.
 
-        Where this request stays without an answer it is {failed: why, usage}. Raises UserError where every request
-        would, and CancelledError where `ending` is set before there is an answer.
+        The usage is that of all attempts. Raises UserError for what no other request can get past either, and
+        CancelledError where `ending` is set before there is an answer.
         """
         content, create = {"messages": [{"role": "user", "content": prompt}]}, self.client.chat.completions.create
         if self.endpoint == "text":
@@ -654,20 +635,19 @@ class ChatClient:
 
     def _public(self, error):
         """The first line of an error, without the key."""
-        text = utils.first_line(error)
-        return text.replace(self.key, "[key]") if self.key else text
+        return utils.first_line(error).replace(self.key or "\n", "[key]")
 
     def _raise_if_final(self, error, problem, pause):
         """Raise UserError for what no request of this run can get past."""
-        said = f"{error.code} {error.type} {error.message}".lower()
+        status, said = error.status_code, f"{error.code} {error.type} {error.message}".lower()
+        if status == 429 and ("insufficient_quota" in said or "billing" in said):
+            status = 402
         advice = {
             401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
             402: "there is no credit left; put it in order",
             403: "this key may not do that; choose another --model_name, or check the key",
             404: "check --model_name and --base_url, which mostly ends in /v1",
-        }.get(error.status_code)
-        if error.status_code == 429 and ("insufficient_quota" in said or "billing" in said):
-            advice = "there is no credit left; put it in order"
+        }.get(status)
         if pause is not None and pause > self.timeout:
             advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
         if advice:
@@ -680,8 +660,7 @@ class ChatClient:
         text, problem, counted = None, "bad answer (no choices)", (None, None)
         with contextlib.suppress(AttributeError, LookupError, TypeError):
             choice = response.choices[0]
-            finish_reason = choice.finish_reason
-            problem = f"bad answer (no text, finish_reason {finish_reason})"
+            problem = f"bad answer (no text, finish_reason {choice.finish_reason})"
             text = choice.text if self.endpoint == "text" else choice.message.content
         with contextlib.suppress(AttributeError):
             counted = response.usage.prompt_tokens, response.usage.completion_tokens
@@ -693,18 +672,16 @@ class ChatClient:
         if not isinstance(text, str):
             return None, problem
         model = response.model if isinstance(getattr(response, "model", None), str) else self.model
-        return {"text": text, "finish_reason": finish_reason, "model": model}, ""
+        return {"text": text, "finish_reason": choice.finish_reason, "model": model}, ""
 
     def _adapt(self, error, sent):
         """Rename or drop the parameter that the server refuses; whether there is something new to try."""
         said = error.message.replace("`", "'")
-        if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
-            return False  # the prompt is too long; it speaks of max_tokens too
         named = [key for key in sent if key == error.param]
         if not named and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
             named = [key for key in sent if re.search(rf"\b{key}\b", said)]
-        if not named:
-            return False
+        if not named or re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
+            return False  # the latter says that the prompt is too long, and speaks of max_tokens too
         name, how = named[0], "sent without it"
         if name in self.parameters:  # else another request has met the same
             value = self.parameters.pop(name)
@@ -843,24 +820,20 @@ def read_seeds(args):
 def adopt_rows(folder, journal):
     """Rows that the folder held before its journal began; kept in regen.start.json from then on."""
     path, start = folder / "regen.json", folder / "regen.start.json"
-    if path.exists():
-        digest = utils.sha256_of(path)
-        if not journal.runs:
-            rows = read_regenerated(path)
-            utils.write_text(start, path.read_text(encoding="utf-8-sig"))
-            say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
-        elif digest not in journal.wrote and not (start.exists() and digest == utils.sha256_of(start)):
-            raise UserError(
-                f"{path}: not as the run of {journal.path.name} wrote it; move it away, or choose another --output_dir"
-            )
+    if path.exists() and not journal.runs:
+        rows = read_regenerated(path)
+        utils.write_text(start, path.read_text(encoding="utf-8-sig"))
+        say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
+    elif path.exists():
+        known = journal.wrote | {utils.sha256_of(start) if start.exists() else ""}
+        if utils.sha256_of(path) not in known:
+            advice = "move it away, or choose another --output_dir"
+            raise UserError(f"{path}: not as the run of {journal.path.name} wrote it; {advice}")
     return read_regenerated(start) if start.exists() else []
 
 
 def record_run(args, journal):
-    """Write the settings into the journal, and say what has changed since the last run of the folder.
-
-    Raises UserError where rows that are kept already would be judged by other rules; --replay may do that.
-    """
+    """Write the settings into the journal, and say what has changed; other rules are for --replay alone."""
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
     judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
     judged["blacklist"] = args.blacklist
@@ -876,10 +849,8 @@ def record_run(args, journal):
             if last[key].get(name) != now:
                 changes[key].append(f"{name} was {last[key].get(name)} and is {now}")
     if changes["judged"] and not args.replay:
-        raise UserError(
-            f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; give the old "
-            "settings, judge all answers anew with --replay, or choose another --output_dir"
-        )
+        advice = "give the old settings, judge all answers anew with --replay, or choose another --output_dir"
+        raise UserError(f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; {advice}")
     if changes["asked"]:
         say(f"{args.output_dir}: from here on {'; '.join(changes['asked'])}")
     if not journal.runs or any(changes.values()):
@@ -900,8 +871,7 @@ class Requests:
 
     def __init__(self, collection, journal, client):
         self.args, self.collection, self.journal, self.client = collection.args, collection, journal, client
-        self.tasks, self.started, self.fruitless = {}, 0, []
-        self.stopped = asyncio.get_running_loop().create_future()
+        self.tasks, self.started, self.fruitless, self.stopped = {}, 0, [], asyncio.get_running_loop().create_future()
         self.last_known = max(journal.answers, default=-1)  # up to here an earlier run has asked
 
     def start(self):
@@ -938,12 +908,11 @@ class Requests:
             self.fruitless.append(number)
         if len(self.fruitless) >= self.args.patience:
             reasons = [row["reason"] for row in self.collection.dropped if row["request"] in self.fruitless]
-            reasons += [self.journal.answers[number].get("failed") for number in self.fruitless]
-            raise UserError(
-                f"{self.client.name}: nothing was kept of the last {len(self.fruitless)} requests "
-                f"({', '.join(filter(None, dict.fromkeys(reasons)))}); see {self.journal.path.name}, then try another "
-                "--model_name, more --max_tokens or more --patience"
-            )
+            reasons += [self.journal.answers[i].get("failed") for i in self.fruitless]
+            why = ", ".join(filter(None, dict.fromkeys(reasons)))
+            what = f"nothing was kept of the last {len(self.fruitless)} requests ({why}); see {self.journal.path.name}"
+            advice = "then try another --model_name, more --max_tokens or more --patience"
+            raise UserError(f"{self.client.name}: {what}, {advice}")
 
     def stop(self, number):
         """Take a signal: the first lets answers arrive that are on their way, the second does not."""
@@ -1051,12 +1020,10 @@ def generate_instruction_following_data(*positional, **options):
     client = None if args.replay else ChatClient(args)
     lock = utils.claim_folder(args.output_dir)
     try:
-        code = go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
+        go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
     finally:
         utils.HELD_LOCKS.remove(lock)
         lock.close()
-    if code:
-        sys.exit(code)
 
 
 # To fire, and to whoever asks for the signature, it is a function of the options.
@@ -1067,12 +1034,7 @@ generate_instruction_following_data.__doc__ += "\n    Args:\n" + "".join(
 
 
 def go_on(args, seeds, journal, client):
-    """Bring the folder from what the journal holds to what is asked for; without a client nothing is sent.
-
-    Returns the exit code. Raises UserError for what ended the run, when all that there is has been written.
-    """
-    if journal.torn:
-        say(f"{journal.path}: cut off {journal.torn} bytes of an unfinished last line")
+    """Bring the folder from what the journal holds to what is asked for; without a client nothing is sent."""
     if args.replay and not journal.runs:
         raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
     collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
@@ -1089,11 +1051,12 @@ def go_on(args, seeds, journal, client):
     utils.show_progress(collection.progress(), is_last=True)
     say(collection.account())
     if code == 2:
-        raise UserError(message)
+        raise UserError(message)  # now that all there is has been written
     if message:
         say(f"{message}; the same command goes on")
     print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
-    return code
+    if code:
+        sys.exit(code)
 
 
 def main(task="generate_instruction_following_data", **kwargs):
@@ -1109,9 +1072,8 @@ def command_line():
 
     words, said, given = sys.argv[1:], io.StringIO(), []
     task = words.pop(0) if words and not words[0].startswith("-") else generate_instruction_following_data.__name__
-    texts = [field.name for field in dataclasses.fields(Options) if field.type is str]
 
-    @fire.decorators.SetParseFn(str, *texts)
+    @fire.decorators.SetParseFn(str, *(field.name for field in dataclasses.fields(Options) if field.type is str))
     @functools.wraps(generate_instruction_following_data)
     def parse(*positional, **options):
         given.append(Options(*positional, **options))

@@ -9,6 +9,7 @@ import pytest
 from scripted_server import Server, completion, refusal
 from test_generate_run import answers_of, generate, quick, refused, rows_of, run_script  # noqa: F401
 
+import generate_instruction
 from generate_instruction import ChatClient, Options, check_options, retry_after
 
 GOOD = {}
@@ -108,6 +109,22 @@ def test_retry_after_is_obeyed(tmp_path):
         server.step_of = lambda request: arrivals.append(time.monotonic())
         generate(server, tmp_path, 5)
     assert len(arrivals) == 2 and arrivals[1] - arrivals[0] >= 2.9  # the pause of our own is 0.01 s
+
+
+def test_pauses_grow_up_to_a_limit_and_no_two_requests_wait_alike():
+    for attempt, longest in ((1, 0.01), (2, 0.02), (5, 0.16), (100, generate_instruction.LONGEST_PAUSE_S)):
+        pauses = [generate_instruction.pause_before(attempt) for _ in range(100)]
+        assert len(set(pauses)) == 100 and max(pauses) - min(pauses) > longest / 8
+        assert all(0.75 * longest <= pause <= longest for pause in pauses)
+
+
+def test_a_request_pauses_before_each_attempt_but_the_first(tmp_path, monkeypatch):
+    attempts = []
+    monkeypatch.setattr(generate_instruction, "pause_before", lambda attempt: attempts.append(attempt) or 0.4)
+    with Server(script=dict.fromkeys(range(2), {"status": 500, "body": {}})) as server:
+        start = time.monotonic()
+        generate(server, tmp_path, 5)
+        assert time.monotonic() - start >= 0.8 and attempts == [1, 2] and len(server.requests) == 3
 
 
 @pytest.mark.parametrize(
