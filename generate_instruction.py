@@ -177,7 +177,7 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     tasks, dropped = [], []
     answer = without_reasoning(text)
     markers = find_markers(answer)
-    head = answer[: markers[0].start].strip() if markers else ""
+    head = answer[: markers[0].start].rstrip() if markers else ""
     if head and markers[0].label != "instruction" and not BETWEEN.fullmatch(head.rpartition("\n")[2]):
         markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
     blocks = find_blocks(answer, markers)

@@ -1,5 +1,6 @@
 """generate_instruction.py from end to end against a real server: rows, journal, resuming, limits, the command line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -237,6 +238,7 @@ def test_a_broken_line_in_the_middle_is_named(server, tmp_path):
     path = tmp_path / "regen.journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"request"', b'{"reque', 1))
     assert refused(generate, server, tmp_path, 20) == f"{path}:2: not a line of a journal; mend or remove the line"
+    utils.claim_folder(tmp_path)  # and the folder is free again
 
 
 def wait_for(condition, seconds=60):
@@ -545,6 +547,7 @@ REFUSED = {
     "--num_instructions_to_generate=-3": "--num_instructions_to_generate -3: must be a whole number of at least 1",
     "--num_instructions_to_generate=many": "--num_instructions_to_generate many: must be a whole number of at least 1",
     "--num_prompt_instructions=20": "--num_prompt_instructions 20: must be a whole number from 0 to 19",
+    "--num_prompt_instructions=x": "--num_prompt_instructions x: must be a whole number from 0 to 19",
     "--num_generated_in_prompt=4": "--num_generated_in_prompt 4: must be a whole number from 0 to 3",
     "--rouge_threshold=1.1": "--rouge_threshold 1.1: must be a number from 0 to 1",
     "--rouge_threshold=nan": "--rouge_threshold nan: must be a number from 0 to 1",
@@ -619,17 +622,18 @@ def test_help_shows_two_examples_and_every_option(tmp_path):
     done = run_script(["--help"], cwd=tmp_path, code=0)
     text = done.stdout + done.stderr
     assert text.count("python generate_instruction.py --output_dir out") == 2
-    import inspect
-
-    for name in inspect.signature(generate_instruction_following_data).parameters:
-        assert f"--{name}=" in text, name
+    words = " ".join(text.split())
+    for field in dataclasses.fields(generate_instruction.Options):
+        assert f"--{field.name}=" in text and field.metadata["help"] in words, field.name
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_public_names_are_the_originals():
     import inspect
 
-    names = list(inspect.signature(generate_instruction_following_data).parameters.values())
+    signature = inspect.signature(generate_instruction_following_data)
+    assert list(signature.parameters) == [field.name for field in dataclasses.fields(generate_instruction.Options)]
+    names = list(signature.parameters.values())
     assert [p.name for p in names if p.kind is p.POSITIONAL_OR_KEYWORD] == (
         "output_dir seed_tasks_path num_instructions_to_generate model_name num_prompt_instructions request_batch_size "
         "temperature top_p num_cpus".split()
