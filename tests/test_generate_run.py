@@ -307,7 +307,7 @@ def test_the_folder_is_free_again_after_a_run_in_the_same_process(server, tmp_pa
     utils.claim_folder(tmp_path)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_answers_on_their_way(number, tmp_path):
     with Server(delay=1.5) as server:
         words = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--base_url", server.url]

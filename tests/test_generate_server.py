@@ -84,6 +84,23 @@ def test_a_fault_that_stays_behind_answers_ends_the_run_when_the_patience_does(s
         assert len(rows) == 35 and [row["request"] for row in rows[::7]] == [0, 4, 5, 6, 7]
 
 
+def test_the_tokens_of_attempts_that_gave_nothing_are_counted(tmp_path):
+    with Server(script={0: PASSING["content null"][0]}) as server:
+        generate(server, tmp_path, 5)
+    assert answers_of(tmp_path)[0]["usage"] == {"prompt_tokens": 200, "completion_tokens": 400}
+
+
+def test_what_ends_the_run_does_not_wait_for_its_turn(tmp_path):
+    with Server() as server:
+        generate(server, tmp_path / "first", 5)
+        first = server.requests.pop()["prompt"]
+        refused_key = {"status": 401, "body": refusal("Incorrect API key")}
+        server.step_of = lambda request: {"delay": 1} if request["prompt"] == first else refused_key
+        assert "Incorrect API key" in refused(generate, server, tmp_path / "all", 1000, num_parallel_requests=3)
+        assert len(server.requests) == 3  # no other was started when the first answer had come
+    assert len(rows_of(tmp_path / "all")) == 7  # which is kept
+
+
 def test_one_request_in_vain_among_others(tmp_path, capsys):
     with Server() as server:
         fault = {
