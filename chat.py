@@ -318,7 +318,7 @@ def load_chat(args):
     return Chat(model, tokenizer, style, window, options, frozenset(ends), make_to_bytes(tokenizer))
 
 
-def encode_prompt(chat, turns):
+def ids_of_prompt(chat, turns):
     """The ids of the prompt for the last of `turns`, as training has them before the answer.
 
     Raises UserError where they fill the window.
@@ -414,10 +414,10 @@ def fit(chat, turns, max_new_tokens):
     room = min(max_new_tokens, chat.window // 2)
     for first in range(len(turns)):
         with contextlib.suppress(UserError):
-            ids = encode_prompt(chat, turns[first:])
+            ids = ids_of_prompt(chat, turns[first:])
             if len(ids) + room <= chat.window:
                 return ids, turns[:first]
-    return encode_prompt(chat, turns[-1:]), turns[:-1]
+    return ids_of_prompt(chat, turns[-1:]), turns[:-1]
 
 
 def read_message():
@@ -476,7 +476,7 @@ def name_turns(turns):
 def answer_once(chat, args):
     """Answer --instruction on stdout."""
     record = {"instruction": args.instruction, "input": args.input}
-    ids = encode_prompt(chat, [unwrap(record)])
+    ids = ids_of_prompt(chat, [unwrap(record)])
     answer = make_answer(chat, ids, args.max_new_tokens, show)
     try:
         generate(chat, [ids], [answer])
@@ -494,7 +494,7 @@ def answer_all(chat, args, records, problems):
     ready, reasons = [], {}
     for record in records:
         try:
-            ready.append((record, encode_prompt(chat, [record])))
+            ready.append((record, ids_of_prompt(chat, [record])))
         except UserError as error:
             problems = [*problems, f"{record['source']}: {error}"]
             say(problems[-1])

@@ -5,7 +5,7 @@ functions that need them, so that every script starts with only what it uses.
 """
 
 import argparse
-import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -22,7 +21,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
@@ -76,8 +74,7 @@ def on_signals(handler, *numbers):
 def is_first_to_fail():
     """True in one process of the run, the first that asks; needs no cooperation from the others.
 
-    Before the process group exists all processes do the same work, so the first of each node speaks. Afterwards a
-    counter in the launcher's key-value store decides.
+    Without a process group the first of each node speaks; with one a counter in the launcher's key-value store decides.
     """
     dist = process_group()
     if dist is None:
@@ -125,7 +122,7 @@ def run_main(main):
     sys.exit(code)
 
 
-# --- JSON files ------------------------------------------------------------------------------------------------------
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 def jload(f, mode="r"):
@@ -145,19 +142,14 @@ def jload(f, mode="r"):
 
 
 def jdump(obj, f, mode="w", indent=4, default=str):
-    """Write a str as it is, or a dict or list as JSON, to a path (its folders are made) or an open file.
-
-    Raises ValueError for any other type.
-    """
+    """Write a str as it is, or a dict or list as JSON, to a path (its folders are made) or an open file."""
     if not isinstance(obj, (str, dict, list)):
         raise ValueError(f"jdump writes a str, dict or list, not {type(obj).__name__}")
     text = obj if isinstance(obj, str) else json.dumps(obj, indent=indent, default=default, ensure_ascii=False)
     text.encode("utf-8")  # a lone surrogate must fail before the file is emptied
-    if isinstance(f, io.IOBase):
-        f.write(text)
-        return
-    os.makedirs(os.path.dirname(os.path.abspath(f)), exist_ok=True)
-    with open(f, mode=mode, encoding="utf-8") as opened:
+    if not isinstance(f, io.IOBase):
+        os.makedirs(os.path.dirname(os.path.abspath(f)), exist_ok=True)
+    with contextlib.nullcontext(f) if isinstance(f, io.IOBase) else open(f, mode=mode, encoding="utf-8") as opened:
         opened.write(text)
 
 
@@ -176,9 +168,8 @@ def write_text(path, text):
         os.replace(hidden, path)
     except OSError as error:
         hidden.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); make room, then give the same command again"
-        ) from None
+        what = f"{path}: cannot be written ({error.strerror})"
+        raise UserError(f"{what}; make room, then give the same command again") from None
 
 
 def write_json(obj, path):
@@ -223,7 +214,7 @@ def json_problem(error):
     return f"not valid JSON, {where}"
 
 
-# --- Records and prompts ---------------------------------------------------------------------------------------------
+# --- Records, conversations and prompts ------------------------------------------------------------------------------
 
 IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
 
@@ -273,9 +264,8 @@ def as_messages(record, needs_answer=True):
         if not isinstance(value, str) and (value is not None or key in needed):
             raise ValueError(f"{key} is {json_type(value)}, expected text")
         if value and re.search("[\ud800-\udfff]", value):
-            raise ValueError(
-                f"{key} holds a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
-            )
+            half = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
+            raise ValueError(f"{key} holds {half}")
     question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
     return [question, {"role": "assistant", "content": record["output"]}] if needs_answer else [question]
 
@@ -333,8 +323,6 @@ def read_records(sources, needs_answer=True):
     return records, problems
 
 
-# --- Prompt styles: how a conversation is put to a model, and what ends its answer -----------------------------------
-
 # "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
 # token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in v1.1's.
 PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna_v1.1": ("</s>",), "chat_template": ()}
@@ -387,7 +375,7 @@ def spans(style, messages, tokenizer=None):
     return [(system + parts[0][0], False), *parts[1:]]
 
 
-# --- Options of 2023 -------------------------------------------------------------------------------------------------
+# --- Options ---------------------------------------------------------------------------------------------------------
 
 
 def unknown_options(words, known):
@@ -455,8 +443,7 @@ def sentencepiece_ids(model_path, texts):
 def differs_from_sentencepiece(tokenizer, model_path):
     """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
 
-    `tokenizer` is one of transformers or of tokenizers. Pieces that the model's maker defined by hand split the text
-    around them, so each stands in a string of its own.
+    `tokenizer` is of transformers or of tokenizers. Pieces defined by hand split the text, so each has its own string.
     """
     pieces = sentencepiece_proto(model_path).pieces
     texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
@@ -521,16 +508,13 @@ def build_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False
 def find_sentencepiece(name_or_path, cache_dir=None):
     """The `tokenizer.model` of a model folder or of a hub model in the cache; None where there is none."""
     path = Path(name_or_path, "tokenizer.model")
-    if path.is_file():
-        return path
-    if Path(name_or_path).is_dir():
-        return None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    if path.is_file() or path.parent.is_dir():
+        return path if path.is_file() else None
+    import huggingface_hub
 
     try:
-        cached = try_to_load_from_cache(str(name_or_path), "tokenizer.model", cache_dir=cache_dir)
-    except HFValidationError:
+        cached = huggingface_hub.try_to_load_from_cache(str(name_or_path), path.name, cache_dir=cache_dir)
+    except huggingface_hub.errors.HFValidationError:  # no name on the hub can be like that
         return None
     return Path(cached) if isinstance(cached, str) else None
 
@@ -566,15 +550,13 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
         raise UserError(f"{name_or_path}: {problem}; {layout_hint(name_or_path, for_tokenizer=True)}")
     if problem:
         config = Path(name_or_path, "tokenizer_config.json")
-        config = json.loads(read_text(config)) if config.is_file() else {}
+        config = read_json(config) if config.is_file() else {}
         added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
         tokenizer = tokenizer_from_sentencepiece(model_path, **added, **options)
         text = differs_from_sentencepiece(tokenizer, model_path)
         if text is not None:
-            raise UserError(
-                f"{name_or_path}: {problem}, and one built from {model_path.name} reads {text!r} differently too; "
-                "put a right tokenizer.json into the folder"
-            )
+            what = f"{problem}, and one built from {model_path.name} reads {text!r} differently too"
+            raise UserError(f"{name_or_path}: {what}; put a right tokenizer.json into the folder")
         say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
     if not tokenizer.eos_token:
         raise UserError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its tokenizer_config.json")
@@ -657,16 +639,15 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
         raise UserError(f"{name_or_path}: {what}; copy the folder again")
     missing = sorted(info["missing_keys"])
     if missing:
-        raise UserError(
-            f"{name_or_path}: its files lack {len(missing)} tensors, first {missing[0]}; copy the folder again"
-        )
+        what = f"its files lack {len(missing)} tensors, first {missing[0]}"
+        raise UserError(f"{name_or_path}: {what}; copy the folder again")
     unused = sorted(info["unexpected_keys"])
     if unused:
         say(f"{name_or_path}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
     return model
 
 
-# --- Verified writes -------------------------------------------------------------------------------------------------
+# --- Folders that are written whole, or claimed ----------------------------------------------------------------------
 
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
 
@@ -767,7 +748,7 @@ def is_disk_full(error):
     return any(word in str(error) for word in words + of_torch_save)
 
 
-# --- run.json: what a run was made of --------------------------------------------------------------------------------
+# --- run.json, checkpoints and memory: what a run was made of, and what it finds -------------------------------------
 
 
 def sha256_of(path):
@@ -789,14 +770,13 @@ def versions(*packages):
 
 def git_commit():
     """The commit these scripts stand at, with "+" where files differ from it; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = ["git", "-C", str(here)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("+" if status.stdout.strip() else "")
+    git, said = ["git", "-C", str(Path(__file__).resolve().parent)], []
+    for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
+        try:
+            said.append(subprocess.run([*git, *words], capture_output=True, text=True, check=True).stdout.strip())
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return said[0] + "+" * bool(said[1])
 
 
 def read_run(folder):
@@ -811,27 +791,17 @@ def read_run(folder):
         raise UserError(f"{path}: not a run.json of these scripts; choose another folder") from None
 
 
-# --- Checkpoints and output folders: whose they are, and what of them is whole ---------------------------------------
-
-
 def find_checkpoints(folder):
-    """({whole checkpoint: its marker}, [unfinished ones]), oldest first; whole means that the marker's files are there."""
-    whole, unfinished = {}, []
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name[11:])):
-        try:
+    """({whole checkpoint: its marker}, [unfinished ones]), oldest first; whole ones have all files of their marker."""
+    found, whole = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()], {}
+    found.sort(key=lambda path: int(path.name[11:]))
+    for path in found:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-            is_whole = all((path / name).stat().st_size == size for name, size in marker["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            is_whole = False
-        if is_whole:
-            whole[path] = marker
-        else:
-            unfinished.append(path)
-    return whole, unfinished
+            if all((path / name).stat().st_size == size for name, size in marker["files"].items()):
+                whole[path] = marker
+    return whole, [path for path in found if path not in whole]
 
-
-# --- Engines: what they need, and what the machine has ---------------------------------------------------------------
 
 GIB = 2**30
 
@@ -847,85 +817,7 @@ def free_host_memory():
     return free
 
 
-# --- Generated rows and the journal that they come from --------------------------------------------------------------
-
-
-class Journal:
-    """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
-    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
-    """
-
-    def __init__(self, path):
-        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
-            try:
-                entry = json.loads(line)
-                if "request" in entry:
-                    self.answers.setdefault(entry["request"], entry)
-                elif "run" in entry:
-                    self.runs.append(entry["run"])
-                else:
-                    self.wrote.add(entry["wrote"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
-            self.size += len(line) + 1
-        self.torn = len(data) - self.size
-        self.file = None
-
-    def append(self, entry):
-        """Append a line and wait for the disk; what was half written on failure is taken back."""
-        if self.file is None:
-            self.file = open(self.path, "ab", buffering=0)
-            self.file.truncate(self.size)  # cuts a torn line off
-        try:
-            line = json.dumps(entry, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a lone surrogate has no UTF-8 form, but an escape
-            line = json.dumps(entry).encode()
-        try:
-            rest = line + b"\n"
-            while rest:
-                rest = rest[self.file.write(rest) :]
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self.file.truncate(self.size)
-            raise UserError(
-                f"{self.path}: cannot be written ({error.strerror}); make room, then the same command goes on"
-            )
-        self.size += len(line) + 1
-        if "request" in entry:
-            self.answers[entry["request"]] = entry
-
-    def close(self):
-        if self.file:
-            self.file.close()
-
-
-def read_rows(path):
-    """The rows of a regen.json, ours or the original's."""
-    text = read_text(path)
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError):
-        problem = "not valid JSON; its writer may have been killed"
-    else:
-        problem = "" if isinstance(rows, list) else "not a list of rows"
-        for i, row in enumerate(rows if not problem else []):
-            try:
-                as_messages(row)
-            except ValueError as error:
-                problem = problem or f"row {i}: {error}"
-    if problem:
-        raise UserError(f"{path}: {problem}; mend it, move it away, or choose another --output_dir")
-    return [{**row, "input": row.get("input") or ""} for row in rows]
-
-
-# --- Servers that speak OpenAI's protocol ----------------------------------------------------------------------------
-
-OPENAI_URL = "https://api.openai.com/v1"
-DEFAULT_MODEL = "gpt-4o-mini"
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
+# --- Completions by the name that forks of Stanford Alpaca import from here ------------------------------------------
 
 
 @dataclasses.dataclass
@@ -937,200 +829,12 @@ class OpenAIDecodingArguments:
     top_p: float | None = 1.0
     n: int = 1
     stream: bool = False
-    stop: Sequence[str] | None = None
+    stop: list[str] | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     suffix: str | None = None
     logprobs: int | None = None
     echo: bool = False
-
-
-class Completion(dict):
-    """One answer: text, finish_reason, model, usage and total_tokens, as keys and as attributes."""
-
-    __getattr__ = dict.__getitem__
-
-
-class RequestFailed(Exception):
-    """One request has no answer, others may have; `usage` is what its attempts cost in tokens."""
-
-    def __init__(self, message, usage):
-        super().__init__(message)
-        self.usage = usage
-
-
-def public_url(url):
-    """A URL without what may be secret in it: user, password and query."""
-    return re.sub(r"//[^/@]*@", "//", url.partition("?")[0])
-
-
-def estimate_tokens(text):
-    """About how many tokens a text has: one for four ASCII characters, one for any other character."""
-    ascii_only = sum(character < "\x80" for character in text)
-    return ascii_only // 4 + len(text) - ascii_only
-
-
-def retry_after(headers):
-    """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
-    from email.utils import parsedate_to_datetime
-
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        with contextlib.suppress(KeyError, ValueError):
-            return max(0.0, float(headers[name]) / unit)
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        until = parsedate_to_datetime(headers["retry-after"])
-        return max(0.0, (until - parsedate_to_datetime(headers["date"])).total_seconds())
-    return None
-
-
-class ChatClient:
-    """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
-
-    `endpoint` is "chat" or "text"; `timeout` is the longest that an attempt, or a wait asked for by the server, may
-    take, in seconds; `parameters` go with every request. Use it inside one event loop, and close it there. `ending`,
-    once set, lets requests on the wire arrive and starts no other attempt.
-    """
-
-    def __init__(self, base_url, model, endpoint, timeout, max_retries, parameters):
-        import openai
-
-        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not key and base_url == OPENAI_URL:
-            raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
-        self.openai, self.key, self.model, self.endpoint = openai, key, model, endpoint
-        self.client = openai.AsyncOpenAI(api_key=key or "none", base_url=base_url, max_retries=0, timeout=timeout)
-        self.timeout, self.max_retries, self.parameters = timeout, max_retries, dict(parameters)
-        self.refused = set()
-        self.name, self.num_answers, self.ending = f"{model} at {public_url(base_url)}", 0, asyncio.Event()
-
-    async def close(self):
-        await self.client.close()
-
-    async def ask(self, prompt):
-        """Ask for an answer to `prompt`, a text or a list of chat messages.
-
-        Returns {choices: [(text, finish reason)], model, usage, attempts}; the usage is that of all attempts. Raises
-        RequestFailed where this request stays without an answer, UserError where all would, and CancelledError where
-        `ending` is set before it has one.
-        """
-        usage, attempts, problem = {"prompt_tokens": 0, "completion_tokens": 0}, 0, ""
-        while not self.ending.is_set():
-            sent, pause = dict(self.parameters), None
-            try:
-                async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
-                    response = await self._send(prompt, sent)
-                choices, problem = self._read(response, prompt, usage)
-                if choices:
-                    self.num_answers += 1
-                    model = _within(response, "model")
-                    model = model if isinstance(model, str) else self.model
-                    return {"choices": choices, "model": model, "usage": usage, "attempts": attempts + 1}
-            except self.openai.APIStatusError as error:
-                if error.status_code in (400, 422) and self._adapt(error, sent):
-                    continue
-                problem, pause = self._public(error), retry_after(error.response.headers)
-                self._raise_if_final(error, problem, pause)
-                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                    raise RequestFailed(problem, usage) from None
-            except (TimeoutError, self.openai.APITimeoutError):
-                problem = f"no answer within {self.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                problem = f"no connection ({self._public(error.__cause__ or error)})"
-            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that is not JSON
-                problem = f"bad answer ({self._public(error)})"
-            attempts += 1
-            if attempts > self.max_retries:
-                raise RequestFailed(problem, usage)
-            if pause is None:
-                pause = min(FIRST_PAUSE_S * 2 ** (attempts - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.ending.wait(), pause)
-        raise asyncio.CancelledError
-
-    def _public(self, error):
-        """The first line of an error, short and without the key."""
-        text = first_line(error)[:300]
-        return text.replace(self.key, "[key]") if self.key else text
-
-    def _raise_if_final(self, error, problem, pause):
-        """Raise UserError for what no request of this run can get past."""
-        said = f"{error.code} {error.type} {error.message}".lower()
-        advice = {
-            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
-            402: "there is no credit left; put it in order",
-            403: "this key may not do that; choose another --model_name, or check the key",
-            404: "check --model_name and --base_url, which mostly ends in /v1",
-        }.get(error.status_code)
-        if error.status_code == 429 and ("insufficient_quota" in said or "billing" in said):
-            advice = "there is no credit left; put it in order"
-        if pause is not None and pause > self.timeout:
-            advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
-        if advice:
-            raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
-
-    def _send(self, prompt, parameters):
-        if self.endpoint == "text":
-            return self.client.completions.create(model=self.model, prompt=prompt, **parameters)
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        return self.client.chat.completions.create(model=self.model, messages=messages, **parameters)
-
-    def _read(self, response, prompt, usage):
-        """([(text, finish reason)], "") or (None, what is wrong); adds the tokens to `usage`. Servers send anything."""
-        if isinstance(response, str):
-            return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        counted = {name: _within(response, "usage", name) for name in ("prompt_tokens", "completion_tokens")}
-        choices, texts = _within(response, "choices"), []
-        for choice in choices if isinstance(choices, list) else []:
-            text = _within(choice, "text") if self.endpoint == "text" else _within(choice, "message", "content")
-            texts.append((text, _within(choice, "finish_reason")))
-        if not all(isinstance(count, int) for count in counted.values()):
-            words = prompt if isinstance(prompt, str) else "".join(str(message.get("content")) for message in prompt)
-            answers = "".join(text for text, _ in texts if isinstance(text, str))
-            counted = {"prompt_tokens": estimate_tokens(words), "completion_tokens": estimate_tokens(answers)}
-            usage["estimated"] = True
-        for name, count in counted.items():
-            usage[name] += count
-        if not texts:
-            return None, "bad answer (no choices)"
-        if not all(isinstance(text, str) for text, _ in texts):
-            return None, f"bad answer (no text, finish_reason {texts[0][1]})"
-        return texts, ""
-
-    def _adapt(self, error, sent):
-        """Rename or drop the parameter that the server refuses; whether there is something new to try."""
-        said = error.message.replace("`", "'")
-        if re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
-            return False  # the prompt is too long; it speaks of max_tokens too
-        name = error.param if error.param in sent else None
-        if name is None and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
-            named = [key for key in sent if re.search(rf"\b{key}\b", said)]
-            name = named[0] if named else None
-        if name is None:
-            return False
-        if name in self.parameters:  # else another request has met the same
-            value, other = self.parameters.pop(name), {"max_tokens": "max_completion_tokens"}.get(name)
-            if other:
-                self.parameters[other] = value
-            how = f"sending it as {other}" if other else "sent without it"
-            say(f"{self.name}: refuses {name} {value}; from here on {how}")
-        return True
-
-
-def _within(value, *names):
-    """An attribute of an attribute; None where there is none: what a server sends is not checked by the client."""
-    for name in names:
-        value = getattr(value, name, None)
-    return value
-
-
-def living_model(name, base_url):
-    """`name`, or the default model for the one of 2023 that OpenAI has withdrawn."""
-    if name == "text-davinci-003" and base_url == OPENAI_URL:
-        say(f"text-davinci-003 was withdrawn in 2024; using {DEFAULT_MODEL}")
-        return DEFAULT_MODEL
-    return name or DEFAULT_MODEL
 
 
 def openai_completion(
@@ -1144,47 +848,51 @@ def openai_completion(
     return_text=False,
     **decoding_kwargs,
 ):
-    """Complete one prompt or several through the server of OPENAI_BASE_URL, `batch_size` at a time.
+    """Complete one prompt, or a list of them, through the server of OPENAI_BASE_URL, `batch_size` at a time.
 
-    A prompt is a text, or a chat message {role, content}. `decoding_kwargs` are sent beside what `decoding_args` says.
-    Returns a `Completion` for a single prompt, else a list, of texts with `return_text`; with decoding_args.n above 1
-    a list of n for each prompt. `sleep_time` has no meaning any more: waiting is bounded and grows. Models that OpenAI
-    serves as text completions are asked so, all others through chat completions. Raises UserError where a prompt
-    stays without an answer.
+    A prompt is a text or a chat message {role, content}. Returns for each {text, finish_reason, model, total_tokens},
+    as keys and as attributes, or the text alone with `return_text`; a list of them where decoding_args.n is above 1.
+    The library tries again what fails, so `sleep_time` has no meaning any more. Raises UserError without an answer.
     """
-    single = isinstance(prompts, (str, dict))
-    prompts = [prompts] if single else list(prompts)
-    prompts = prompts[: min(max_instances, max_batches * batch_size)]
-    base_url = os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-    model = living_model(model_name, base_url)
-    endpoint = "text" if model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct")) else "chat"
+    import openai
+
+    class Completion(dict):
+        __getattr__ = dict.__getitem__
+
+    def ask(prompt):
+        if is_text:
+            response = client.completions.create(model=model, prompt=prompt, **parameters)
+        else:
+            message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
+            response = client.chat.completions.create(model=model, messages=[message], **parameters)
+        if not getattr(response, "choices", None):  # an HTML page, for example, is handed through as a str
+            raise ValueError(f"no completion, but {str(response)[:60]!r}")
+        facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
+        found = []
+        for choice in response.choices:
+            text = choice.text if is_text else choice.message.content
+            found.append(text if return_text else Completion(text=text, finish_reason=choice.finish_reason, **facts))
+        return found if decoding_args.n > 1 else found[0]
+
+    url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
+    model = model_name or "gpt-4o-mini"
+    if model == "text-davinci-003" and not url:
+        model = "gpt-4o-mini"
+        say(f"text-davinci-003 was withdrawn in 2024; using {model}")
+    is_text = model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct"))  # OpenAI serves them as completions
     parameters = {**dataclasses.asdict(decoding_args), **decoding_kwargs}
-    defaults = {"n": 1, "stream": False, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}
-    for name in ["stream"] + ["suffix", "logprobs", "echo"] * (endpoint == "chat"):
+    for name in ["stream"] if is_text else ["stream", "suffix", "logprobs", "echo"]:
         if parameters.pop(name, None):
             say(f"{name} has no meaning here; ignored")
-    parameters = {k: v for k, v in parameters.items() if v is not None and (k not in defaults or v != defaults[k])}
-
-    async def ask_all():
-        client = ChatClient(base_url, model, endpoint, 600, 5, parameters)
-        gate = asyncio.Semaphore(batch_size)
-
-        async def ask(prompt):
-            async with gate:
-                return await client.ask([prompt] if isinstance(prompt, dict) else prompt)
-
-        try:
-            return await asyncio.gather(*map(ask, prompts))
-        except RequestFailed as failure:
-            raise UserError(f"{client.name}: {failure}") from None
-        finally:
-            await client.close()
-
-    results = []
-    for answer in asyncio.run(ask_all()):
-        total = answer["usage"]["prompt_tokens"] + answer["usage"]["completion_tokens"]
-        facts = {"model": answer["model"], "usage": answer["usage"], "total_tokens": total}
-        found = [Completion(text=text, finish_reason=reason, **facts) for text, reason in answer["choices"]]
-        found = [completion.text for completion in found] if return_text else found
-        results.append(found if decoding_args.n > 1 else found[0])
+    usual = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}  # not sent: some refuse them
+    parameters = {name: value for name, value in parameters.items() if value not in (None, usual.get(name))}
+    single = isinstance(prompts, (str, dict))
+    prompts = ([prompts] if single else list(prompts))[: min(max_instances, max_batches * batch_size)]
+    try:
+        client = openai.OpenAI(api_key=key or ("none" if url else None), max_retries=5)
+        with concurrent.futures.ThreadPoolExecutor(batch_size) as pool:
+            results = list(pool.map(ask, prompts))
+    except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
+        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
+        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
     return results[0] if single else results

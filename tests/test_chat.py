@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_chat_template_is_the_tokenizers_own(base):
 def test_a_chat_template_writes_its_begin_token_itself(base, tmp_path):
     loaded = load(base, "--prompt_style", "alpaca")
     loaded.style, loaded.tokenizer.chat_template = "chat_template", "<s>{{ messages[0].content }}:"
-    ids = chat.encode_prompt(loaded, [{"instruction": "a"}])
+    ids = chat.ids_of_prompt(loaded, [{"instruction": "a"}])
     assert ids[0] == 1 and ids.count(1) == 1
     assert loaded.tokenizer.decode(ids).replace(" ", "") == "<s>a:"
 
@@ -170,15 +171,15 @@ def test_prompt_ids_are_those_that_training_masks(base, tokenizer):
     for record, ids, labels, straddling in zip(records, *data.values(), strict=True):
         masked = int((labels == utils.IGNORE_INDEX).sum())
         assert not straddling
-        assert chat.encode_prompt(loaded, [record]) == ids[:masked].tolist(), record["instruction"]
+        assert chat.ids_of_prompt(loaded, [record]) == ids[:masked].tolist(), record["instruction"]
 
 
 def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_the_prompt(base):
     loaded = load(base)
-    plain = chat.encode_prompt(loaded, TURNS)
+    plain = chat.ids_of_prompt(loaded, TURNS)
     loaded.tokenizer = utils.tokenizer_from_sentencepiece(base / "tokenizer.model", add_eos_token=True)
     assert loaded.tokenizer("a").input_ids[-1] == 2
-    assert chat.encode_prompt(loaded, TURNS) == plain
+    assert chat.ids_of_prompt(loaded, TURNS) == plain
 
 
 def test_what_the_model_sees(base, ask, monkeypatch):
@@ -233,7 +234,7 @@ def test_a_tokenizer_that_transformers_would_misread_is_built_anew(base, tmp_pat
         if path.name != "tokenizer.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     record = {"instruction": f"two  spaces\n    four {ZH}"}
-    found = chat.encode_prompt(load(tmp_path), [record])
+    found = chat.ids_of_prompt(load(tmp_path), [record])
     assert "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked" in capsys.readouterr().err
     (expected,) = utils.sentencepiece_ids(base / "tokenizer.model", [utils.render_prompt(record)])
     assert found == [1, *expected]
@@ -324,7 +325,7 @@ def test_an_adapter_and_an_unfinished_run_are_refused_with_what_to_do(tmp_path):
     (run / "checkpoint-8").mkdir(parents=True)
     chat.check_folder(run)  # load_config says that it is no model
     (run / "checkpoint-8" / "config.json").write_text("{}", encoding="utf-8")
-    trainer.mark_checkpoint(run / "checkpoint-8", step=8, resumable=True)
+    trainer.mark_checkpoint(run / "checkpoint-8", 8, SimpleNamespace(save_only_model=False))
     assert refusal(chat.check_folder, run) == (
         f"{run}: its training has not ended; give it its time, or try the checkpoint {run}/checkpoint-8"
     )
@@ -487,7 +488,7 @@ def test_an_answer_without_end_says_why_it_is_cut(endless, ask):
     out, err = ask("--model_name_or_path", endless, "--instruction", "Go.", "--max_new_tokens", 5)
     assert out == "a thea thea\n"
     assert err.splitlines()[-1] == "(cut after 5 tokens; --max_new_tokens allows more)"
-    room = 256 - len(chat.encode_prompt(load(endless), [{"instruction": "Go."}]))
+    room = 256 - len(chat.ids_of_prompt(load(endless), [{"instruction": "Go."}]))
     out, err = ask("--model_name_or_path", endless, "--instruction", "Go.")
     assert out == ("a the" * room)[: (room // 2) * 5 + room % 2] + "\n"
     assert err.splitlines()[-1] == f"(cut after {room} tokens: the model's window is full)"
@@ -495,13 +496,13 @@ def test_an_answer_without_end_says_why_it_is_cut(endless, ask):
 
 def test_a_prompt_may_fill_the_window_but_for_one_token(endless):
     loaded = load(endless)
-    loaded.window = len(chat.encode_prompt(loaded, [{"instruction": "Go."}])) + 1
-    ids = chat.encode_prompt(loaded, [{"instruction": "Go."}])
+    loaded.window = len(chat.ids_of_prompt(loaded, [{"instruction": "Go."}])) + 1
+    ids = chat.ids_of_prompt(loaded, [{"instruction": "Go."}])
     answer = chat.make_answer(loaded, ids, 9)
     chat.generate(loaded, [ids], [answer])
     assert (answer.text, answer.num_tokens, answer.finish_reason) == ("a", 1, "window")
     loaded.window -= 1
-    message = refusal(chat.encode_prompt, loaded, [{"instruction": "Go."}])
+    message = refusal(chat.ids_of_prompt, loaded, [{"instruction": "Go."}])
     assert message == f"the prompt has {len(ids)} tokens and the model's window is {len(ids)}; shorten it"
 
 
@@ -617,10 +618,10 @@ def test_the_oldest_turns_go_when_the_window_is_full(endless):
     turns = [{"instruction": f"Say {'river ' * 4}{i}", "input": "", "output": "Yes."} for i in range(12)]
     ids, dropped = chat.fit(loaded, turns, 60)
     assert dropped == turns[: len(dropped)] and 0 < len(dropped) < 11
-    assert ids == chat.encode_prompt(loaded, turns[len(dropped) :]) and len(ids) <= 256 - 60
-    assert len(chat.encode_prompt(loaded, turns[len(dropped) - 1 :])) > 256 - 60
+    assert ids == chat.ids_of_prompt(loaded, turns[len(dropped) :]) and len(ids) <= 256 - 60
+    assert len(chat.ids_of_prompt(loaded, turns[len(dropped) - 1 :])) > 256 - 60
     few = chat.fit(loaded, turns[-2:], 60)
-    assert few == (chat.encode_prompt(loaded, turns[-2:]), [])
+    assert few == (chat.ids_of_prompt(loaded, turns[-2:]), [])
     assert chat.fit(loaded, turns, 10**6)[1] == turns[: len(chat.fit(loaded, turns, 128)[1])]  # half the window at most
     long = {"instruction": "river " * 400, "input": "", "output": ""}
     assert refusal(chat.fit, loaded, [*turns, long], 60).endswith("tokens and the model's window is 256; shorten it")
@@ -648,7 +649,7 @@ def test_a_conversation_remembers_drops_and_goes_on_after_an_error(endless, monk
     chat.converse(loaded, chat.parse_arguments(["--model_name_or_path", "m", "--max_new_tokens", "5"]))
     out, err = capsys.readouterr()
     turn = [{"instruction": "Say one.", "input": "", "output": "a thea thea"}, {"instruction": "Say " + "river " * 10}]
-    assert prompts[1] == chat.encode_prompt(loaded, turn)
+    assert prompts[1] == chat.ids_of_prompt(loaded, turn)
     assert out == "a thea thea\n" * 5 + "\n"
     lines = err.splitlines()
     assert "earlier messages are remembered; Ctrl-C stops an answer, Ctrl-D ends" in lines

@@ -1,5 +1,6 @@
 """generate_instruction.py from end to end against a real server: rows, journal, resuming, limits, the command line."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
-from scripted_server import Server, completion
+from scripted_server import Server, completion, refusal, usual_answer
 
 import generate_instruction
 import utils
@@ -25,7 +26,7 @@ SCRIPT = ROOT / "generate_instruction.py"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses, and no key or server of whoever runs the tests."""
-    monkeypatch.setattr(utils, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(generate_instruction, "FIRST_PAUSE_S", 0.01)
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
 
@@ -237,6 +238,7 @@ def test_a_broken_line_in_the_middle_is_named(server, tmp_path):
     path = tmp_path / "regen.journal.jsonl"
     path.write_bytes(path.read_bytes().replace(b'{"request"', b'{"reque', 1))
     assert refused(generate, server, tmp_path, 20) == f"{path}:2: not a line of a journal; mend or remove the line"
+    utils.claim_folder(tmp_path)  # and the folder is free again
 
 
 def wait_for(condition, seconds=60):
@@ -305,7 +307,7 @@ def test_the_folder_is_free_again_after_a_run_in_the_same_process(server, tmp_pa
     utils.claim_folder(tmp_path)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_waits_for_answers_on_their_way(number, tmp_path):
     with Server(delay=1.5) as server:
         words = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path), "--base_url", server.url]
@@ -403,7 +405,7 @@ def test_the_originals_regen_json_is_gone_on_from(server, tmp_path, capsys):
         ('{"a": 1}', "not a list of rows"),
         (
             '[{"instruction": "a"}]',
-            "row 0: no output; keys found: instruction; keys expected: instruction, input (optional), output",
+            "regen.json[0]: no output; keys found: instruction; keys expected: instruction, input (optional), output",
         ),
     ],
 )
@@ -495,8 +497,8 @@ def test_a_missing_usage_is_estimated_and_said(tmp_path, capsys):
         generate(server, tmp_path, 5)
         answer = answers_of(tmp_path)[0]
     assert answer["usage"] == {
-        "prompt_tokens": utils.estimate_tokens(server.requests[0]["prompt"]),
-        "completion_tokens": utils.estimate_tokens(answer["text"]),
+        "prompt_tokens": generate_instruction.estimate_tokens(server.requests[0]["prompt"]),
+        "completion_tokens": generate_instruction.estimate_tokens(answer["text"]),
         "estimated": True,
     }
     assert f"tokens ~{answer['usage']['prompt_tokens']:,} in ~" in capsys.readouterr().err
@@ -530,7 +532,7 @@ def test_dry_run_shows_the_first_request_and_writes_nothing(server, tmp_path):
     prompt, _, rest = done.stdout.partition("\n--- ")
     generate(server, tmp_path / "out", 5)
     assert prompt == server.requests[0]["prompt"]
-    tokens = utils.estimate_tokens(prompt)
+    tokens = generate_instruction.estimate_tokens(prompt)
     assert (
         f"an estimate, by characters: about {tokens:,} tokens in a request, at most 3,072 out; at least 3 requests"
         in rest
@@ -545,6 +547,7 @@ REFUSED = {
     "--num_instructions_to_generate=-3": "--num_instructions_to_generate -3: must be a whole number of at least 1",
     "--num_instructions_to_generate=many": "--num_instructions_to_generate many: must be a whole number of at least 1",
     "--num_prompt_instructions=20": "--num_prompt_instructions 20: must be a whole number from 0 to 19",
+    "--num_prompt_instructions=x": "--num_prompt_instructions x: must be a whole number from 0 to 19",
     "--num_generated_in_prompt=4": "--num_generated_in_prompt 4: must be a whole number from 0 to 3",
     "--rouge_threshold=1.1": "--rouge_threshold 1.1: must be a number from 0 to 1",
     "--rouge_threshold=nan": "--rouge_threshold nan: must be a number from 0 to 1",
@@ -558,7 +561,7 @@ REFUSED = {
     "length,program,punctuation,blacklist",
     "--num_instruction=3": "unknown option: --num_instruction (did you mean --num_prompt_instructions?); "
     "--help lists those that exist",
-    "generate": "generate: no such task; options begin with --, and --help lists them",
+    "generate": "generate: no such task; there is generate_instruction_following_data",
     "--prompt_path=missing.txt": "missing.txt: No such file or directory; --prompt_path takes a text file",
     "--blacklist_path=missing.txt": "missing.txt: No such file or directory; "
     "--blacklist_path takes a text file of one word a line",
@@ -619,17 +622,18 @@ def test_help_shows_two_examples_and_every_option(tmp_path):
     done = run_script(["--help"], cwd=tmp_path, code=0)
     text = done.stdout + done.stderr
     assert text.count("python generate_instruction.py --output_dir out") == 2
-    import inspect
-
-    for name in inspect.signature(generate_instruction_following_data).parameters:
-        assert f"--{name}=" in text, name
+    words = " ".join(text.split())
+    for field in dataclasses.fields(generate_instruction.Options):
+        assert f"--{field.name}=" in text and field.metadata["help"] in words, field.name
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_public_names_are_the_originals():
     import inspect
 
-    names = list(inspect.signature(generate_instruction_following_data).parameters.values())
+    signature = inspect.signature(generate_instruction_following_data)
+    assert list(signature.parameters) == [field.name for field in dataclasses.fields(generate_instruction.Options)]
+    names = list(signature.parameters.values())
     assert [p.name for p in names if p.kind is p.POSITIONAL_OR_KEYWORD] == (
         "output_dir seed_tasks_path num_instructions_to_generate model_name num_prompt_instructions request_batch_size "
         "temperature top_p num_cpus".split()
@@ -815,6 +819,77 @@ def test_openai_completion_returns_what_was_asked_for(monkeypatch, capsys):
         assert ask(["p"] * 5, one, max_instances=2, return_text=True) == ["a", "a"]
         assert ask(["p"] * 5, one, max_batches=1, batch_size=3, return_text=True) == ["a"] * 3
         assert ask([], one) == []
+
+
+def test_openai_completion_asks_the_models_of_text_completions_so(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    arguments = utils.OpenAIDecodingArguments(suffix="end", temperature=0.0)
+    for model in ("davinci-002", "babbage-002", "gpt-3.5-turbo-instruct"):
+        result = utils.openai_completion("4. Instruction:", arguments, model)
+        assert result.text == usual_answer("4. Instruction:") and result["model"] == "scripted"
+    assert [request["endpoint"] for request in server.requests] == ["text"] * 3
+    assert (server.requests[0]["suffix"], server.requests[0]["temperature"]) == ("end", 0.0)
+
+
+def test_openai_completion_keeps_the_order_and_sends_a_batch_at_a_time(monkeypatch):
+    on_their_way, most = [], []
+
+    def step_of(request):
+        on_their_way.append(request)
+        time.sleep(0.1)
+        most.append(len(on_their_way))
+        on_their_way.remove(request)
+        return {"text": request["prompt"] * 2}
+
+    with Server() as server:
+        server.step_of = step_of
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        arguments = utils.OpenAIDecodingArguments()
+        assert utils.openai_completion("abcdefg", arguments, return_text=True) == "abcdefgabcdefg"
+        texts = utils.openai_completion([*"abcdefg"], arguments, batch_size=3, return_text=True)
+    assert texts == [letter * 2 for letter in "abcdefg"] and max(most) == 3
+
+
+def test_openai_completion_tries_again_what_passes(monkeypatch):
+    with Server(script={0: {"status": 429, "headers": {"Retry-After": "0"}, "body": {}}}) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        result = utils.openai_completion("4. Instruction:", utils.OpenAIDecodingArguments())
+        assert result["finish_reason"] == "stop" and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ({"status": 404, "body": refusal("no such model")}, "no such model"),
+        ({"status": 401, "body": refusal("Incorrect API key provided: sk-secret")}, "provided: [key]"),
+        ({"headers": {"Content-Type": "text/html"}, "raw": b"<html>\n"}, "<html>"),
+        ({"raw": b"{"}, "m: "),
+        ({"body": completion("x", choices=None)}, "choices=None"),
+    ],
+)
+def test_openai_completion_refuses_in_one_line_what_the_user_can_mend(step, problem, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with Server(**step) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        said = refused(utils.openai_completion, ["p"] * 9, utils.OpenAIDecodingArguments(), "m")
+        assert len(server.requests) <= 2
+    assert problem in said and "\n" not in said and "sk-secret" not in said
+    assert "OPENAI_API_KEY" in said and "OPENAI_BASE_URL" in said
+
+
+def test_openai_completion_against_openai_needs_a_key_and_a_model_that_lives(monkeypatch, capsys):
+    import openai
+
+    arguments = utils.OpenAIDecodingArguments()
+    assert "OPENAI_API_KEY" in refused(utils.openai_completion, "p", arguments)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with Server() as server:
+        client = openai.OpenAI(base_url=server.url, api_key="x")
+        monkeypatch.setattr(openai, "OpenAI", lambda **options: client)  # as if it were OpenAI's server
+        utils.openai_completion("4. Instruction:", arguments, "text-davinci-003")
+        utils.openai_completion("4. Instruction:", arguments)
+    assert [request["model"] for request in server.requests] == [generate_instruction.DEFAULT_MODEL] * 2
+    assert capsys.readouterr().err.count("text-davinci-003 was withdrawn") == 1
 
 
 def test_importing_neither_prints_nor_loads_openai_or_fire():

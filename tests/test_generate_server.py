@@ -6,10 +6,11 @@ import random
 import time
 
 import pytest
-from scripted_server import Server, completion, refusal, usual_answer
+from scripted_server import Server, completion, refusal
 from test_generate_run import answers_of, generate, quick, refused, rows_of, run_script  # noqa: F401
 
-import utils
+import generate_instruction
+from generate_instruction import ChatClient, Options, check_options, retry_after
 
 GOOD = {}
 QUOTA = refusal("You exceeded your current quota.", code="insufficient_quota", kind="insufficient_quota")
@@ -83,6 +84,23 @@ def test_a_fault_that_stays_behind_answers_ends_the_run_when_the_patience_does(s
         assert len(rows) == 35 and [row["request"] for row in rows[::7]] == [0, 4, 5, 6, 7]
 
 
+def test_the_tokens_of_attempts_that_gave_nothing_are_counted(tmp_path):
+    with Server(script={0: PASSING["content null"][0]}) as server:
+        generate(server, tmp_path, 5)
+    assert answers_of(tmp_path)[0]["usage"] == {"prompt_tokens": 200, "completion_tokens": 400}
+
+
+def test_what_ends_the_run_does_not_wait_for_its_turn(tmp_path):
+    with Server() as server:
+        generate(server, tmp_path / "first", 5)
+        first = server.requests.pop()["prompt"]
+        refused_key = {"status": 401, "body": refusal("Incorrect API key")}
+        server.step_of = lambda request: {"delay": 1} if request["prompt"] == first else refused_key
+        assert "Incorrect API key" in refused(generate, server, tmp_path / "all", 1000, num_parallel_requests=3)
+        assert len(server.requests) == 3  # no other was started when the first answer had come
+    assert len(rows_of(tmp_path / "all")) == 7  # which is kept
+
+
 def test_one_request_in_vain_among_others(tmp_path, capsys):
     with Server() as server:
         fault = {
@@ -110,6 +128,22 @@ def test_retry_after_is_obeyed(tmp_path):
     assert len(arrivals) == 2 and arrivals[1] - arrivals[0] >= 2.9  # the pause of our own is 0.01 s
 
 
+def test_pauses_grow_up_to_a_limit_and_no_two_requests_wait_alike():
+    for attempt, longest in ((1, 0.01), (2, 0.02), (5, 0.16), (100, generate_instruction.LONGEST_PAUSE_S)):
+        pauses = [generate_instruction.pause_before(attempt) for _ in range(100)]
+        assert len(set(pauses)) == 100 and max(pauses) - min(pauses) > longest / 8
+        assert all(0.75 * longest <= pause <= longest for pause in pauses)
+
+
+def test_a_request_pauses_before_each_attempt_but_the_first(tmp_path, monkeypatch):
+    attempts = []
+    monkeypatch.setattr(generate_instruction, "pause_before", lambda attempt: attempts.append(attempt) or 0.4)
+    with Server(script=dict.fromkeys(range(2), {"status": 500, "body": {}})) as server:
+        start = time.monotonic()
+        generate(server, tmp_path, 5)
+        assert time.monotonic() - start >= 0.8 and attempts == [1, 2] and len(server.requests) == 3
+
+
 @pytest.mark.parametrize(
     ("headers", "seconds"),
     [
@@ -123,7 +157,7 @@ def test_retry_after_is_obeyed(tmp_path):
     ],
 )
 def test_what_retry_after_says(headers, seconds):
-    assert utils.retry_after(headers) == seconds
+    assert retry_after(headers) == seconds
 
 
 # --- What is final: one line, no retry -------------------------------------------------------------------------------
@@ -268,16 +302,6 @@ def test_a_server_that_refuses_both_names_of_the_limit_gets_none(tmp_path):
         assert set(server.requests[-1]) & {"max_tokens", "max_completion_tokens"} == set()
 
 
-def test_a_refused_stop_is_dropped(monkeypatch, capsys):
-    with Server() as server:
-        server.step_of = refusing("stop")
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        arguments = utils.OpenAIDecodingArguments(stop=["20."])
-        prompt = "4. Instruction:"
-        assert utils.openai_completion(prompt, arguments, return_text=True) == usual_answer(prompt)
-    assert "refuses stop ['20.']; from here on sent without it\n" in capsys.readouterr().err
-
-
 def test_a_400_that_names_no_parameter_is_not_tried_again(tmp_path):
     with Server(status=400, body=refusal("The response was filtered", code="content_filter")) as server:
         said = refused(generate, server, tmp_path)
@@ -355,24 +379,17 @@ def test_100_requests_of_which_most_meet_a_fault(tmp_path, monkeypatch):
     assert 0 < failed < 50 and len(rows) == 7 * (100 - failed)
 
 
-def test_a_dead_request_does_not_hang_openai_completion(monkeypatch):
-    with Server(status=404, body=refusal("no such model")) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-        said = refused(utils.openai_completion, ["p", "q"], utils.OpenAIDecodingArguments(), "m", batch_size=2)
-        assert said.startswith(f"m at {server.url}: ") and "no such model" in said
-
-
 def test_an_ending_client_starts_no_other_attempt():
     with Server(status=500, body={}) as server:
 
         async def ask():
-            client = utils.ChatClient(server.url, "m", "chat", 5, 5, {})
+            client = ChatClient(check_options(Options(base_url=server.url, timeout=5)))
             task = asyncio.ensure_future(client.ask("4. Instruction:"))
             while not server.requests:
                 await asyncio.sleep(0.01)
             client.ending.set()
             await asyncio.wait([task])
-            await client.close()
+            await client.client.close()
             return task.cancelled()
 
         assert asyncio.run(ask()) and len(server.requests) == 1

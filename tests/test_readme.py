@@ -167,7 +167,7 @@ def test_the_transcript_is_what_the_demo_prints():
 @pytest.mark.slow
 def test_a_trial_runs_where_only_the_scripts_are(tmp_path):
     """A copy of the scripts alone makes a model, trains it and repeats the run, as the README says."""
-    for name in ("train.py", "chat.py", "utils.py", "examples"):
+    for name in ("train.py", "engines.py", "chat.py", "utils.py", "examples"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     for command in (

@@ -307,7 +307,9 @@ def test_a_checkpoint_with_a_damaged_file_does_not_count(runs, tmp_path, name, d
 def test_a_checkpoint_without_an_optimizer_is_not_resumed(runs, tmp_path, capsys):
     folder = copied(runs["terminated"], tmp_path / "copy")
     for path in utils.find_checkpoints(folder)[0]:
-        train.mark_checkpoint(path, int(path.name[11:]), SimpleNamespace(save_only_model=True))  # as --save_only_model does
+        train.mark_checkpoint(
+            path, int(path.name[11:]), SimpleNamespace(save_only_model=True)
+        )  # as --save_only_model does
     assert train.resume_point(folder, runs["terminated"].info()["settings"]) == (False, None)
     assert capsys.readouterr().err == f"{folder}: its run has no whole checkpoint yet; starting from the first step\n"
 
@@ -506,8 +508,8 @@ def refusal(*arguments, **keywords):
 def test_a_named_checkpoint_that_is_missing_is_refused(runs, tmp_path):
     settings = runs["unbroken"].info()["settings"]
     path = tmp_path / "checkpoint-4"
-    message = f"--resume_from_checkpoint {path}: no checkpoint there (it lacks trainer_state.json)"
-    assert refusal(tmp_path, settings, str(path)) == message
+    message = refusal(tmp_path, settings, str(path))
+    assert message.startswith(f"--resume_from_checkpoint {path}: no checkpoint there") and message.endswith(": none")
 
 
 @pytest.mark.parametrize("wanted", ["True", "true"])
