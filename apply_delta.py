@@ -10,7 +10,6 @@ written, and TARGET appears at the end, whole. The command and the public names 
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -603,20 +602,10 @@ def write_weights(folder, parts, rows_of, what):
     """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows)."""
     plan = plan_of(parts)
     with weights.WeightWriter(folder, plan) as writer, weights.Meter(what, weights.plan_size(plan)) as meter:
-        for part, start, stop, rows in ahead((part, *block) for part in parts for block in rows_of(part)):
+        for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
             check_rows(rows, part, start, stop)
             writer.append(part.name, array(rows))
             meter.add(rows.nbytes)
-
-
-def ahead(items):
-    """The items of a generator, the next of which a thread computes while the caller works on one."""
-    end = object()
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = thread.submit(next, items, end)
-            yield item
 
 
 def plan_of(parts):

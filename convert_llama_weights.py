@@ -943,6 +943,14 @@ def convert(args):
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 
 
+def parse_size(text):
+    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
 def parse_arguments(words):
     parser = argparse.ArgumentParser(
         description="Turn raw LLaMA weights into a Hugging Face model folder, bit for bit, or back again.",
@@ -955,7 +963,7 @@ def parse_arguments(words):
     parser.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)"
     )
-    parser.add_argument("--max_shard_size", type=weights.parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
+    parser.add_argument("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
     parser.add_argument("--context", type=int, help="context length in tokens; printed with its reason when left out")
     parser.add_argument("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
     parser.add_argument("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")

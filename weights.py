@@ -432,6 +432,16 @@ def close_weights(tensors):
         file.finish()
 
 
+def ahead(items):
+    """The items of a generator, the next of which a thread computes while the caller works on one."""
+    end = object()
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        pending = thread.submit(next, items, end)
+        while (item := pending.result()) is not end:
+            pending = thread.submit(next, items, end)
+            yield item
+
+
 def split_plan(plan, max_shard_size=SHARD_SIZE):
     """A plan as files of at most `max_shard_size` bytes: {file name: plan}; a larger tensor has a file of its own."""
     shards, sizes = [{}], [0]
@@ -449,14 +459,6 @@ def weight_file_names(plan, max_shard_size=SHARD_SIZE):
     """The names of the files that a WeightWriter writes for a plan."""
     files = list(split_plan(plan, max_shard_size))
     return files + ["model.safetensors.index.json"] * (len(files) > 1)
-
-
-def parse_size(text):
-    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000. Raises UserError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
-    if not match or float(match[1]) <= 0:
-        raise UserError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
 
 
 def _sync_and_forget(handle):

@@ -503,7 +503,7 @@ def test_options(pieces, tmp_path, capsys):
             run(source, tmp_path / "new", *words)
         assert str(caught.value) == message
     sizes = {"5GB": 5e9, "500MB": 5e8, "2GiB": 2**31, "1000": 1000, "1.5 kb": 1500, "3T": 3e12, "7B": 7}
-    assert {text: weights.parse_size(text) for text in sizes} == sizes
+    assert {text: convert.parse_size(text) for text in sizes} == sizes
 
 
 def test_help_and_errors_of_the_command(tmp_path):
