@@ -186,7 +186,7 @@ class Fingerprint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(tensor, start=0, stop=None, dtype=None, fill=None):
+def read_tensor(tensor, start=0, stop=None, dtype=None, fill=None):
     """Rows of a StoredTensor, cast to `dtype`; those beyond its last are `fill`, a row that broadcasts."""
     rows = tensor.shape[0] if tensor.shape else 1
     stop = rows if stop is None else stop
@@ -214,7 +214,7 @@ def mean_row(tensor):
     for first in range(0, columns, step):
         part = torch.empty(rows, min(step, columns - first), dtype=torch.float32)
         for start, stop in row_blocks(tensor.shape, tensor.dtype):
-            part[start:stop] = read_rows(tensor, start, stop)[:, first : first + step]
+            part[start:stop] = read_tensor(tensor, start, stop)[:, first : first + step]
         slices.append(part.mean(dim=0))
     return torch.cat(slices)
 
@@ -233,7 +233,7 @@ class Lora:
 class Part:
     """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora or None.
 
-    `fill` is the row that stands for those which `base` lacks; see `read_rows`.
+    `fill` is the row that stands for those which `base` lacks; see `read_tensor`.
     """
 
     name: str
@@ -250,7 +250,7 @@ def sum_rows(part):
     exact = not is_float(change.dtype)
     working = dtype if exact else getattr(torch, working_dtype(change.dtype, part.dtype))
     for start, stop in row_blocks(part.shape, part.dtype):
-        base, delta = read_rows(part.base, start, stop, working, part.fill), read_rows(change, start, stop)
+        base, delta = read_tensor(part.base, start, stop, working, part.fill), read_tensor(change, start, stop)
         yield start, stop, bit_sum(base, delta, dtype) if exact else add(base, delta, working, dtype)
 
 
@@ -259,9 +259,9 @@ def merged_rows(part):
     dtype, lora, rows = getattr(torch, part.dtype), part.change, part.shape[0] if part.shape else 1
     if lora is None:
         for start, stop in row_blocks(part.shape, part.dtype):
-            yield start, stop, read_rows(part.base, start, stop, dtype)
+            yield start, stop, read_tensor(part.base, start, stop, dtype)
         return
-    a, b = read_rows(lora.a), read_rows(lora.b)
+    a, b = read_tensor(lora.a), read_tensor(lora.b)
     borders = [start for start, _ in row_blocks(part.shape, "float32", PRODUCT_ROWS, PRODUCT)]
     if len(borders) > 1 and rows - borders[-1] < PRODUCT_ROWS:
         borders.pop()
@@ -269,7 +269,7 @@ def merged_rows(part):
         some = (a[:, first:last], b) if lora.embedding else (a, b[first:last])
         product = lora_product(*some, lora.scaling, lora.embedding)
         for start, stop in row_blocks((last - first, *part.shape[1:]), "float32"):
-            base = read_rows(part.base, first + start, first + stop, dtype)
+            base = read_tensor(part.base, first + start, first + stop, dtype)
             yield first + start, first + stop, merge(base, product[start:stop], lora.embedding)
 
 
@@ -413,7 +413,7 @@ def fill_row(rule, tensor, shape):
 def check_is_delta(base, delta, folder):
     """Refuse a whole model in place of a delta: its norm weights are nearly the base's, and a delta's are near 0."""
     for name in [name for name, tensor in base.items() if len(tensor.shape) == 1 and "norm" in name][-1:]:
-        one, two = read_rows(base[name]).double(), read_rows(delta[name]).double()
+        one, two = read_tensor(base[name]).double(), read_tensor(delta[name]).double()
         if (two - one).norm() < 0.5 * two.norm():
             raise UserError(
                 f"{folder}: a whole model, it seems, and no delta: its {name} is nearly the base's; use it as it is, "
@@ -429,7 +429,7 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     if exact and (dtype or new_rows or any_base):
         raise UserError(f"{folder}: an exact delta gives one result; leave --dtype, --new_rows and --any_base out")
     grown = compare(base, delta, *configs, exact=exact)
-    check_record(record, delta, folder)
+    check_delta_record(record, delta, folder)
     if not exact and not any_base:
         check_is_delta(base, delta, folder)
     rule, words = new_rows_rule(grown, found, new_rows, record.get("new_rows"))
@@ -446,7 +446,7 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     ], rule
 
 
-def check_record(record, delta, folder):
+def check_delta_record(record, delta, folder):
     """Refuse a delta that is not the one its run.json describes: by the names of its tensors, and its tokenizer."""
     wrong = ["its tensors"] if record and set(record["tensors"]) != set(delta) else []
     for name, sha256 in record.get("tokenizer", {}).items():
@@ -466,7 +466,7 @@ def check_base(parts, record, folder):
             seen = part.change.dtype if is_float(part.change.dtype) else part.dtype
             working = getattr(torch, working_dtype(seen, seen) if is_float(part.change.dtype) else seen)
             for start, stop in row_blocks(part.base.shape, part.base.dtype):
-                found.add(part.name, read_rows(part.base, start, stop, working))
+                found.add(part.name, read_tensor(part.base, start, stop, working))
             meter.add(part.base.nbytes)
     if found.hexdigest() != record["base"]["sha256"]:
         way = "give that one" if record["format"] == "exact" else "give that one, or for any base --any_base"
@@ -580,7 +580,7 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
     if tied and touched and (len(vocabulary) > 1 or touched & ({*replaced} - {*halves})):
         problems.append("it parts the output layer from the embeddings, which are tied in the base; merge it with peft")
     refuse(problems, f"{folder}: adapter and base do not fit together")
-    if not replaced and not any(read_rows(lora.b).any() for lora in loras.values()):
+    if not replaced and not any(read_tensor(lora.b).any() for lora in loras.values()):
         say(f"warning: every lora_B of {folder} is zero, so it changes nothing; was it saved before it was trained?")
     ranks, rslora = sorted({lora.a.shape[0] for lora in loras.values()}), config.get("use_rslora")
     say(
@@ -598,14 +598,19 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_weights(folder, parts, rows_of, what):
-    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows)."""
+def write_weights(folder, parts, rows_of, what, sources):
+    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows).
+
+    `sources` are all tensors of the files that are read: these must be whole, and the same when it ends.
+    """
     plan = plan_of(parts)
-    with weights.WeightWriter(folder, plan) as writer, weights.Meter(what, weights.plan_size(plan)) as meter:
-        for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
-            check_rows(rows, part, start, stop)
-            writer.append(part.name, array(rows))
-            meter.add(rows.nbytes)
+    with weights.checksums(sources), weights.WeightWriter(folder, plan) as writer:
+        with weights.Meter(what, weights.plan_size(plan)) as meter:
+            for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
+                check_rows(rows, part, start, stop)
+                writer.append(part.name, array(rows))
+                meter.add(rows.nbytes)
+    weights.check_unchanged(sources)
 
 
 def plan_of(parts):
@@ -693,8 +698,7 @@ def apply_delta(
             yield start, stop, rows
 
     with weights.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
-        write_weights(folder, parts, rows_of, "applying")
-        weights.close_weights(base), weights.close_weights(delta)
+        write_weights(folder, parts, rows_of, "applying", [*base.values(), *delta.values()])
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
         if check_sum:
@@ -743,7 +747,10 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
         stored = getattr(torch, part.dtype)
         working = getattr(torch, part.change.dtype if exact else working_dtype(part.dtype, part.dtype))
         for start, stop in row_blocks(part.shape, part.change.dtype):
-            target, base = read_rows(part.change, start, stop), read_rows(part.base, start, stop, working, part.fill)
+            target, base = (
+                read_tensor(part.change, start, stop),
+                read_tensor(part.base, start, stop, working, part.fill),
+            )
             if exact:
                 check_rows(target, part, start, stop)
                 rows = bit_difference(target, base)
@@ -758,8 +765,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
 
     size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
     with weights.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
-        write_weights(folder, parts, rows_of, "making")
-        weights.close_weights(base), weights.close_weights(target)
+        write_weights(folder, parts, rows_of, "making", [*base.values(), *target.values()])
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {
             "format": "exact" if exact else "weights",

@@ -11,19 +11,16 @@ tokenizer into one flat folder. Tensors stream through in blocks, so memory does
 
 import argparse
 import base64
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
-import pickle
 import re
 import shutil
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import utils
@@ -45,11 +42,6 @@ LAYER = {
     "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS),
     "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS),
 }
-STORAGES = {  # of torch's pickles
-    "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
-    "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
 ROTARY = re.compile(r"(^|\.)rope\.freqs$")  # a table that both sides compute anew
 INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")  # of params.json
 FLOATS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor")
@@ -108,8 +100,11 @@ class Llama:
         """The shape of one shard's part of a tensor."""
         if axis == WHOLE:
             return shape
-        copies = self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
-        return tuple(n * copies // num_shards if i == axis else n for i, n in enumerate(shape))
+        return tuple(n * self.copies_of(raw) // num_shards if i == axis else n for i, n in enumerate(shape))
+
+    def copies_of(self, raw):
+        """Neighbouring shards that hold the same part of a tensor that is split."""
+        return self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,74 +191,96 @@ def open_shards(paths):
     return shards
 
 
-def describe(shards, params, folder):
-    """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
-    first, count = shards[0], len(shards)
-    layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in first) if match]
+def count_layers(tensors, folder):
+    """The layers of a shard. Raises UserError where it does not hold exactly the tensors of a LLaMA."""
+    layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match]
     num_layers = max(layers, default=-1) + 1
     needed = ["tok_embeddings.weight", "norm.weight"]
-    needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(first))) for name in LAYER]
-    missing = [name for name in needed if name not in first]
-    unknown = [name for name in first if name not in {*needed, "output.weight"} and not ROTARY.search(name)]
-    for names, what in ((missing, "is missing"), (unknown, "is not of a LLaMA")):
-        if names:
-            raise UserError(f"{folder}: tensor {names[0]} {what} ({len(names)} such); nothing is converted by halves")
+    needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(tensors))) for name in LAYER]
+    problems = [f"{name} is missing" for name in needed if name not in tensors]
+    known = {*needed, "output.weight"}
+    problems += [f"{name} is not of a LLaMA" for name in tensors if name not in known and not ROTARY.search(name)]
+    if problems:
+        raise UserError(
+            f"{folder}: tensor {problems[0]} ({len(problems)} such); a model is converted whole or not at all"
+        )
     if not num_layers:
         raise UserError(f"{folder}: the shards hold no layers")
+    return num_layers
 
-    def rows(name):
-        return first[name].shape[0] if first[name].shape else 0
 
-    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
-        if len(first[name].shape) != 2:
-            raise UserError(f"{folder}: tensor {name} is {list(first[name].shape)}, expected a matrix")
-    dim, num_heads = rows("norm.weight"), params["n_heads"]
+def check_heads(rows, table, count, params, folder):
+    """Refuse `count` shards that do not make whole heads, or heads other than those of params.json.
+
+    `rows` are those of wq, wk and the norm in each shard, `table` is rope.freqs or None. Returns the number of
+    neighbouring shards that hold the same key-value heads.
+    """
+    query, key, dim = rows
+    num_heads = params["n_heads"]
     num_kv_heads = params.get("n_kv_heads", num_heads)
-    for key, value in (("dim", dim), ("n_layers", num_layers)):
-        if params.get(key, value) != value:
-            what = f"params.json says {key} {params[key]}, the tensors {value}"
-            raise UserError(f"{folder}: {what}; one of them is of another model")
-    query = rows("layers.0.attention.wq.weight")
     if query * count != dim:
         whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
         if query and query * count < dim and dim % query == 0:
             raise UserError(f"{folder}: found {count} of {dim // query} shards: {whole}; download the others")
         raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
-    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
-    if dim % num_heads or (table is not None and math.prod(table.shape) * 2 != dim // num_heads):
-        found = f"{dim} rows of wq do not divide by it"
-        if table is not None:
-            size = math.prod(table.shape)
-            found = f"rope.freqs has {size} values, so n_heads is {dim // max(2 * size, 1)}"
-        raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {found}; correct params.json")
+    wrong = f"{folder}: params.json says n_heads {num_heads}, but"
     if table is None:
+        if dim % num_heads:
+            raise UserError(f"{wrong} {dim} rows of wq do not divide by it; correct params.json")
         say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")
-    key_value, wanted = rows("layers.0.attention.wk.weight") * count, num_kv_heads * (dim // num_heads)
+    elif math.prod(table.shape) * 2 * num_heads != dim:
+        values = math.prod(table.shape)
+        found = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
+        raise UserError(f"{wrong} {found}; correct params.json")
     copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
-    if key_value != wanted * copies:
+    head_dim = dim // num_heads
+    if key * count != num_kv_heads * head_dim * copies:
         raise UserError(
-            f"{folder}: wk has {key_value} rows in {count} shards, n_kv_heads {num_kv_heads} * head_dim "
-            f"{dim // num_heads} is {wanted}; a shard is missing or params.json is of another model"
+            f"{folder}: wk has {key * count} rows in {count} shards, n_kv_heads {num_kv_heads} * head_dim {head_dim} "
+            f"is {num_kv_heads * head_dim}; a shard is missing or params.json is of another model"
         )
-    embedding = first["tok_embeddings.weight"].shape
-    axis = COLUMNS if embedding[1] == dim else ROWS
-    vocab_size = embedding[0] * (count if axis == COLUMNS else 1)
+    return copies
+
+
+def describe(shards, params, folder):
+    """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
+    first, count = shards[0], len(shards)
+    num_layers = count_layers(first, folder)
+    embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
+    query = first["layers.0.attention.wq.weight"]
+    for tensor in (embedding, query):
+        if len(tensor.shape) != 2:
+            raise UserError(f"{folder}: tensor {tensor.name} is {list(tensor.shape)}, expected a matrix")
+
+    def rows(name):
+        return first[name].shape[0] if first[name].shape else 0
+
+    dim, key = rows("norm.weight"), rows("layers.0.attention.wk.weight")
+    for word, value in (("dim", dim), ("n_layers", num_layers)):
+        if params.get(word, value) != value:
+            what = f"params.json says {word} {params[word]}, the tensors {value}"
+            raise UserError(f"{folder}: {what}; one of them is of another model")
+    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
+    copies = check_heads((query.shape[0], key, dim), table, count, params, folder)
+    axis = COLUMNS if embedding.shape[1] == dim else ROWS
+    vocab_size = embedding.shape[0] * count if axis == COLUMNS else embedding.shape[0]
     ffn_dim = rows("layers.0.feed_forward.w1.weight") * count
-    tied = "output.weight" not in first or (
-        count == 1
-        and first["output.weight"].shape == embedding
-        and are_equal(first["output.weight"], first["tok_embeddings.weight"])
-    )
-    factor = None
-    if params.get("use_scaled_rope"):
-        factor = float(params.get("rope_scaling_factor", 32 if tied else 8))
-    llama = Llama(
+    is_copy = output is not None and count == 1 and output.shape == embedding.shape and are_equal(output, embedding)
+    tied = output is None or is_copy
+    multiple_of = params.get("multiple_of")
+    if multiple_of and ffn_dim != ffn_size(dim, multiple_of, params.get("ffn_dim_multiplier")):
+        say(f"{folder}: multiple_of {multiple_of} of params.json does not give w1's {ffn_dim} rows; the tensors count")
+    if params.get("vocab_size", -1) not in (-1, vocab_size):
+        said = params["vocab_size"]
+        say(f"{folder}: params.json says vocab_size {said}, the tensors {vocab_size}; the tensors count")
+    factor = float(params.get("rope_scaling_factor", 32 if tied else 8)) if params.get("use_scaled_rope") else None
+    return Llama(
         num_shards=count,
-        dtype=first["layers.0.attention.wq.weight"].dtype,
+        dtype=query.dtype,
         dim=dim,
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=params["n_heads"],
+        num_kv_heads=params.get("n_kv_heads", params["n_heads"]),
         ffn_dim=ffn_dim,
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],
@@ -273,16 +290,10 @@ def describe(shards, params, folder):
         kv_copies=copies,
         tied=tied,
     )
-    for key, value in (("vocab_size", vocab_size), ("multiple_of", params.get("multiple_of"))):
-        if key == "multiple_of" and value and ffn_dim != ffn_size(dim, value, params.get("ffn_dim_multiplier")):
-            say(f"{folder}: multiple_of {value} of params.json does not give w1's {ffn_dim} rows; the tensors count")
-        if key == "vocab_size" and params.get(key, -1) not in (-1, value):
-            say(f"{folder}: params.json says vocab_size {params[key]}, the tensors {value}; the tensors count")
-    return llama
 
 
 def check_tensors(llama, shards, folder):
-    """Refuse shards whose tensors do not have the shapes of `llama`, or whose replicated tensors differ."""
+    """Refuse shards whose tensors do not have the shapes of `llama`."""
     for raw, (_, axis, shape) in llama.tensors().items():
         if raw not in shards[0]:
             continue  # output.weight of a tied model
@@ -291,7 +302,12 @@ def check_tensors(llama, shards, folder):
             raise UserError(f"{folder}: tensor {raw} is {list(tensor.shape)} in each shard, expected {list(wanted)}")
         if not DTYPES[tensor.dtype][2]:
             raise UserError(f"{folder}: tensor {raw} is {tensor.dtype}; quantized weights are not converted")
-        copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else len(shards) if axis == WHOLE else 1
+
+
+def check_copies(llama, shards, folder):
+    """Refuse shards that differ in tensors of which each has a copy; damaged ones are found by `check_values`."""
+    for raw, (_, axis, _) in llama.tensors().items():
+        copies = len(shards) if axis == WHOLE else llama.copies_of(raw)
         for i, shard in enumerate(shards):
             if i % copies and not are_equal(shards[i - i % copies][raw], shard[raw]):
                 one, other = shards[i - i % copies][raw].file.path.name, shard[raw].file.path.name
@@ -313,10 +329,10 @@ def check_values(tensors, dtype=None):
                 cast(block, tensor.dtype, dtype, where)
         return tensor.nbytes
 
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        with weights.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
-            for size in threads.map(check, tensors):
-                meter.add(size)
+    meter = weights.Meter("check", sum(tensor.nbytes for tensor in tensors))
+    with weights.checksums(tensors), meter, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for size in threads.map(check, tensors):
+            meter.add(size)
 
 
 def are_equal(one, other):
@@ -388,26 +404,29 @@ def model_plan(llama, shards, dtype=None):
     }
 
 
-def write_model(llama, shards, folder, plan, max_shard_size):
+def converted_blocks(llama, shards, plan):
+    """(name in transformers, its next rows), tensor after tensor."""
+    for raw, (name, axis, _) in llama.tensors().items():
+        if name not in plan:
+            continue
+        is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+        parts = [shard[raw] for shard in shards[:: llama.copies_of(raw)]]
+        old, new = parts[0].dtype, plan[name][0]
+        for block in joined(parts, axis, llama.head_dim if is_rotated else 1):
+            block = permute(block, llama.head_dim) if is_rotated else block
+            yield name, block if old == new else cast(block, old, new, raw)
+
+
+def write_converted(llama, shards, folder, plan, max_shard_size):
     """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
     meter = weights.Meter("weights", weights.plan_size(plan))
     with weights.WeightWriter(folder, plan, max_shard_size) as writer, meter:
-        for raw, (name, axis, _) in llama.tensors().items():
-            if name not in plan:
-                continue
-            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
-            copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
-            old, new = shards[0][raw].dtype, plan[name][0]
-            for block in joined([shard[raw] for shard in shards[::copies]], axis, llama.head_dim if is_rotated else 1):
-                block = permute(block, llama.head_dim) if is_rotated else block
-                block = block if old == new else cast(block, old, new, raw)
-                writer.append(name, block)
-                meter.add(block.nbytes)
-    for shard in shards:
-        weights.close_weights(shard)
+        for name, block in weights.ahead(converted_blocks(llama, shards, plan)):
+            writer.append(name, block)
+            meter.add(block.nbytes)
+    weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
     written = weights.open_weights(folder)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
-    weights.close_weights(written)
 
 
 def context_length(llama):
@@ -535,7 +554,7 @@ def build_from_tiktoken(ranks, special):
     return built
 
 
-def load_tokenizer(path, llama, chosen=False):
+def read_tokenizer(path, llama, chosen=False):
     """(kind, tokenizers.Tokenizer, entries for tokenizer_config.json) of a tokenizer.model, checked against the model.
 
     `chosen` says that the user named the file, so that fewer tokens than the embedding has rows are accepted.
@@ -705,61 +724,25 @@ def verify(folder, paths, params, llama, dtype=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RawShard:
-    """Writes one consolidated.NN.pth: torch's zip of a pickle and of one record per tensor, streamed.
-
-    `plan` is {name: (dtype, shape)}; `tensor` opens the next one, in the order of the plan, for its bytes.
-    """
-
-    def __init__(self, path, plan):
-        self.file = open(path, "xb")
-        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
-        self.stem, self.names = path.stem, list(plan)
-        for name, data in (("data.pkl", _pickled(plan)), ("byteorder", b"little"), ("version", b"3\n")):
-            with self._record(name) as record:
-                record.write(data)
-
-    def _record(self, name):
-        info = zipfile.ZipInfo(f"{self.stem}/{name}")
-        # torch starts records at multiples of 64 bytes, behind a padding field; zip64 sizes take 20 bytes more.
-        before = self.file.tell() + 30 + len(info.filename) + 20 + 4
-        info.extra = b"FB" + (-before % 64).to_bytes(2, "little") + bytes(-before % 64)
-        return self.archive.open(info, "w", force_zip64=True)
-
-    def tensor(self, name):
-        return self._record(f"data/{self.names.index(name)}")
-
-    def close(self):
-        self.archive.close()
-        self.file.close()
-
-
-def _pickled(plan):
-    """The pickle of a dict of tensors, each of which is the whole of the record that has its number."""
+def make_raw_shard(path, plan):
+    """Write a file of torch.save with room for the tensors of a plan. Returns their places: {name: (path, first, end)}."""
     import torch
 
-    class Tensor:
-        def __init__(self, number, dtype, shape):
-            self.number, self.dtype, self.shape = number, dtype, shape
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
+    with torch.serialization.skip_data():  # they are never touched, and memory that is not touched is not taken
+        torch.save(tensors, path)
+    stored = weights.open_weights(path).values()
+    return {tensor.name: (path, tensor.offset, tensor.offset + tensor.nbytes) for tensor in stored}
 
-    class Storage(Tensor):
-        pass
 
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item):
-            if isinstance(item, Storage):
-                return "storage", getattr(torch, STORAGES[item.dtype]), str(item.number), "cpu", math.prod(item.shape)
-
-        def reducer_override(self, item):
-            if not isinstance(item, Tensor):
-                return NotImplemented
-            storage, strides = Storage(item.number, item.dtype, item.shape), weights.contiguous(item.shape)
-            arguments = (storage, 0, item.shape, strides, False, collections.OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
-
-    stream = io.BytesIO()
-    Pickler(stream, protocol=2).dump({name: Tensor(i, *entry) for i, (name, entry) in enumerate(plan.items())})
-    return stream.getvalue()
+def add_checksums(path, sums):
+    """Put the CRC-32 of each tensor, {name: number}, into a raw shard: torch wrote none for data that it skipped."""
+    stored = weights.open_weights(path).values()
+    records = {tensor.file.records[tensor.offset].filename: sums[tensor.name] for tensor in stored}
+    with zipfile.ZipFile(path, "a") as archive:
+        for entry in archive.infolist():
+            entry.CRC = records.get(entry.filename, entry.CRC)
+        archive.comment = b""  # a comment that is set, even to nothing, has the table of contents written again
 
 
 def read_llama(folder, num_shards):
@@ -804,22 +787,53 @@ def read_llama(folder, num_shards):
     return llama
 
 
-def reverse(input_dir, output_dir, num_shards, overwrite):
-    """Write Meta's layout from a model folder of transformers; see `main`."""
-    import numpy as np
-
-    folder = weights.find_model(input_dir, option="--input_dir")
-    llama = read_llama(folder, num_shards)
+def find_sources(folder, llama):
+    """The tensors of a transformers folder, {name: StoredTensor}. Raises UserError where they are not a Llama's."""
     found = weights.open_weights(folder)
     sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
-    if llama.tied and "lm_head.weight" not in sources:
-        sources["lm_head.weight"] = sources.get("model.embed_tokens.weight")
-    for name in sorted(set(wanted) ^ set(sources)):
-        raise UserError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not of a LLaMA'}")
+    if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
+        sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
+    problems = {name: "missing" for name in wanted if name not in sources}
+    problems |= {name: "not of a LLaMA" for name in sources if name not in wanted}
+    if problems:
+        name = min(problems)
+        raise UserError(f"{folder}: tensor {name} is {problems[name]}")
     for name, shape in wanted.items():
         if sources[name].shape != shape:
             raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
+    return sources
+
+
+def raw_blocks(llama, sources, plan):
+    """(number of a shard, Meta's name, its next rows), tensor after tensor; rope.freqs is computed anew."""
+    import numpy as np
+
+    count = llama.num_shards
+    for raw, (name, axis, shape) in llama.tensors().items():
+        is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+        dtype, (share, *_) = plan[raw]  # rows of a shard
+        for first in range(0, shape[0], share):
+            for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
+                block = sources[name].read(first + start, first + stop)
+                block = unpermute(block, llama.head_dim) if is_rotated else block
+                if axis == COLUMNS:
+                    yield first // share, raw, np.ascontiguousarray(block)
+                    continue
+                pieces = np.split(block, count, axis=1) if axis == ROWS else [block] * count
+                for i, piece in enumerate(pieces):
+                    yield i, raw, np.ascontiguousarray(piece)
+    table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
+    bits = table.astype(np.float32).view(np.uint32)
+    for i in range(count):
+        yield i, "rope.freqs", cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
+
+
+def reverse(input_dir, output_dir, num_shards, overwrite):
+    """Write Meta's layout from a model folder of transformers; see `main`."""
+    folder = weights.find_model(input_dir, option="--input_dir")
+    llama = read_llama(folder, num_shards)
+    sources = find_sources(folder, llama)
     plan = {
         raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, num_shards))
         for raw, (name, axis, shape) in llama.tensors().items()
@@ -827,38 +841,20 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
     kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
     plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
-    size, total = weights.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
-    with contextlib.ExitStack() as stack:
-        target = stack.enter_context(weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
+    size = weights.plan_size(plan) * num_shards
+    with weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names) as target:
         check_values(list(sources.values()))
-        shards = [RawShard(target / name, plan) for name in names]
-        for shard in shards:
-            stack.callback(shard.close)
-        meter = stack.enter_context(weights.Meter("weights", total))
-        for raw, (name, axis, shape) in llama.tensors().items():
-            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
-            records = [stack.enter_context(shard.tensor(raw)) for shard in shards]
-            share = plan[raw][1][0] if axis == COLUMNS else shape[0]  # rows of a shard
-            multiple = llama.head_dim if is_rotated else 1
-            for first in range(0, shape[0], share):
-                for start, stop in weights.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
-                    block = sources[name].read(first + start, first + stop)
-                    block = unpermute(block, llama.head_dim) if is_rotated else block
-                    if axis == COLUMNS:
-                        records[first // share].write(np.ascontiguousarray(block))
-                    else:
-                        pieces = np.split(block, num_shards, axis=1) if axis == ROWS else [block] * num_shards
-                        for record, piece in zip(records, pieces, strict=True):
-                            record.write(np.ascontiguousarray(piece))
-                    meter.add(block.nbytes)
-            for record in records:
-                record.close()
-        table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
-        for shard in shards:
-            with shard.tensor("rope.freqs") as record:
-                record.write(cast(table.astype(np.float32).view(np.uint32), "float32", kind, "rope.freqs"))
-            shard.close()
-        weights.close_weights(found)
+        shards = [make_raw_shard(target / name, plan) for name in names]
+        places = {(i, raw): place for i, shard in enumerate(shards) for raw, place in shard.items()}
+        sums = [dict.fromkeys(plan, 0) for _ in names]
+        with weights.BlockWriter(places) as writer, weights.Meter("weights", size) as meter:
+            for i, raw, block in weights.ahead(raw_blocks(llama, sources, plan)):
+                writer.append((i, raw), block)
+                sums[i][raw] = zlib.crc32(block, sums[i][raw])
+                meter.add(block.nbytes)
+        for name, sums_of_shard in zip(names, sums, strict=True):
+            add_checksums(target / name, sums_of_shard)
+        weights.check_unchanged(sources.values())
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
         for name in ("tokenizer.model", "tokenizer.tiktoken"):
             if (folder / name).is_file():
@@ -921,14 +917,15 @@ def convert(args):
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
-    loaded = load_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
+    loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
     with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
         written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
         check_values([shard[raw] for raw in written for shard in shards], args.dtype)
+        check_copies(llama, shards, folder)
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
-        write_model(llama, shards, target, plan, args.max_shard_size)
+        write_converted(llama, shards, target, plan, args.max_shard_size)
         utils.jdump(generation or special, target / "generation_config.json", indent=2)
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
