@@ -164,8 +164,9 @@ class WeightFile:
     def _list_zip(self):
         size = self.path.stat().st_size
         try:
-            with zipfile.ZipFile(self.path) as archive, open(self.path, "rb") as file:
-                for entry in archive.infolist():
+            self.archive = zipfile.ZipFile(self.path)
+            with open(self.path, "rb") as file:
+                for entry in self.archive.infolist():
                     file.seek(entry.header_offset + 26)  # of its local header: the lengths of name and extra field
                     start = entry.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
                     if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
@@ -197,19 +198,18 @@ class WeightFile:
         """Whether it is a zip with checksums; torch.serialization.set_crc32_options(False) writes zeros."""
         return any(entry.CRC for entry in self.records.values())
 
-    def check(self):
-        """Read every record of a zip, in blocks, after each of which it yields; zipfile compares the CRC-32."""
-        with zipfile.ZipFile(self.path) as archive:
-            for start, entry in self.records.items():
-                try:
-                    with archive.open(entry) as record:
-                        while record.read(BLOCK):
-                            yield
-                except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError):
-                    inside = range(start, start + entry.file_size)
-                    names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
-                    what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
-                    raise UserError(f"{self.path}: damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
+    def check(self, start, stop):
+        """Read a record of a zip, whose CRC-32 zipfile compares; gives up when the event `stop` is set."""
+        entry = self.records[start]
+        try:
+            with self.archive.open(entry) as record:
+                while not stop.is_set() and record.read(BLOCK):
+                    pass
+        except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError):
+            inside = range(start, start + entry.file_size)
+            names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
+            what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
+            raise UserError(f"{self.path}: damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
 
 
 def _kind_of_file(head, path):
@@ -294,20 +294,16 @@ def _open_sharded(folder, index):
 
 @contextlib.contextmanager
 def checksums(tensors):
-    """While the block runs, compare every CRC-32 in the files of StoredTensors, on a thread. Raises UserError."""
-    files, stop = {tensor.file for tensor in tensors}, threading.Event()
-
-    def check():
-        for file in (file for file in files if file.has_checksums()):
-            for _ in file.check():
-                if stop.is_set():
-                    return
-
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        checking = thread.submit(check)
+    """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
+    stop = threading.Event()
+    files = {tensor.file for tensor in tensors}
+    records = [(file, start) for file in files if file.has_checksums() for start in file.records]
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        checks = [threads.submit(file.check, start, stop) for file, start in records]
         try:
             yield
-            checking.result()
+            for check in checks:
+                check.result()
         finally:
             stop.set()
 
