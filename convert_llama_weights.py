@@ -126,9 +126,8 @@ def find_folder(input_dir, model_size=None):
     if model_size and inside:
         raise UserError(f"--model_size {model_size}: {input_dir} has no such subfolder; it holds {names}")
     if not inside:
-        hint = ""
-        if (input_dir / "config.json").is_file():
-            hint = "; it is in the format of transformers already (--reverse goes back)"
+        is_model = (input_dir / "config.json").is_file()
+        hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
     if len(inside) > 1:
         raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
@@ -171,23 +170,22 @@ def read_params(folder):
         value, kinds = params.get(key, 1), (int,) if key in INTEGERS else (int, float)
         if type(value) not in kinds or not (0 < value < math.inf or (key, value) == ("vocab_size", -1)):
             raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0; download the file again")
-    return params
+    return {"n_kv_heads": params["n_heads"], "rope_theta": 10000} | params
 
 
 def open_shards(paths):
     """The tensors of each shard. Raises UserError where shards differ in names, shapes or dtypes."""
     shards = [weights.open_weights(path) for path in paths]
+    one, first = paths[0], shards[0]
     for path, shard in zip(paths, shards, strict=True):
-        for name in sorted(set(shards[0]) ^ set(shard)):
-            holder, other = (paths[0], path) if name in shards[0] else (path, paths[0])
-            raise UserError(f"{holder} holds tensor {name} and {other.name} does not; they are not of one model")
+        if differing := sorted(set(first) ^ set(shard)):
+            holder, other = (one, path) if differing[0] in first else (path, one)
+            what = f"{holder} holds tensor {differing[0]} and {other.name} does not"
+            raise UserError(f"{what}; they are not of one model")
         for name, tensor in shard.items():
-            first = shards[0][name]
-            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
-                raise UserError(
-                    f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, in {paths[0].name} "
-                    f"{first.dtype} {list(first.shape)}; they are not of one model"
-                )
+            here, there = (f"{stored.dtype} {list(stored.shape)}" for stored in (tensor, first[name]))
+            if here != there:
+                raise UserError(f"{path}: tensor {name} is {here}, in {one.name} {there}; they are not of one model")
     return shards
 
 
@@ -201,9 +199,8 @@ def count_layers(tensors, folder):
     known = {*needed, "output.weight"}
     problems += [f"{name} is not of a LLaMA" for name in tensors if name not in known and not ROTARY.search(name)]
     if problems:
-        raise UserError(
-            f"{folder}: tensor {problems[0]} ({len(problems)} such); a model is converted whole or not at all"
-        )
+        advice = "a model is converted whole or not at all"
+        raise UserError(f"{folder}: tensor {problems[0]} ({len(problems)} such); {advice}")
     if not num_layers:
         raise UserError(f"{folder}: the shards hold no layers")
     return num_layers
@@ -216,8 +213,7 @@ def check_heads(rows, table, count, params, folder):
     neighbouring shards that hold the same key-value heads.
     """
     query, key, dim = rows
-    num_heads = params["n_heads"]
-    num_kv_heads = params.get("n_kv_heads", num_heads)
+    num_heads, num_kv_heads = params["n_heads"], params["n_kv_heads"]
     if query * count != dim:
         whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
         if query and query * count < dim and dim % query == 0:
@@ -235,10 +231,9 @@ def check_heads(rows, table, count, params, folder):
     copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
     head_dim = dim // num_heads
     if key * count != num_kv_heads * head_dim * copies:
-        raise UserError(
-            f"{folder}: wk has {key * count} rows in {count} shards, n_kv_heads {num_kv_heads} * head_dim {head_dim} "
-            f"is {num_kv_heads * head_dim}; a shard is missing or params.json is of another model"
-        )
+        wanted = f"n_kv_heads {num_kv_heads} * head_dim {head_dim} is {num_kv_heads * head_dim}"
+        what = f"wk has {key * count} rows in {count} shards, {wanted}"
+        raise UserError(f"{folder}: {what}; a shard is missing or params.json is of another model")
     return copies
 
 
@@ -280,11 +275,11 @@ def describe(shards, params, folder):
         dim=dim,
         num_layers=num_layers,
         num_heads=params["n_heads"],
-        num_kv_heads=params.get("n_kv_heads", params["n_heads"]),
+        num_kv_heads=params["n_kv_heads"],
         ffn_dim=ffn_dim,
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],
-        rope_theta=float(params.get("rope_theta", 10000)),
+        rope_theta=float(params["rope_theta"]),
         rope_factor=factor,
         embedding_axis=axis,
         kv_copies=copies,
@@ -489,10 +484,8 @@ def find_tokenizer(folder, chosen=None):
     places = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise UserError(
-            f"{places[0]}: missing, and so is {places[1]}; download it, or name it with --tokenizer FILE "
-            "(--tokenizer none converts without)"
-        )
+        way = "download it, or name it with --tokenizer FILE (--tokenizer none converts without)"
+        raise UserError(f"{places[0]}: missing, and so is {places[1]}; {way}")
     return found
 
 
@@ -633,8 +626,7 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     size = dim // params["n_heads"]  # of a head
     frequencies = params.get("rope_theta", 10000.0) ** (-np.arange(0, size, 2) / size)
     if rope_factor:  # waves longer than the old context are slowed down, those in between by degrees
-        turns = 8192 * frequencies / (2 * np.pi)
-        share = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+        share = np.clip((8192 * frequencies / (2 * np.pi) - 1.0) / (4.0 - 1.0), 0, 1)
         frequencies = frequencies * (share + (1 - share) / rope_factor)
     turn = np.exp(1j * np.outer(np.arange(count), frequencies))[:, None]  # (tokens, 1, size / 2)
 
@@ -711,12 +703,11 @@ def verify(folder, paths, params, llama, dtype=None):
     ids = [(i * 7919 + 11) % llama.vocab_size for i in range(VERIFY_TOKENS)]
     wanted = reference_logits(paths, params, ids, llama.rope_factor, dtype)
     difference = np.abs(model_logits(folder, ids) - wanted).max() / np.abs(wanted).max()
-    if not difference <= VERIFY_TOLERANCE:
-        raise UserError(
-            f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, more than "
-            f"{VERIFY_TOLERANCE:.0e}; this is a fault of the converter, please report it"
-        )
-    say(f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, {len(ids)} tokens")
+    found = f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest"
+    if not difference <= VERIFY_TOLERANCE:  # NaN is refused too
+        advice = "this is a fault of the converter, please report it"
+        raise UserError(f"{found}, more than {VERIFY_TOLERANCE:.0e}; {advice}")
+    say(f"{found}, {len(ids)} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -877,10 +868,15 @@ def raw_params(llama):
         "norm_eps": llama.norm_eps,
         "vocab_size": llama.vocab_size,
     }
-    params |= {"ffn_dim_multiplier": multiplier} if multiplier else {}
-    params |= {"n_kv_heads": llama.num_kv_heads} if llama.num_kv_heads != llama.num_heads else {}
-    params |= {"rope_theta": llama.rope_theta} if llama.rope_theta != 10000 else {}
-    return params | ({"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor} if llama.rope_factor else {})
+    if multiplier:
+        params["ffn_dim_multiplier"] = multiplier
+    if llama.num_kv_heads != llama.num_heads:
+        params["n_kv_heads"] = llama.num_kv_heads
+    if llama.rope_theta != 10000:
+        params["rope_theta"] = llama.rope_theta
+    if llama.rope_factor:
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor}
+    return params
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -908,9 +904,11 @@ def convert(args):
     )
     if args.dtype and args.dtype != llama.dtype:
         say(f"dtype: {llama.dtype} -> {args.dtype}, as --dtype says; the result is no longer bit for bit the source")
-    context, reason = (args.context, "as --context says") if args.context else context_length(llama)
-    advice = "" if args.context else "; no file says it, --context sets it"
-    say(f"context length: {context:,} tokens ({reason}{advice})")
+    context, reason = context_length(llama)
+    reason = f"{reason}; no file says it, --context sets it"
+    if args.context:
+        context, reason = args.context, "as --context says"
+    say(f"context length: {context:,} tokens ({reason})")
     if llama.rope_factor:
         origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
@@ -954,23 +952,21 @@ def parse_arguments(words):
         epilog="example: python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT",
         allow_abbrev=False,
     )
-    parser.add_argument("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
-    parser.add_argument("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
-    parser.add_argument("--output_dir", required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)"
-    )
-    parser.add_argument("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
-    parser.add_argument("--context", type=int, help="context length in tokens; printed with its reason when left out")
-    parser.add_argument("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
-    parser.add_argument("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")
-    parser.add_argument("--verify", action="store_true", help="compare logits with those of the raw shards")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of the names that are written")
-    parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
-    parser.add_argument("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
-    old = parser.add_argument_group("options of older converters, accepted and without meaning")
-    for name in ("--llama_version", "--safe_serialization"):
-        old.add_argument(name, nargs="?", const="", help=argparse.SUPPRESS)
+    add, dtypes = parser.add_argument, ("float16", "bfloat16", "float32")
+    add("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
+    add("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
+    add("--output_dir", required=True, help="folder to write; must not exist, or be empty")
+    add("--dtype", choices=dtypes, help="cast the weights (default: keep them bit for bit)")
+    add("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
+    add("--context", type=int, help="context length in tokens; printed with its reason when left out")
+    add("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
+    add("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")
+    add("--verify", action="store_true", help="compare logits with those of the raw shards")
+    add("--overwrite", action="store_true", help="replace files of the names that are written")
+    add("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
+    add("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
+    for name in ("--llama_version", "--safe_serialization"):  # of older converters, accepted and without meaning
+        add(name, nargs="?", const="", help=argparse.SUPPRESS)
     args = utils.parse_options(parser, words)
     for name in ("llama_version", "safe_serialization"):
         if getattr(args, name) is not None:

@@ -24,6 +24,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import math
 import os
@@ -75,24 +76,26 @@ class StoredTensor:
     strides: tuple
     offset: int
 
+    def __len__(self):
+        """The rows; a number counts as one."""
+        return self.shape[0] if self.shape else 1
+
     @property
     def nbytes(self):
         return math.prod(self.shape) * DTYPES[self.dtype][1]
 
     def read(self, start=0, stop=None):
-        """Rows `start` to `stop` as an array of unsigned integers, (stop - start, *shape[1:]): the tensor's bits.
-
-        A number counts as a tensor of one row and no more dimensions.
-        """
-        shape, strides = (self.shape, self.strides) if self.shape else ((1,), (1,))
-        shape, size = ((shape[0] if stop is None else stop) - start, *shape[1:]), DTYPES[self.dtype][1]
+        """Rows `start` to `stop` as an array of unsigned integers, (stop - start, *shape[1:]): the tensor's bits."""
+        size, strides = DTYPES[self.dtype][1], self.strides or (1,)
+        shape = ((len(self) if stop is None else stop) - start, *self.shape[1:])
         return self._gather(self.offset + start * strides[0] * size, shape, strides, size)
 
     def _gather(self, offset, shape, strides, size):
         """An array of integers of `size` bytes, which lie from byte `offset` on, `strides` elements apart."""
-        count, span = math.prod(shape), 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if span <= 2 * count or len(shape) < 2:
-            span *= count > 0
+        if not all(shape):
+            return np.empty(shape, f"<u{size}")
+        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if span <= 2 * math.prod(shape) or len(shape) == 1:
             # Not through a map of memory, as the libraries read: when somebody cuts such a file, the process dies.
             data = np.fromfile(self.file.path, f"<u{size}", span, offset=offset)
             if len(data) < span:
@@ -139,8 +142,8 @@ class WeightFile:
         from safetensors import SafetensorError, safe_open
 
         def unique(pairs):  # safetensors would take the last
-            names = [name for name, _ in pairs]
-            if twice := [name for name in names if names.count(name) > 1]:
+            names = sorted(name for name, _ in pairs)
+            if twice := [name for name, other in itertools.pairwise(names) if name == other]:
                 raise UserError(f"{self.path}: damaged: {twice[0]} stands twice in its header; {AGAIN}")
             return dict(pairs)
 
@@ -232,7 +235,8 @@ def _load_meta(path):
     import torch
 
     try:
-        found = torch.load(path, map_location="meta", weights_only=True)
+        with open(path, "rb") as file:
+            found = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
