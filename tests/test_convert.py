@@ -9,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
@@ -695,6 +696,20 @@ def test_row_blocks_cover_every_row_once_in_whole_heads():
     assert list(weights.row_blocks((8, 4), "float16", 4, block=60)) == [(0, 4), (4, 8)]
     assert list(weights.row_blocks((8, 4), "float16", 4, block=1)) == [(0, 4), (4, 8)]  # a head is never split
     assert list(weights.row_blocks((), "float32")) == [(0, 1)] and list(weights.row_blocks((0, 3), "float32")) == []
+
+
+def test_of_a_tensor_whose_rows_lie_apart_no_more_is_read_than_is_wanted(tmp_path, monkeypatch):
+    matrix = torch.arange(64 * 48, dtype=torch.float32).reshape(64, 48)
+    views = {"turned": matrix.T, "cube": matrix.reshape(8, 8, 48).permute(2, 0, 1)}
+    torch.save(views, tmp_path / "x.bin")
+    counts, read = [], np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *words, **more: counts.append(words[2]) or read(*words, **more))
+    stored = weights.open_weights(tmp_path / "x.bin")
+    for name, wanted in views.items():
+        counts.clear()
+        block = stored[name].read(8, 12)
+        assert torch.equal(torch.from_numpy(block).view(torch.float32), wanted[8:12])
+        assert sum(counts) == block.size
 
 
 def test_a_plan_is_split_where_transformers_would():
