@@ -31,16 +31,16 @@ from weights import DTYPES
 # How a tensor lies in the shards of Meta's model parallel layout: ColumnParallelLinear splits the outputs (dim 0),
 # RowParallelLinear the inputs (dim 1), norms are whole in every shard.
 COLUMNS, ROWS, WHOLE = 0, 1, None
-LAYER = {
-    "attention_norm.weight": ("input_layernorm.weight", WHOLE),
-    "attention.wq.weight": ("self_attn.q_proj.weight", COLUMNS),
-    "attention.wk.weight": ("self_attn.k_proj.weight", COLUMNS),
-    "attention.wv.weight": ("self_attn.v_proj.weight", COLUMNS),
-    "attention.wo.weight": ("self_attn.o_proj.weight", ROWS),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", COLUMNS),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS),
+LAYER = {  # Meta's name: (name in transformers, how shards split it, its sizes; see Llama.tensors)
+    "attention_norm.weight": ("input_layernorm.weight", WHOLE, "dim"),
+    "attention.wq.weight": ("self_attn.q_proj.weight", COLUMNS, "dim dim"),
+    "attention.wk.weight": ("self_attn.k_proj.weight", COLUMNS, "key_value dim"),
+    "attention.wv.weight": ("self_attn.v_proj.weight", COLUMNS, "key_value dim"),
+    "attention.wo.weight": ("self_attn.o_proj.weight", ROWS, "dim dim"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE, "dim"),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", COLUMNS, "ffn dim"),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS, "ffn dim"),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS, "dim ffn"),
 }
 ROTARY = re.compile(r"(^|\.)rope\.freqs$")  # a table that both sides compute anew
 INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")  # of params.json
@@ -78,20 +78,13 @@ class Llama:
 
     def tensors(self):
         """{Meta's name: (name in transformers, how shards split it, its whole shape)}, in the order of the model."""
-        dim, key_value, ffn = self.dim, self.num_kv_heads * self.head_dim, self.ffn_dim
-        shapes = {
-            "attention.wq.weight": (dim, dim),
-            "attention.wk.weight": (key_value, dim),
-            "attention.wv.weight": (key_value, dim),
-            "attention.wo.weight": (dim, dim),
-            "feed_forward.w1.weight": (ffn, dim),
-            "feed_forward.w3.weight": (ffn, dim),
-            "feed_forward.w2.weight": (dim, ffn),
-        }
+        dim = self.dim
+        sizes = {"dim": dim, "key_value": self.num_kv_heads * self.head_dim, "ffn": self.ffn_dim}
         table = {"tok_embeddings.weight": ("model.embed_tokens.weight", self.embedding_axis, (self.vocab_size, dim))}
         for i in range(self.num_layers):
-            for raw, (name, axis) in LAYER.items():
-                table[f"layers.{i}.{raw}"] = (f"model.layers.{i}.{name}", axis, shapes.get(raw, (dim,)))
+            for raw, (name, axis, words) in LAYER.items():
+                shape = tuple(sizes[word] for word in words.split())
+                table[f"layers.{i}.{raw}"] = (f"model.layers.{i}.{name}", axis, shape)
         table["norm.weight"] = ("model.norm.weight", WHOLE, (dim,))
         table["output.weight"] = ("lm_head.weight", COLUMNS, (self.vocab_size, dim))
         return table

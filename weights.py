@@ -167,14 +167,14 @@ class WeightFile:
     def _list_zip(self):
         size = self.path.stat().st_size
         try:
-            self.archive = zipfile.ZipFile(self.path)
-            with open(self.path, "rb") as file:
-                for entry in self.archive.infolist():
-                    file.seek(entry.header_offset + 26)  # of its local header: the lengths of name and extra field
-                    start = entry.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-                    if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
-                        raise UserError(f"{self.path}: damaged: record {entry.filename}; {AGAIN}")
-                    self.records[start] = entry
+            file = open(self.path, "rb")  # a path zipfile would open itself, and count, not safely, the threads at it
+            self.archive = zipfile.ZipFile(file)
+            for entry in self.archive.infolist():
+                file.seek(entry.header_offset + 26)  # of its local header: the lengths of name and extra field
+                start = entry.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
+                if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
+                    raise UserError(f"{self.path}: damaged: record {entry.filename}; {AGAIN}")
+                self.records[start] = entry
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
             what = f"truncated: it has {size:,} bytes and lacks the table of contents that ends such a file"
             raise UserError(f"{self.path}: {what}; {AGAIN}") from None
@@ -300,10 +300,9 @@ def _open_sharded(folder, index):
 def checksums(tensors):
     """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
     stop = threading.Event()
-    files = {tensor.file for tensor in tensors}
-    records = [(file, start) for file in files if file.has_checksums() for start in file.records]
+    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums()]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        checks = [threads.submit(file.check, start, stop) for file, start in records]
+        checks = [threads.submit(file.check, start, stop) for file in files for start in file.records]
         try:
             yield
             for check in checks:
@@ -314,7 +313,7 @@ def checksums(tensors):
 
 def check_unchanged(tensors):
     """Refuse files of StoredTensors that somebody has written to since they were opened."""
-    for file in {tensor.file for tensor in tensors}:
+    for file in dict.fromkeys(tensor.file for tensor in tensors):
         if file.current_stamp() != file.stamp:
             raise UserError(f"{file.path}: somebody wrote to it while it was read; try again when it is whole")
 
