@@ -713,8 +713,8 @@ def make_raw_shard(path, plan):
     import torch
 
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
-    with torch.serialization.skip_data():  # they are never touched, and memory that is not touched is not taken
-        torch.save(tensors, path)
+    with torch.serialization.skip_data(), open(path, "xb") as file:  # tensors that are never touched take no memory
+        torch.save(tensors, file)
     stored = weights.open_weights(path).values()
     return {tensor.name: (path, tensor.offset, tensor.offset + tensor.nbytes) for tensor in stored}
 

@@ -638,6 +638,20 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch):
     )
 
 
+def test_a_disk_that_fills_up_under_raw_shards(model, tmp_path):
+    """torch.save must not hide what the system says; files may have 100,000 bytes here."""
+    words = ["--reverse", "--input_dir", str(model), "--output_dir", str(tmp_path / "back")]
+    code = f"import resource, sys; sys.path[:0] = [{str(ROOT)!r}]; import convert_llama_weights as convert, utils; "
+    code += f"resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5)); utils.run_main(lambda: convert.main({words}))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: --output_dir {tmp_path / 'back'}: File too large (0.00 GB are needed); nothing is left of this run; "
+        "make room, then give the same command again"
+    )
+    assert not (tmp_path / "back").exists() and not (tmp_path / ".back.unfinished").exists()
+
+
 SLOW = """
 import sys, time
 sys.path[:0] = [{root!r}]
