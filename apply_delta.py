@@ -27,11 +27,11 @@ from utils import UserError, say
 from weights import DTYPES, StoredTensor, row_blocks
 
 ALPACA_SUM = 50637.1836  # of all numbers of Stanford Alpaca 7B; from its weight_diff.py
-RULES = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
+NEW_ROWS = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
 STYLES = {  # of the prompt, by rule for new rows and dtype of the delta: the three families of deltas without a record
     ("zero", "float16"): "vicuna_v0", (None, "float16"): "vicuna_v1.1", ("mean", "float32"): "alpaca",
 }  # fmt: skip
-INTEGERS = {2: "int16", 4: "int32", 8: "int64"}  # dtypes of an exact delta, by bytes of the target's
+SIGNED = {2: "int16", 4: "int32", 8: "int64"}  # dtypes of an exact delta, by bytes of the target's
 PRODUCT = 96 * 2**20  # bytes of a LoRA product, or of the columns of a mean, that are held at once
 PRODUCT_ROWS = 256  # the least: products of fewer rows are summed in another order by BLAS
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
@@ -82,7 +82,7 @@ def working_dtype(delta_dtype, result_dtype):
 
 def bits(tensor):
     """The bit patterns of a floating-point tensor as signed integers of the same width."""
-    return tensor.contiguous().view(getattr(torch, INTEGERS[tensor.element_size()]))
+    return tensor.contiguous().view(getattr(torch, SIGNED[tensor.element_size()]))
 
 
 def bit_difference(target, base):
@@ -367,11 +367,11 @@ def refuse(problems, what):
 def new_rows_rule(grown, dtype, asked=None, recorded=None):
     """The rule for rows that the base lacks and the words for it: (None, "zero" or "mean", words).
 
-    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by RULES.
+    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by NEW_ROWS.
     """
     if grown is None:
         return None, "none, the vocabularies are the same"
-    rule = asked or recorded or RULES.get(dtype)
+    rule = asked or recorded or NEW_ROWS.get(dtype)
     if rule is None:
         raise UserError(
             f"the base has {grown[0]:,} rows of vocabulary and the other {grown[1]:,}; no rule says what a {dtype} "
@@ -698,7 +698,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
     rule, words = new_rows_rule(grown, dtype, "zero" if exact else new_rows)
     parts = []
     for name, tensor in target.items():
-        kind = INTEGERS[DTYPES[tensor.dtype][1]] if exact else dtype
+        kind = SIGNED[DTYPES[tensor.dtype][1]] if exact else dtype
         parts.append(Part(name, kind, tensor.shape, base[name], tensor, fill_row(rule, base[name], tensor.shape)))
     say(f"delta: {'exact, bit patterns' if exact else dtype}; new rows: {words}")
     of_base, of_result, differing = Fingerprint(), Fingerprint(), [0]

@@ -545,9 +545,10 @@ def read_tokenizer(path, llama, chosen=False):
 
     `chosen` says that the user named the file, so that fewer tokens than the embedding has rows are accepted.
     """
-    head = path.read_bytes()[:64]
-    if not head or head.startswith(b"version https://git-lfs") or head.lstrip().startswith((b"<", b"{")):
-        what = "a git-lfs pointer" if head.startswith(b"version") else "a web page" if head else "empty"
+    head = path.read_bytes()[:64].lstrip()
+    kinds = {b"version https://git-lfs": "a git-lfs pointer", b"<": "a web page", b"{": "a web page"}
+    what = next((kind for start, kind in kinds.items() if head.startswith(start)), None if head else "empty")
+    if what:
         raise UserError(f"{path}: {what}, not the tokenizer itself; download it again")
     ranks = read_tiktoken(path)
     if ranks:
@@ -566,8 +567,9 @@ def read_tokenizer(path, llama, chosen=False):
             raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
-        advice = f"if it is the right one, name it: --tokenizer {path}" if size < llama.vocab_size else ""
-        advice = advice or "give the right one with --tokenizer FILE, or none"
+        advice = "give the right one with --tokenizer FILE, or none"
+        if size < llama.vocab_size:
+            advice = f"if it is the right one, name it: --tokenizer {path}"
         what = f"{path}: {kind} with {size:,} tokens, but the embedding has {llama.vocab_size:,} rows"
         raise UserError(f"{what}; it is of another model; {advice}")
     return kind, built, names
