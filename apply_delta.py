@@ -10,7 +10,6 @@ written, and TARGET appears at the end, whole. The command and the public names 
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -28,16 +27,15 @@ from utils import UserError, say
 from weights import DTYPES, StoredTensor, row_blocks
 
 ALPACA_SUM = 50637.1836  # of all numbers of Stanford Alpaca 7B; from its weight_diff.py
-RULES = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
+NEW_ROWS = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
 STYLES = {  # of the prompt, by rule for new rows and dtype of the delta: the three families of deltas without a record
     ("zero", "float16"): "vicuna_v0", (None, "float16"): "vicuna_v1.1", ("mean", "float32"): "alpaca",
 }  # fmt: skip
+SIGNED = {2: "int16", 4: "int32", 8: "int64"}  # dtypes of an exact delta, by bytes of the target's
 PRODUCT = 96 * 2**20  # bytes of a LoRA product, or of the columns of a mean, that are held at once
 PRODUCT_ROWS = 256  # the least: products of fewer rows are summed in another order by BLAS
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 FILES = ("*.json", "*.safetensors", "*.bin", *TOKENIZER)  # wanted from the hub
-
-
 MORE_THAN_LORA = (  # options of peft that change what an adapter adds, or to what
     "use_dora", "lora_bias", "fan_in_fan_out", "target_parameters", "layer_replication", "trainable_token_indices",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
@@ -78,23 +76,13 @@ def parse_args(argv=None):
 
 
 def working_dtype(delta_dtype, result_dtype):
-    """float16 for a float16 delta with a float16 result, as FastChat adds them; else float32, to be rounded once."""
+    """What is added: float16 where delta and result are float16, as in FastChat; else float32, to be rounded once."""
     return "float16" if delta_dtype == result_dtype == "float16" else "float32"
-
-
-def add(base, delta, working, dtype):
-    """base + delta, both cast to the dtype `working` first, rounded to `dtype`."""
-    return (base.to(working) + delta.to(working)).to(dtype)
-
-
-def subtract(target, base, working, dtype):
-    """target - base, both cast to the dtype `working` first, rounded to `dtype`."""
-    return (target.to(working) - base.to(working)).to(dtype)
 
 
 def bits(tensor):
     """The bit patterns of a floating-point tensor as signed integers of the same width."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.contiguous().view(getattr(torch, SIGNED[tensor.element_size()]))
 
 
 def bit_difference(target, base):
@@ -108,10 +96,9 @@ def bit_sum(base, delta, dtype):
 
 
 def lora_product(lora_a, lora_b, scaling, embedding=False):
-    """scaling * B A, in float32: what an adapter adds to a weight of shape [out, in].
+    """scaling * B A, in float32: what an adapter adds to a weight [out, in] (https://arxiv.org/abs/2106.09685, 4.1).
 
     `lora_a` is [rank, in], `lora_b` [out, rank]; for an embedding [rank, rows] and [columns, rank], transposed.
-    Source: LoRA, https://arxiv.org/abs/2106.09685, section 4.1.
     """
     product = lora_b.float() @ lora_a.float()
     return (product.T if embedding else product).mul_(scaling)
@@ -126,12 +113,9 @@ def merge(base, product, embedding=False):
 
 
 def lora_scaling(config, module):
-    """(rank, scaling) of an adapter's module: alpha / rank, or alpha / sqrt(rank) for rslora; patterns go first.
+    """(rank, scaling) of a module: alpha / rank, or for rslora (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank)."""
 
-    Source of rslora: https://arxiv.org/abs/2312.03732.
-    """
-
-    def pick(patterns, default):
+    def pick(patterns, default):  # the first pattern that names the module counts, then the default
         return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
     rank = pick(config.get("rank_pattern"), config["r"])
@@ -159,10 +143,7 @@ def is_target(config, module):
 
 
 class Fingerprint:
-    """SHA-256 of a set of tensors, in whatever files and order they lie.
-
-    It is taken over one line `name dtype shape sha256` for each tensor, sorted.
-    """
+    """SHA-256 of a set of tensors in any files and order: of the lines `name dtype shape sha256` of all, sorted."""
 
     def __init__(self):
         self.tensors = {}  # name: [digest, dtype, rows so far, shape of a row]
@@ -187,9 +168,9 @@ class Fingerprint:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_rows(tensor, start=0, stop=None, dtype=None, fill=None):
+def read_tensor(tensor, start=0, stop=None, dtype=None, fill=None):
     """Rows of a StoredTensor, cast to `dtype`; those beyond its last are `fill`, a row that broadcasts."""
-    rows = tensor.shape[0] if tensor.shape else 1
+    rows = len(tensor)
     stop = rows if stop is None else stop
     block = torch.from_numpy(tensor.read(min(start, rows), min(stop, rows))).view(getattr(torch, tensor.dtype))
     block = block if dtype is None else block.to(dtype)
@@ -215,7 +196,7 @@ def mean_row(tensor):
     for first in range(0, columns, step):
         part = torch.empty(rows, min(step, columns - first), dtype=torch.float32)
         for start, stop in row_blocks(tensor.shape, tensor.dtype):
-            part[start:stop] = read_rows(tensor, start, stop)[:, first : first + step]
+            part[start:stop] = read_tensor(tensor, start, stop)[:, first : first + step]
         slices.append(part.mean(dim=0))
     return torch.cat(slices)
 
@@ -232,17 +213,14 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora or None.
-
-    `fill` is the row that stands for those which `base` lacks; see `read_rows`.
-    """
+    """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora or None."""
 
     name: str
     dtype: str
     shape: tuple
     base: StoredTensor
     change: object = None
-    fill: object = None
+    fill: object = None  # the row that stands for those which `base` lacks; see `read_tensor`
 
 
 def sum_rows(part):
@@ -251,8 +229,8 @@ def sum_rows(part):
     exact = not is_float(change.dtype)
     working = dtype if exact else getattr(torch, working_dtype(change.dtype, part.dtype))
     for start, stop in row_blocks(part.shape, part.dtype):
-        base, delta = read_rows(part.base, start, stop, working, part.fill), read_rows(change, start, stop)
-        yield start, stop, bit_sum(base, delta, dtype) if exact else add(base, delta, working, dtype)
+        base, delta = read_tensor(part.base, start, stop, working, part.fill), read_tensor(change, start, stop)
+        yield start, stop, bit_sum(base, delta, dtype) if exact else (base + delta.to(working)).to(dtype)
 
 
 def merged_rows(part):
@@ -260,9 +238,9 @@ def merged_rows(part):
     dtype, lora, rows = getattr(torch, part.dtype), part.change, part.shape[0] if part.shape else 1
     if lora is None:
         for start, stop in row_blocks(part.shape, part.dtype):
-            yield start, stop, read_rows(part.base, start, stop, dtype)
+            yield start, stop, read_tensor(part.base, start, stop, dtype)
         return
-    a, b = read_rows(lora.a), read_rows(lora.b)
+    a, b = read_tensor(lora.a), read_tensor(lora.b)
     borders = [start for start, _ in row_blocks(part.shape, "float32", PRODUCT_ROWS, PRODUCT)]
     if len(borders) > 1 and rows - borders[-1] < PRODUCT_ROWS:
         borders.pop()
@@ -270,7 +248,7 @@ def merged_rows(part):
         some = (a[:, first:last], b) if lora.embedding else (a, b[first:last])
         product = lora_product(*some, lora.scaling, lora.embedding)
         for start, stop in row_blocks((last - first, *part.shape[1:]), "float32"):
-            base = read_rows(part.base, first + start, first + stop, dtype)
+            base = read_tensor(part.base, first + start, first + stop, dtype)
             yield first + start, first + stop, merge(base, product[start:stop], lora.embedding)
 
 
@@ -278,11 +256,14 @@ def check_rows(rows, part, start, stop):
     """Raise UserError for rows of a result that are not finite, naming the file to blame or the dtype."""
     if rows.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(rows)):  # NaN is passed on
         return
-    lora = isinstance(part.change, Lora)
-    for tensor in (part.base, *((part.change.a, part.change.b) if lora else [part.change] if part.change else [])):
-        number = (*tensor.shape, 1)[0]
-        first, last = (0, number) if lora and tensor is not part.base else (min(start, number), min(stop, number))
-        weights.check_finite(tensor.read(first, last), tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
+    sources = [(part.base, start, stop)]
+    if isinstance(part.change, Lora):
+        sources += [(half, 0, len(half)) for half in (part.change.a, part.change.b)]
+    elif part.change is not None:
+        sources.append((part.change, start, stop))
+    for tensor, first, last in sources:
+        block = tensor.read(min(first, len(tensor)), min(last, len(tensor)))
+        weights.check_finite(block, tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
     wider = "float32 or bfloat16" if part.dtype == "float16" else "float32"
     raise UserError(f"tensor {part.name}: the result is too large for {part.dtype}; give --dtype {wider}")
 
@@ -299,7 +280,7 @@ def open_inputs(output, option, **paths):
         (one, first), (two, second) = paths.items()
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
-        if Path(output).resolve().is_relative_to(folder.resolve()) and Path(output).resolve() != folder.resolve():
+        if folder.resolve() in Path(output).resolve().parents:
             raise UserError(f"{option} {output}: inside {folder}, which is read; choose a folder elsewhere")
     return folders
 
@@ -317,10 +298,9 @@ def config_of(folder, name="config.json"):
 
 def record_of(folder):
     """The run.json that a script of ours left in a folder; {} where there is none, or somebody else's."""
-    try:
+    with contextlib.suppress(UserError):
         return utils.read_run(folder) or {}
-    except UserError:
-        return {}
+    return {}
 
 
 def open_model(path):
@@ -344,17 +324,16 @@ def is_adapter(folder):
     if not (folder / "adapter_config.json").is_file():
         return False
     kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    for name in (name for name in kinds if (folder / name).is_file()):
-        what = f"adapter_config.json says that it is an adapter and {name} that it is a model"
+    if there := [name for name in kinds if (folder / name).is_file()]:
+        what = f"adapter_config.json says that it is an adapter and {there[0]} that it is a model"
         raise UserError(f"{folder}: {what}; move the files of one of them elsewhere")
     return True
 
 
 def compare(base, other, base_config, other_config, names=("base", "delta"), exact=False):
-    """Compare two sets of tensors. Returns (rows of the vocabulary in base, in other) where other has more, else None.
+    """Compare two sets of StoredTensors by name. Raises UserError that lists what is missing, extra or different.
 
-    `base` and `other` are {name: StoredTensor}; an exact delta holds integers. Raises UserError that lists what is
-    missing, extra or different.
+    Returns (rows of the vocabulary in base, in other) where other has more, else None. An exact delta holds integers.
     """
     problems = [f"{name} is missing from the {names[1]}" for name in base if name not in other]
     problems += [f"{name} is not in the {names[0]}" for name in other if name not in base]
@@ -368,8 +347,8 @@ def compare(base, other, base_config, other_config, names=("base", "delta"), exa
     if len(grown) > 1:
         problems.append(f"rows are added in several ways: {sorted(grown)}")
     for tensors, what, integers in ((base, names[0], False), (other, names[1], exact)):
-        odd = {name: tensor.dtype for name, tensor in tensors.items() if is_float(tensor.dtype) == integers}
-        problems += [f"{name} is {dtype} in the {what}" for name, dtype in odd.items()]
+        odd = [name for name, tensor in tensors.items() if is_float(tensor.dtype) == integers]
+        problems += [f"{name} is {tensors[name].dtype} in the {what}" for name in odd]
     for key in ("model_type", "num_attention_heads", "num_key_value_heads"):
         one, two = base_config.get(key), other_config.get(key)
         if None not in (one, two) and one != two:
@@ -388,11 +367,11 @@ def refuse(problems, what):
 def new_rows_rule(grown, dtype, asked=None, recorded=None):
     """The rule for rows that the base lacks and the words for it: (None, "zero" or "mean", words).
 
-    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by RULES.
+    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by NEW_ROWS.
     """
     if grown is None:
         return None, "none, the vocabularies are the same"
-    rule = asked or recorded or RULES.get(dtype)
+    rule = asked or recorded or NEW_ROWS.get(dtype)
     if rule is None:
         raise UserError(
             f"the base has {grown[0]:,} rows of vocabulary and the other {grown[1]:,}; no rule says what a {dtype} "
@@ -413,13 +392,13 @@ def fill_row(rule, tensor, shape):
 
 def check_is_delta(base, delta, folder):
     """Refuse a whole model in place of a delta: its norm weights are nearly the base's, and a delta's are near 0."""
-    for name in [name for name, tensor in base.items() if len(tensor.shape) == 1 and "norm" in name][-1:]:
-        one, two = read_rows(base[name]).double(), read_rows(delta[name]).double()
-        if (two - one).norm() < 0.5 * two.norm():
-            raise UserError(
-                f"{folder}: a whole model, it seems, and no delta: its {name} is nearly the base's; use it as it is, "
-                "or if it is a delta all the same, give --any_base"
-            )
+    norms = [name for name, tensor in base.items() if len(tensor.shape) == 1 and "norm" in name]
+    if not norms:
+        return
+    one, two = (read_tensor(tensors[norms[-1]]).double() for tensors in (base, delta))
+    if (two - one).norm() < 0.5 * two.norm():
+        what = f"a whole model, it seems, and no delta: its {norms[-1]} is nearly the base's"
+        raise UserError(f"{folder}: {what}; use it as it is, or if it is a delta all the same, give --any_base")
 
 
 def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None, any_base=False):
@@ -430,13 +409,13 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     if exact and (dtype or new_rows or any_base):
         raise UserError(f"{folder}: an exact delta gives one result; leave --dtype, --new_rows and --any_base out")
     grown = compare(base, delta, *configs, exact=exact)
-    check_record(record, delta, folder)
+    check_delta_record(record, delta, folder)
     if not exact and not any_base:
         check_is_delta(base, delta, folder)
     rule, words = new_rows_rule(grown, found, new_rows, record.get("new_rows"))
-    kinds = {
-        name: record["tensors"][name].split()[0] if exact else dtype or tensor.dtype for name, tensor in delta.items()
-    }
+    kinds = {name: dtype or tensor.dtype for name, tensor in delta.items()}
+    if exact:
+        kinds = {name: described.split()[0] for name, described in record["tensors"].items()}
     as_fastchat = all(working_dtype(tensor.dtype, kinds[name]) == "float16" for name, tensor in delta.items())
     plain = "float16(base) + delta, as FastChat" if as_fastchat else "base + delta in float32, rounded once"
     say(f"delta: {folder} is {'an exact delta' if exact else f'a weight delta in {found}'}; new rows: {words}")
@@ -447,16 +426,15 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     ], rule
 
 
-def check_record(record, delta, folder):
+def check_delta_record(record, delta, folder):
     """Refuse a delta that is not the one its run.json describes: by the names of its tensors, and its tokenizer."""
+    sums = record.get("tokenizer", {})
+    there = {name: utils.sha256_of(folder / name) for name in sums if (folder / name).is_file()}
     wrong = ["its tensors"] if record and set(record["tensors"]) != set(delta) else []
-    for name, sha256 in record.get("tokenizer", {}).items():
-        if not (folder / name).is_file() or utils.sha256_of(folder / name) != sha256:
-            wrong.append(name)
+    wrong += [name for name, sha256 in sums.items() if there.get(name) != sha256]
     if wrong:
-        raise UserError(
-            f"{folder}: its run.json describes other files: {', '.join(wrong)}; copy the whole folder again"
-        )
+        files = ", ".join(wrong)
+        raise UserError(f"{folder}: its run.json describes other files: {files}; copy the whole folder again")
 
 
 def check_base(parts, record, folder):
@@ -467,14 +445,13 @@ def check_base(parts, record, folder):
             seen = part.change.dtype if is_float(part.change.dtype) else part.dtype
             working = getattr(torch, working_dtype(seen, seen) if is_float(part.change.dtype) else seen)
             for start, stop in row_blocks(part.base.shape, part.base.dtype):
-                found.add(part.name, read_rows(part.base, start, stop, working))
+                found.add(part.name, read_tensor(part.base, start, stop, working))
             meter.add(part.base.nbytes)
     if found.hexdigest() != record["base"]["sha256"]:
         way = "give that one" if record["format"] == "exact" else "give that one, or for any base --any_base"
-        raise UserError(
-            f"{folder}: not the base that this delta was made from: its tensors have sha256 {found.hexdigest()[:12]}, "
-            f"those of {record['base']['path']} had {record['base']['sha256'][:12]}; {way}"
-        )
+        path, sha256 = record["base"]["path"], record["base"]["sha256"][:12]
+        what = f"its tensors have sha256 {found.hexdigest()[:12]}, those of {path} had {sha256}"
+        raise UserError(f"{folder}: not the base that this delta was made from: {what}; {way}")
 
 
 def check_alpaca_sum(total, config):
@@ -486,10 +463,9 @@ def check_alpaca_sum(total, config):
     width = config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
     rotary = sum(10000 ** (-2 * i / width) for i in range(width // 2)) * config.get("num_hidden_layers", 0)
     if min(abs(total - ALPACA_SUM), abs(total + rotary - ALPACA_SUM)) > 0.05:
-        raise UserError(
-            f"--check_integrity_naively: the sum of all numbers is {total:.4f}, with rotary frequencies "
-            f"{total + rotary:.4f}, and Stanford Alpaca 7B's is {ALPACA_SUM}; for any other model leave the option out"
-        )
+        sums = f"{total:.4f}, with rotary frequencies {total + rotary:.4f}, and Stanford Alpaca 7B's is {ALPACA_SUM}"
+        advice = "for any other model leave the option out"
+        raise UserError(f"--check_integrity_naively: the sum of all numbers is {sums}; {advice}")
     say(f"integrity: the sum of all numbers is Stanford Alpaca 7B's, {ALPACA_SUM}")
 
 
@@ -507,10 +483,9 @@ def check_adapter_config(config, path):
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         found.append("init_lora_weights")  # the others change the base's weights first
     if found:
-        raise UserError(
-            f"{path}: {found[0]} is {json.dumps(config[found[0]])}, which is more than a plain LoRA; merge it with "
-            "peft: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
-        )
+        what = f"{found[0]} is {json.dumps(config[found[0]])}, which is more than a plain LoRA"
+        way = "merge it with peft: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+        raise UserError(f"{path}: {what}; {way}")
     numbers = [config.get("r"), config.get("lora_alpha")]
     numbers += [v for key in ("rank_pattern", "alpha_pattern") for v in (config.get(key) or {}).values()]
     if not all(type(n) in (int, float) and n > 0 for n in numbers) or not config.get("target_modules"):
@@ -548,9 +523,8 @@ def match_adapter(base, adapter, config):
         elif ".modules_to_save." not in key or weight not in replaced:  # then it is saved twice
             replaced[weight] = tensor
     if config["target_modules"] != "all-linear":
-        targets = {
-            name for name in base if is_target(config, name.removesuffix(".weight")) and name.endswith(".weight")
-        }
+        modules = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
+        targets = {name for module, name in modules.items() if is_target(config, module)}
         problems += [f"{name} is a target by its config and not in it" for name in targets - {*halves, *replaced}]
         problems += [f"{name} is in it and by its config no target" for name in {*halves} - targets]
     problems += [f"{name} has one of lora_A and lora_B only" for name, pair in halves.items() if len(pair) < 2]
@@ -581,7 +555,7 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
     if tied and touched and (len(vocabulary) > 1 or touched & ({*replaced} - {*halves})):
         problems.append("it parts the output layer from the embeddings, which are tied in the base; merge it with peft")
     refuse(problems, f"{folder}: adapter and base do not fit together")
-    if not replaced and not any(read_rows(lora.b).any() for lora in loras.values()):
+    if not replaced and not any(read_tensor(lora.b).any() for lora in loras.values()):
         say(f"warning: every lora_B of {folder} is zero, so it changes nothing; was it saved before it was trained?")
     ranks, rslora = sorted({lora.a.shape[0] for lora in loras.values()}), config.get("use_rslora")
     say(
@@ -595,28 +569,23 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Output
+# Writing: apply and make
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_weights(folder, parts, rows_of, what):
-    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows)."""
+def write_weights(folder, parts, rows_of, what, sources):
+    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows).
+
+    `sources` are all tensors of the files that are read: these must be whole, and the same when it ends.
+    """
     plan = plan_of(parts)
-    with weights.WeightWriter(folder, plan) as writer, weights.Meter(what, weights.plan_size(plan)) as meter:
-        for part, start, stop, rows in ahead((part, *block) for part in parts for block in rows_of(part)):
-            check_rows(rows, part, start, stop)
-            writer.append(part.name, array(rows))
-            meter.add(rows.nbytes)
-
-
-def ahead(items):
-    """The items of a generator, the next of which a thread computes while the caller works on one."""
-    end = object()
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = thread.submit(next, items, end)
-            yield item
+    with weights.checksums(sources), weights.WeightWriter(folder, plan) as writer:
+        with weights.Meter(what, weights.plan_size(plan)) as meter:
+            for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
+                check_rows(rows, part, start, stop)
+                writer.append(part.name, array(rows))
+                meter.add(rows.nbytes)
+    weights.check_unchanged(sources)
 
 
 def plan_of(parts):
@@ -644,10 +613,10 @@ def copy_files(folder, config_from, tokenizer_from, parts):
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     kinds = ("tokenizer.model", "tokenizer.json", "vocab.json")
-    found = [path for path in tokenizer_from if any((path / name).is_file() for name in kinds)][:1]
-    for file in (file for path in found for file in tokenizer_files(path)):
+    found = next((path for path in tokenizer_from if any((path / name).is_file() for name in kinds)), None)
+    for file in tokenizer_files(found) if found else ():
         shutil.copyfile(file, folder / file.name)
-    say(f"config from {source}, tokenizer {f'from {found[0]}' if found else 'missing in both; copy one there'}")
+    say(f"config from {source}, tokenizer {f'from {found}' if found else 'missing in both; copy one there'}")
 
 
 def tokenizer_files(folder):
@@ -662,11 +631,6 @@ def write_run(folder, **facts):
     about |= {"versions": utils.versions("torch"), "git_commit": utils.git_commit()}
     files = sorted(path.name for path in folder.iterdir() if path.name != utils.LOCK)
     utils.write_json(about | {"files": files}, folder / "run.json")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Apply and make
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def apply_delta(
@@ -704,21 +668,15 @@ def apply_delta(
             yield start, stop, rows
 
     with weights.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
-        write_weights(folder, parts, rows_of, "applying")
-        weights.close_weights(base), weights.close_weights(delta)
+        write_weights(folder, parts, rows_of, "applying", [*base.values(), *delta.values()])
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
         if check_sum:
             check_alpaca_sum(total[0], configs[0])
         copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts)
         style = run.get("prompt_style") if run or lora else STYLES.get((rule, *dtypes_of(delta)))
-        given = {
-            "base": base_model_path,
-            "delta": delta_name,
-            "dtype": dtype,
-            "new_rows": new_rows,
-            "any_base": any_base,
-        }
+        given = {"base": base_model_path, "delta": delta_name, "dtype": dtype}
+        given |= {"new_rows": new_rows, "any_base": any_base}
         write_run(folder, arguments=given, new_rows=rule, prompt_style=style)
     if is_recorded:
         say("result: its sha256 is the one that the delta's run.json names")
@@ -730,10 +688,7 @@ apply_delta_low_cpu_mem = apply_delta  # FastChat's other name
 
 
 def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtype=None, new_rows=None, overwrite=False):
-    """Write target - base to `delta_path`, in FastChat's format or an exact one, with a record of base and result.
-
-    Raises UserError where the models do not fit together or the delta exists.
-    """
+    """Write target - base to `delta_path`, in FastChat's format or an exact one, with a record. Raises UserError."""
     base_path, target_path = open_inputs(delta_path, "--delta", base=base_model_path, target=target_model_path)
     if exact and (dtype or new_rows):
         raise UserError("--exact has the target's dtype, and new rows do not matter to it; leave both options out")
@@ -741,12 +696,10 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
     grown = compare(base, target, config_of(base_path), config_of(target_path), ("base", "target"))
     dtype = dtype or "float16"
     rule, words = new_rows_rule(grown, dtype, "zero" if exact else new_rows)
-    integers = {2: "int16", 4: "int32", 8: "int64"}
-    parts = [
-        Part(name, integers[DTYPES[there.dtype][1]] if exact else dtype, there.shape, here, there, fill)
-        for name, here, there in ((name, base[name], target[name]) for name in target)
-        for fill in [fill_row(rule, here, there.shape)]
-    ]
+    parts = []
+    for name, tensor in target.items():
+        kind = SIGNED[DTYPES[tensor.dtype][1]] if exact else dtype
+        parts.append(Part(name, kind, tensor.shape, base[name], tensor, fill_row(rule, base[name], tensor.shape)))
     say(f"delta: {'exact, bit patterns' if exact else dtype}; new rows: {words}")
     of_base, of_result, differing = Fingerprint(), Fingerprint(), [0]
 
@@ -754,23 +707,23 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
         stored = getattr(torch, part.dtype)
         working = getattr(torch, part.change.dtype if exact else working_dtype(part.dtype, part.dtype))
         for start, stop in row_blocks(part.shape, part.change.dtype):
-            target, base = read_rows(part.change, start, stop), read_rows(part.base, start, stop, working, part.fill)
+            target = read_tensor(part.change, start, stop)
+            base = read_tensor(part.base, start, stop, working, part.fill)
             if exact:
                 check_rows(target, part, start, stop)
                 rows = bit_difference(target, base)
                 result = bit_sum(base, rows, working)
             else:
-                rows = subtract(target, base, working, stored)
-                result = add(base, rows, working, stored)
-            of_base.add(part.name, base[: max((*part.base.shape, 1)[0] - start, 0)])
+                rows = (target.to(working) - base).to(stored)
+                result = (base + rows.to(working)).to(stored)
+            of_base.add(part.name, base[: max(len(part.base) - start, 0)])
             of_result.add(part.name, result)
             differing[0] += int((result != target).sum())
             yield start, stop, rows
 
     size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
     with weights.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
-        write_weights(folder, parts, rows_of, "making")
-        weights.close_weights(base), weights.close_weights(target)
+        write_weights(folder, parts, rows_of, "making", [*base.values(), *target.values()])
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {
             "format": "exact" if exact else "weights",

@@ -11,19 +11,16 @@ tokenizer into one flat folder. Tensors stream through in blocks, so memory does
 
 import argparse
 import base64
-import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import io
 import itertools
 import json
 import math
-import pickle
 import re
 import shutil
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 
 import utils
@@ -34,22 +31,17 @@ from weights import DTYPES
 # How a tensor lies in the shards of Meta's model parallel layout: ColumnParallelLinear splits the outputs (dim 0),
 # RowParallelLinear the inputs (dim 1), norms are whole in every shard.
 COLUMNS, ROWS, WHOLE = 0, 1, None
-LAYER = {
-    "attention_norm.weight": ("input_layernorm.weight", WHOLE),
-    "attention.wq.weight": ("self_attn.q_proj.weight", COLUMNS),
-    "attention.wk.weight": ("self_attn.k_proj.weight", COLUMNS),
-    "attention.wv.weight": ("self_attn.v_proj.weight", COLUMNS),
-    "attention.wo.weight": ("self_attn.o_proj.weight", ROWS),
-    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE),
-    "feed_forward.w1.weight": ("mlp.gate_proj.weight", COLUMNS),
-    "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS),
-    "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS),
+LAYER = {  # Meta's name: (name in transformers, how shards split it, its sizes; see Llama.tensors)
+    "attention_norm.weight": ("input_layernorm.weight", WHOLE, "dim"),
+    "attention.wq.weight": ("self_attn.q_proj.weight", COLUMNS, "dim dim"),
+    "attention.wk.weight": ("self_attn.k_proj.weight", COLUMNS, "key_value dim"),
+    "attention.wv.weight": ("self_attn.v_proj.weight", COLUMNS, "key_value dim"),
+    "attention.wo.weight": ("self_attn.o_proj.weight", ROWS, "dim dim"),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", WHOLE, "dim"),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", COLUMNS, "ffn dim"),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", COLUMNS, "ffn dim"),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", ROWS, "dim ffn"),
 }
-STORAGES = {  # of torch's pickles
-    "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
-    "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
 ROTARY = re.compile(r"(^|\.)rope\.freqs$")  # a table that both sides compute anew
 INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of")  # of params.json
 FLOATS = ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scaling_factor")
@@ -86,20 +78,13 @@ class Llama:
 
     def tensors(self):
         """{Meta's name: (name in transformers, how shards split it, its whole shape)}, in the order of the model."""
-        dim, key_value, ffn = self.dim, self.num_kv_heads * self.head_dim, self.ffn_dim
-        shapes = {
-            "attention.wq.weight": (dim, dim),
-            "attention.wk.weight": (key_value, dim),
-            "attention.wv.weight": (key_value, dim),
-            "attention.wo.weight": (dim, dim),
-            "feed_forward.w1.weight": (ffn, dim),
-            "feed_forward.w3.weight": (ffn, dim),
-            "feed_forward.w2.weight": (dim, ffn),
-        }
+        dim = self.dim
+        sizes = {"dim": dim, "key_value": self.num_kv_heads * self.head_dim, "ffn": self.ffn_dim}
         table = {"tok_embeddings.weight": ("model.embed_tokens.weight", self.embedding_axis, (self.vocab_size, dim))}
         for i in range(self.num_layers):
-            for raw, (name, axis) in LAYER.items():
-                table[f"layers.{i}.{raw}"] = (f"model.layers.{i}.{name}", axis, shapes.get(raw, (dim,)))
+            for raw, (name, axis, words) in LAYER.items():
+                shape = tuple(sizes[word] for word in words.split())
+                table[f"layers.{i}.{raw}"] = (f"model.layers.{i}.{name}", axis, shape)
         table["norm.weight"] = ("model.norm.weight", WHOLE, (dim,))
         table["output.weight"] = ("lm_head.weight", COLUMNS, (self.vocab_size, dim))
         return table
@@ -108,8 +93,11 @@ class Llama:
         """The shape of one shard's part of a tensor."""
         if axis == WHOLE:
             return shape
-        copies = self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
-        return tuple(n * copies // num_shards if i == axis else n for i, n in enumerate(shape))
+        return tuple(n * self.copies_of(raw) // num_shards if i == axis else n for i, n in enumerate(shape))
+
+    def copies_of(self, raw):
+        """Neighbouring shards that hold the same part of a tensor that is split."""
+        return self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,9 +119,8 @@ def find_folder(input_dir, model_size=None):
     if model_size and inside:
         raise UserError(f"--model_size {model_size}: {input_dir} has no such subfolder; it holds {names}")
     if not inside:
-        hint = ""
-        if (input_dir / "config.json").is_file():
-            hint = "; it is in the format of transformers already (--reverse goes back)"
+        is_model = (input_dir / "config.json").is_file()
+        hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
     if len(inside) > 1:
         raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
@@ -176,113 +163,125 @@ def read_params(folder):
         value, kinds = params.get(key, 1), (int,) if key in INTEGERS else (int, float)
         if type(value) not in kinds or not (0 < value < math.inf or (key, value) == ("vocab_size", -1)):
             raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0; download the file again")
-    return params
+    return {"n_kv_heads": params["n_heads"], "rope_theta": 10000} | params
 
 
 def open_shards(paths):
     """The tensors of each shard. Raises UserError where shards differ in names, shapes or dtypes."""
     shards = [weights.open_weights(path) for path in paths]
+    one, first = paths[0], shards[0]
     for path, shard in zip(paths, shards, strict=True):
-        for name in sorted(set(shards[0]) ^ set(shard)):
-            holder, other = (paths[0], path) if name in shards[0] else (path, paths[0])
-            raise UserError(f"{holder} holds tensor {name} and {other.name} does not; they are not of one model")
+        if differing := sorted(set(first) ^ set(shard)):
+            holder, other = (one, path) if differing[0] in first else (path, one)
+            what = f"{holder} holds tensor {differing[0]} and {other.name} does not"
+            raise UserError(f"{what}; they are not of one model")
         for name, tensor in shard.items():
-            first = shards[0][name]
-            if (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
-                raise UserError(
-                    f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, in {paths[0].name} "
-                    f"{first.dtype} {list(first.shape)}; they are not of one model"
-                )
+            here, there = (f"{stored.dtype} {list(stored.shape)}" for stored in (tensor, first[name]))
+            if here != there:
+                raise UserError(f"{path}: tensor {name} is {here}, in {one.name} {there}; they are not of one model")
     return shards
 
 
-def describe(shards, params, folder):
-    """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
-    first, count = shards[0], len(shards)
-    layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in first) if match]
+def count_layers(tensors, folder):
+    """The layers of a shard. Raises UserError where it does not hold exactly the tensors of a LLaMA."""
+    layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match]
     num_layers = max(layers, default=-1) + 1
     needed = ["tok_embeddings.weight", "norm.weight"]
-    needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(first))) for name in LAYER]
-    missing = [name for name in needed if name not in first]
-    unknown = [name for name in first if name not in {*needed, "output.weight"} and not ROTARY.search(name)]
-    for names, what in ((missing, "is missing"), (unknown, "is not of a LLaMA")):
-        if names:
-            raise UserError(f"{folder}: tensor {names[0]} {what} ({len(names)} such); nothing is converted by halves")
+    needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(tensors))) for name in LAYER]
+    problems = [f"{name} is missing" for name in needed if name not in tensors]
+    known = {*needed, "output.weight"}
+    problems += [f"{name} is not of a LLaMA" for name in tensors if name not in known and not ROTARY.search(name)]
+    if problems:
+        advice = "a model is converted whole or not at all"
+        raise UserError(f"{folder}: tensor {problems[0]} ({len(problems)} such); {advice}")
     if not num_layers:
         raise UserError(f"{folder}: the shards hold no layers")
+    return num_layers
 
-    def rows(name):
-        return first[name].shape[0] if first[name].shape else 0
 
-    for name in ("tok_embeddings.weight", "layers.0.attention.wq.weight"):
-        if len(first[name].shape) != 2:
-            raise UserError(f"{folder}: tensor {name} is {list(first[name].shape)}, expected a matrix")
-    dim, num_heads = rows("norm.weight"), params["n_heads"]
-    num_kv_heads = params.get("n_kv_heads", num_heads)
-    for key, value in (("dim", dim), ("n_layers", num_layers)):
-        if params.get(key, value) != value:
-            what = f"params.json says {key} {params[key]}, the tensors {value}"
-            raise UserError(f"{folder}: {what}; one of them is of another model")
-    query = rows("layers.0.attention.wq.weight")
+def check_heads(rows, table, count, params, folder):
+    """Refuse `count` shards that do not make whole heads, or heads other than those of params.json.
+
+    `rows` are those of wq, wk and the norm in each shard, `table` is rope.freqs or None. Returns the number of
+    neighbouring shards that hold the same key-value heads.
+    """
+    query, key, dim = rows
+    num_heads, num_kv_heads = params["n_heads"], params["n_kv_heads"]
     if query * count != dim:
         whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
         if query and query * count < dim and dim % query == 0:
             raise UserError(f"{folder}: found {count} of {dim // query} shards: {whole}; download the others")
         raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
-    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
-    if dim % num_heads or (table is not None and math.prod(table.shape) * 2 != dim // num_heads):
-        found = f"{dim} rows of wq do not divide by it"
-        if table is not None:
-            size = math.prod(table.shape)
-            found = f"rope.freqs has {size} values, so n_heads is {dim // max(2 * size, 1)}"
-        raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {found}; correct params.json")
+    wrong = f"{folder}: params.json says n_heads {num_heads}, but"
     if table is None:
+        if dim % num_heads:
+            raise UserError(f"{wrong} {dim} rows of wq do not divide by it; correct params.json")
         say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")
-    key_value, wanted = rows("layers.0.attention.wk.weight") * count, num_kv_heads * (dim // num_heads)
+    elif math.prod(table.shape) * 2 * num_heads != dim:
+        values = math.prod(table.shape)
+        found = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
+        raise UserError(f"{wrong} {found}; correct params.json")
     copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
-    if key_value != wanted * copies:
-        raise UserError(
-            f"{folder}: wk has {key_value} rows in {count} shards, n_kv_heads {num_kv_heads} * head_dim "
-            f"{dim // num_heads} is {wanted}; a shard is missing or params.json is of another model"
-        )
-    embedding = first["tok_embeddings.weight"].shape
-    axis = COLUMNS if embedding[1] == dim else ROWS
-    vocab_size = embedding[0] * (count if axis == COLUMNS else 1)
+    head_dim = dim // num_heads
+    if key * count != num_kv_heads * head_dim * copies:
+        wanted = f"n_kv_heads {num_kv_heads} * head_dim {head_dim} is {num_kv_heads * head_dim}"
+        what = f"wk has {key * count} rows in {count} shards, {wanted}"
+        raise UserError(f"{folder}: {what}; a shard is missing or params.json is of another model")
+    return copies
+
+
+def describe(shards, params, folder):
+    """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
+    first, count = shards[0], len(shards)
+    num_layers = count_layers(first, folder)
+    embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
+    query = first["layers.0.attention.wq.weight"]
+    for tensor in (embedding, query):
+        if len(tensor.shape) != 2:
+            raise UserError(f"{folder}: tensor {tensor.name} is {list(tensor.shape)}, expected a matrix")
+
+    def rows(name):
+        return first[name].shape[0] if first[name].shape else 0
+
+    dim, key = rows("norm.weight"), rows("layers.0.attention.wk.weight")
+    for word, value in (("dim", dim), ("n_layers", num_layers)):
+        if params.get(word, value) != value:
+            what = f"params.json says {word} {params[word]}, the tensors {value}"
+            raise UserError(f"{folder}: {what}; one of them is of another model")
+    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
+    copies = check_heads((query.shape[0], key, dim), table, count, params, folder)
+    axis = COLUMNS if embedding.shape[1] == dim else ROWS
+    vocab_size = embedding.shape[0] * count if axis == COLUMNS else embedding.shape[0]
     ffn_dim = rows("layers.0.feed_forward.w1.weight") * count
-    tied = "output.weight" not in first or (
-        count == 1
-        and first["output.weight"].shape == embedding
-        and are_equal(first["output.weight"], first["tok_embeddings.weight"])
-    )
-    factor = None
-    if params.get("use_scaled_rope"):
-        factor = float(params.get("rope_scaling_factor", 32 if tied else 8))
-    llama = Llama(
+    is_copy = output is not None and count == 1 and output.shape == embedding.shape and are_equal(output, embedding)
+    tied = output is None or is_copy
+    multiple_of = params.get("multiple_of")
+    if multiple_of and ffn_dim != ffn_size(dim, multiple_of, params.get("ffn_dim_multiplier")):
+        say(f"{folder}: multiple_of {multiple_of} of params.json does not give w1's {ffn_dim} rows; the tensors count")
+    if params.get("vocab_size", -1) not in (-1, vocab_size):
+        said = params["vocab_size"]
+        say(f"{folder}: params.json says vocab_size {said}, the tensors {vocab_size}; the tensors count")
+    factor = float(params.get("rope_scaling_factor", 32 if tied else 8)) if params.get("use_scaled_rope") else None
+    return Llama(
         num_shards=count,
-        dtype=first["layers.0.attention.wq.weight"].dtype,
+        dtype=query.dtype,
         dim=dim,
         num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_heads=params["n_heads"],
+        num_kv_heads=params["n_kv_heads"],
         ffn_dim=ffn_dim,
         vocab_size=vocab_size,
         norm_eps=params["norm_eps"],
-        rope_theta=float(params.get("rope_theta", 10000)),
+        rope_theta=float(params["rope_theta"]),
         rope_factor=factor,
         embedding_axis=axis,
         kv_copies=copies,
         tied=tied,
     )
-    for key, value in (("vocab_size", vocab_size), ("multiple_of", params.get("multiple_of"))):
-        if key == "multiple_of" and value and ffn_dim != ffn_size(dim, value, params.get("ffn_dim_multiplier")):
-            say(f"{folder}: multiple_of {value} of params.json does not give w1's {ffn_dim} rows; the tensors count")
-        if key == "vocab_size" and params.get(key, -1) not in (-1, value):
-            say(f"{folder}: params.json says vocab_size {params[key]}, the tensors {value}; the tensors count")
-    return llama
 
 
 def check_tensors(llama, shards, folder):
-    """Refuse shards whose tensors do not have the shapes of `llama`, or whose replicated tensors differ."""
+    """Refuse shards whose tensors do not have the shapes of `llama`."""
     for raw, (_, axis, shape) in llama.tensors().items():
         if raw not in shards[0]:
             continue  # output.weight of a tied model
@@ -291,7 +290,12 @@ def check_tensors(llama, shards, folder):
             raise UserError(f"{folder}: tensor {raw} is {list(tensor.shape)} in each shard, expected {list(wanted)}")
         if not DTYPES[tensor.dtype][2]:
             raise UserError(f"{folder}: tensor {raw} is {tensor.dtype}; quantized weights are not converted")
-        copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else len(shards) if axis == WHOLE else 1
+
+
+def check_copies(llama, shards, folder):
+    """Refuse shards that differ in tensors of which each has a copy; damaged ones are found by `check_values`."""
+    for raw, (_, axis, _) in llama.tensors().items():
+        copies = len(shards) if axis == WHOLE else llama.copies_of(raw)
         for i, shard in enumerate(shards):
             if i % copies and not are_equal(shards[i - i % copies][raw], shard[raw]):
                 one, other = shards[i - i % copies][raw].file.path.name, shard[raw].file.path.name
@@ -313,10 +317,10 @@ def check_values(tensors, dtype=None):
                 cast(block, tensor.dtype, dtype, where)
         return tensor.nbytes
 
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        with weights.Meter("check", sum(tensor.nbytes for tensor in tensors)) as meter:
-            for size in threads.map(check, tensors):
-                meter.add(size)
+    meter = weights.Meter("check", sum(tensor.nbytes for tensor in tensors))
+    with weights.checksums(tensors), meter, concurrent.futures.ThreadPoolExecutor(2) as threads:
+        for size in threads.map(check, tensors):
+            meter.add(size)
 
 
 def are_equal(one, other):
@@ -388,26 +392,29 @@ def model_plan(llama, shards, dtype=None):
     }
 
 
-def write_model(llama, shards, folder, plan, max_shard_size):
+def converted_blocks(llama, shards, plan):
+    """(name in transformers, its next rows), tensor after tensor."""
+    for raw, (name, axis, _) in llama.tensors().items():
+        if name not in plan:
+            continue
+        is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+        parts = [shard[raw] for shard in shards[:: llama.copies_of(raw)]]
+        old, new = parts[0].dtype, plan[name][0]
+        for block in joined(parts, axis, llama.head_dim if is_rotated else 1):
+            block = permute(block, llama.head_dim) if is_rotated else block
+            yield name, block if old == new else cast(block, old, new, raw)
+
+
+def write_converted(llama, shards, folder, plan, max_shard_size):
     """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
     meter = weights.Meter("weights", weights.plan_size(plan))
     with weights.WeightWriter(folder, plan, max_shard_size) as writer, meter:
-        for raw, (name, axis, _) in llama.tensors().items():
-            if name not in plan:
-                continue
-            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
-            copies = llama.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
-            old, new = shards[0][raw].dtype, plan[name][0]
-            for block in joined([shard[raw] for shard in shards[::copies]], axis, llama.head_dim if is_rotated else 1):
-                block = permute(block, llama.head_dim) if is_rotated else block
-                block = block if old == new else cast(block, old, new, raw)
-                writer.append(name, block)
-                meter.add(block.nbytes)
-    for shard in shards:
-        weights.close_weights(shard)
+        for name, block in weights.ahead(converted_blocks(llama, shards, plan)):
+            writer.append(name, block)
+            meter.add(block.nbytes)
+    weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
     written = weights.open_weights(folder)
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
-    weights.close_weights(written)
 
 
 def context_length(llama):
@@ -470,10 +477,8 @@ def find_tokenizer(folder, chosen=None):
     places = [folder / "tokenizer.model", folder.parent / "tokenizer.model"]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise UserError(
-            f"{places[0]}: missing, and so is {places[1]}; download it, or name it with --tokenizer FILE "
-            "(--tokenizer none converts without)"
-        )
+        way = "download it, or name it with --tokenizer FILE (--tokenizer none converts without)"
+        raise UserError(f"{places[0]}: missing, and so is {places[1]}; {way}")
     return found
 
 
@@ -535,14 +540,15 @@ def build_from_tiktoken(ranks, special):
     return built
 
 
-def load_tokenizer(path, llama, chosen=False):
+def read_tokenizer(path, llama, chosen=False):
     """(kind, tokenizers.Tokenizer, entries for tokenizer_config.json) of a tokenizer.model, checked against the model.
 
     `chosen` says that the user named the file, so that fewer tokens than the embedding has rows are accepted.
     """
-    head = path.read_bytes()[:64]
-    if not head or head.startswith(b"version https://git-lfs") or head.lstrip().startswith((b"<", b"{")):
-        what = "a git-lfs pointer" if head.startswith(b"version") else "a web page" if head else "empty"
+    head = path.read_bytes()[:64].lstrip()
+    kinds = {b"version https://git-lfs": "a git-lfs pointer", b"<": "a web page", b"{": "a web page"}
+    what = next((kind for start, kind in kinds.items() if head.startswith(start)), None if head else "empty")
+    if what:
         raise UserError(f"{path}: {what}, not the tokenizer itself; download it again")
     ranks = read_tiktoken(path)
     if ranks:
@@ -561,8 +567,9 @@ def load_tokenizer(path, llama, chosen=False):
             raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
-        advice = f"if it is the right one, name it: --tokenizer {path}" if size < llama.vocab_size else ""
-        advice = advice or "give the right one with --tokenizer FILE, or none"
+        advice = "give the right one with --tokenizer FILE, or none"
+        if size < llama.vocab_size:
+            advice = f"if it is the right one, name it: --tokenizer {path}"
         what = f"{path}: {kind} with {size:,} tokens, but the embedding has {llama.vocab_size:,} rows"
         raise UserError(f"{what}; it is of another model; {advice}")
     return kind, built, names
@@ -614,8 +621,7 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     size = dim // params["n_heads"]  # of a head
     frequencies = params.get("rope_theta", 10000.0) ** (-np.arange(0, size, 2) / size)
     if rope_factor:  # waves longer than the old context are slowed down, those in between by degrees
-        turns = 8192 * frequencies / (2 * np.pi)
-        share = np.clip((turns - 1.0) / (4.0 - 1.0), 0, 1)
+        share = np.clip((8192 * frequencies / (2 * np.pi) - 1.0) / (4.0 - 1.0), 0, 1)
         frequencies = frequencies * (share + (1 - share) / rope_factor)
     turn = np.exp(1j * np.outer(np.arange(count), frequencies))[:, None]  # (tokens, 1, size / 2)
 
@@ -692,12 +698,11 @@ def verify(folder, paths, params, llama, dtype=None):
     ids = [(i * 7919 + 11) % llama.vocab_size for i in range(VERIFY_TOKENS)]
     wanted = reference_logits(paths, params, ids, llama.rope_factor, dtype)
     difference = np.abs(model_logits(folder, ids) - wanted).max() / np.abs(wanted).max()
-    if not difference <= VERIFY_TOLERANCE:
-        raise UserError(
-            f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, more than "
-            f"{VERIFY_TOLERANCE:.0e}; this is a fault of the converter, please report it"
-        )
-    say(f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest, {len(ids)} tokens")
+    found = f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest"
+    if not difference <= VERIFY_TOLERANCE:  # NaN is refused too
+        advice = "this is a fault of the converter, please report it"
+        raise UserError(f"{found}, more than {VERIFY_TOLERANCE:.0e}; {advice}")
+    say(f"{found}, {len(ids)} tokens")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -705,61 +710,25 @@ def verify(folder, paths, params, llama, dtype=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class RawShard:
-    """Writes one consolidated.NN.pth: torch's zip of a pickle and of one record per tensor, streamed.
-
-    `plan` is {name: (dtype, shape)}; `tensor` opens the next one, in the order of the plan, for its bytes.
-    """
-
-    def __init__(self, path, plan):
-        self.file = open(path, "xb")
-        self.archive = zipfile.ZipFile(self.file, "w", zipfile.ZIP_STORED)
-        self.stem, self.names = path.stem, list(plan)
-        for name, data in (("data.pkl", _pickled(plan)), ("byteorder", b"little"), ("version", b"3\n")):
-            with self._record(name) as record:
-                record.write(data)
-
-    def _record(self, name):
-        info = zipfile.ZipInfo(f"{self.stem}/{name}")
-        # torch starts records at multiples of 64 bytes, behind a padding field; zip64 sizes take 20 bytes more.
-        before = self.file.tell() + 30 + len(info.filename) + 20 + 4
-        info.extra = b"FB" + (-before % 64).to_bytes(2, "little") + bytes(-before % 64)
-        return self.archive.open(info, "w", force_zip64=True)
-
-    def tensor(self, name):
-        return self._record(f"data/{self.names.index(name)}")
-
-    def close(self):
-        self.archive.close()
-        self.file.close()
-
-
-def _pickled(plan):
-    """The pickle of a dict of tensors, each of which is the whole of the record that has its number."""
+def make_raw_shard(path, plan):
+    """Write a file of torch.save with room for the tensors of a plan. Returns their places: {name: (path, first, end)}."""
     import torch
 
-    class Tensor:
-        def __init__(self, number, dtype, shape):
-            self.number, self.dtype, self.shape = number, dtype, shape
+    tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
+    with torch.serialization.skip_data(), open(path, "xb") as file:  # tensors that are never touched take no memory
+        torch.save(tensors, file)
+    stored = weights.open_weights(path).values()
+    return {tensor.name: (path, tensor.offset, tensor.offset + tensor.nbytes) for tensor in stored}
 
-    class Storage(Tensor):
-        pass
 
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, item):
-            if isinstance(item, Storage):
-                return "storage", getattr(torch, STORAGES[item.dtype]), str(item.number), "cpu", math.prod(item.shape)
-
-        def reducer_override(self, item):
-            if not isinstance(item, Tensor):
-                return NotImplemented
-            storage, strides = Storage(item.number, item.dtype, item.shape), weights.contiguous(item.shape)
-            arguments = (storage, 0, item.shape, strides, False, collections.OrderedDict())
-            return torch._utils._rebuild_tensor_v2, arguments
-
-    stream = io.BytesIO()
-    Pickler(stream, protocol=2).dump({name: Tensor(i, *entry) for i, (name, entry) in enumerate(plan.items())})
-    return stream.getvalue()
+def add_checksums(path, sums):
+    """Put the CRC-32 of each tensor, {name: number}, into a raw shard: torch wrote none for data that it skipped."""
+    stored = weights.open_weights(path).values()
+    records = {tensor.file.records[tensor.offset].filename: sums[tensor.name] for tensor in stored}
+    with zipfile.ZipFile(path, "a") as archive:
+        for entry in archive.infolist():
+            entry.CRC = records.get(entry.filename, entry.CRC)
+        archive.comment = b""  # a comment that is set, even to nothing, has the table of contents written again
 
 
 def read_llama(folder, num_shards):
@@ -804,22 +773,53 @@ def read_llama(folder, num_shards):
     return llama
 
 
-def reverse(input_dir, output_dir, num_shards, overwrite):
-    """Write Meta's layout from a model folder of transformers; see `main`."""
-    import numpy as np
-
-    folder = weights.find_model(input_dir, option="--input_dir")
-    llama = read_llama(folder, num_shards)
+def find_sources(folder, llama):
+    """The tensors of a transformers folder, {name: StoredTensor}. Raises UserError where they are not a Llama's."""
     found = weights.open_weights(folder)
     sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
-    if llama.tied and "lm_head.weight" not in sources:
-        sources["lm_head.weight"] = sources.get("model.embed_tokens.weight")
-    for name in sorted(set(wanted) ^ set(sources)):
-        raise UserError(f"{folder}: tensor {name} is {'missing' if name in wanted else 'not of a LLaMA'}")
+    if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
+        sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
+    problems = {name: "missing" for name in wanted if name not in sources}
+    problems |= {name: "not of a LLaMA" for name in sources if name not in wanted}
+    if problems:
+        name = min(problems)
+        raise UserError(f"{folder}: tensor {name} is {problems[name]}")
     for name, shape in wanted.items():
         if sources[name].shape != shape:
             raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
+    return sources
+
+
+def raw_blocks(llama, sources, plan):
+    """(number of a shard, Meta's name, its next rows), tensor after tensor; rope.freqs is computed anew."""
+    import numpy as np
+
+    count = llama.num_shards
+    for raw, (name, axis, shape) in llama.tensors().items():
+        is_rotated = raw.endswith(("wq.weight", "wk.weight"))
+        dtype, (share, *_) = plan[raw]  # rows of a shard
+        for first in range(0, shape[0], share):
+            for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
+                block = sources[name].read(first + start, first + stop)
+                block = unpermute(block, llama.head_dim) if is_rotated else block
+                if axis == COLUMNS:
+                    yield first // share, raw, np.ascontiguousarray(block)
+                    continue
+                pieces = np.split(block, count, axis=1) if axis == ROWS else [block] * count
+                for i, piece in enumerate(pieces):
+                    yield i, raw, np.ascontiguousarray(piece)
+    table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
+    bits = table.astype(np.float32).view(np.uint32)
+    for i in range(count):
+        yield i, "rope.freqs", cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
+
+
+def reverse(input_dir, output_dir, num_shards, overwrite):
+    """Write Meta's layout from a model folder of transformers; see `main`."""
+    folder = weights.find_model(input_dir, option="--input_dir")
+    llama = read_llama(folder, num_shards)
+    sources = find_sources(folder, llama)
     plan = {
         raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, num_shards))
         for raw, (name, axis, shape) in llama.tensors().items()
@@ -827,38 +827,20 @@ def reverse(input_dir, output_dir, num_shards, overwrite):
     kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
     plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
-    size, total = weights.plan_size(plan) * num_shards, sum(tensor.nbytes for tensor in sources.values())
-    with contextlib.ExitStack() as stack:
-        target = stack.enter_context(weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names))
+    size = weights.plan_size(plan) * num_shards
+    with weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names) as target:
         check_values(list(sources.values()))
-        shards = [RawShard(target / name, plan) for name in names]
-        for shard in shards:
-            stack.callback(shard.close)
-        meter = stack.enter_context(weights.Meter("weights", total))
-        for raw, (name, axis, shape) in llama.tensors().items():
-            is_rotated = raw.endswith(("wq.weight", "wk.weight"))
-            records = [stack.enter_context(shard.tensor(raw)) for shard in shards]
-            share = plan[raw][1][0] if axis == COLUMNS else shape[0]  # rows of a shard
-            multiple = llama.head_dim if is_rotated else 1
-            for first in range(0, shape[0], share):
-                for start, stop in weights.row_blocks((share, *shape[1:]), plan[raw][0], multiple):
-                    block = sources[name].read(first + start, first + stop)
-                    block = unpermute(block, llama.head_dim) if is_rotated else block
-                    if axis == COLUMNS:
-                        records[first // share].write(np.ascontiguousarray(block))
-                    else:
-                        pieces = np.split(block, num_shards, axis=1) if axis == ROWS else [block] * num_shards
-                        for record, piece in zip(records, pieces, strict=True):
-                            record.write(np.ascontiguousarray(piece))
-                    meter.add(block.nbytes)
-            for record in records:
-                record.close()
-        table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
-        for shard in shards:
-            with shard.tensor("rope.freqs") as record:
-                record.write(cast(table.astype(np.float32).view(np.uint32), "float32", kind, "rope.freqs"))
-            shard.close()
-        weights.close_weights(found)
+        shards = [make_raw_shard(target / name, plan) for name in names]
+        places = {(i, raw): place for i, shard in enumerate(shards) for raw, place in shard.items()}
+        sums = [dict.fromkeys(plan, 0) for _ in names]
+        with weights.BlockWriter(places) as writer, weights.Meter("weights", size) as meter:
+            for i, raw, block in weights.ahead(raw_blocks(llama, sources, plan)):
+                writer.append((i, raw), block)
+                sums[i][raw] = zlib.crc32(block, sums[i][raw])
+                meter.add(block.nbytes)
+        for name, sums_of_shard in zip(names, sums, strict=True):
+            add_checksums(target / name, sums_of_shard)
+        weights.check_unchanged(sources.values())
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
         for name in ("tokenizer.model", "tokenizer.tiktoken"):
             if (folder / name).is_file():
@@ -881,10 +863,15 @@ def raw_params(llama):
         "norm_eps": llama.norm_eps,
         "vocab_size": llama.vocab_size,
     }
-    params |= {"ffn_dim_multiplier": multiplier} if multiplier else {}
-    params |= {"n_kv_heads": llama.num_kv_heads} if llama.num_kv_heads != llama.num_heads else {}
-    params |= {"rope_theta": llama.rope_theta} if llama.rope_theta != 10000 else {}
-    return params | ({"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor} if llama.rope_factor else {})
+    if multiplier:
+        params["ffn_dim_multiplier"] = multiplier
+    if llama.num_kv_heads != llama.num_heads:
+        params["n_kv_heads"] = llama.num_kv_heads
+    if llama.rope_theta != 10000:
+        params["rope_theta"] = llama.rope_theta
+    if llama.rope_factor:
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor}
+    return params
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -912,23 +899,26 @@ def convert(args):
     )
     if args.dtype and args.dtype != llama.dtype:
         say(f"dtype: {llama.dtype} -> {args.dtype}, as --dtype says; the result is no longer bit for bit the source")
-    context, reason = (args.context, "as --context says") if args.context else context_length(llama)
-    advice = "" if args.context else "; no file says it, --context sets it"
-    say(f"context length: {context:,} tokens ({reason}{advice})")
+    context, reason = context_length(llama)
+    reason = f"{reason}; no file says it, --context sets it"
+    if args.context:
+        context, reason = args.context, "as --context says"
+    say(f"context length: {context:,} tokens ({reason})")
     if llama.rope_factor:
         origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
-    loaded = load_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
+    loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
     with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
         written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
         check_values([shard[raw] for raw in written for shard in shards], args.dtype)
+        check_copies(llama, shards, folder)
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
-        write_model(llama, shards, target, plan, args.max_shard_size)
+        write_converted(llama, shards, target, plan, args.max_shard_size)
         utils.jdump(generation or special, target / "generation_config.json", indent=2)
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
@@ -943,29 +933,35 @@ def convert(args):
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 
 
+def parse_size(text):
+    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000. Raises UserError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not match or float(match[1]) <= 0:
+        raise UserError(f"{text!r} is no size; write it like 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+
+
 def parse_arguments(words):
     parser = argparse.ArgumentParser(
         description="Turn raw LLaMA weights into a Hugging Face model folder, bit for bit, or back again.",
         epilog="example: python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT",
         allow_abbrev=False,
     )
-    parser.add_argument("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
-    parser.add_argument("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
-    parser.add_argument("--output_dir", required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument(
-        "--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)"
-    )
-    parser.add_argument("--max_shard_size", type=weights.parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
-    parser.add_argument("--context", type=int, help="context length in tokens; printed with its reason when left out")
-    parser.add_argument("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
-    parser.add_argument("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")
-    parser.add_argument("--verify", action="store_true", help="compare logits with those of the raw shards")
-    parser.add_argument("--overwrite", action="store_true", help="replace files of the names that are written")
-    parser.add_argument("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
-    parser.add_argument("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
-    old = parser.add_argument_group("options of older converters, accepted and without meaning")
-    for name in ("--llama_version", "--safe_serialization"):
-        old.add_argument(name, nargs="?", const="", help=argparse.SUPPRESS)
+    add, dtypes = parser.add_argument, ("float16", "bfloat16", "float32")
+    add("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
+    add("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
+    add("--output_dir", required=True, help="folder to write; must not exist, or be empty")
+    add("--dtype", choices=dtypes, help="cast the weights (default: keep them bit for bit)")
+    add("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
+    add("--context", type=int, help="context length in tokens; printed with its reason when left out")
+    add("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
+    add("--tokenizer", help="the tokenizer.model, where it is elsewhere; none converts without")
+    add("--verify", action="store_true", help="compare logits with those of the raw shards")
+    add("--overwrite", action="store_true", help="replace files of the names that are written")
+    add("--reverse", action="store_true", help="from a Hugging Face folder to Meta's layout")
+    add("--num_shards", type=int, help="shards that --reverse writes (default: 1)")
+    for name in ("--llama_version", "--safe_serialization"):  # of older converters, accepted and without meaning
+        add(name, nargs="?", const="", help=argparse.SUPPRESS)
     args = utils.parse_options(parser, words)
     for name in ("llama_version", "safe_serialization"):
         if getattr(args, name) is not None:

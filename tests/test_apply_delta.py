@@ -794,6 +794,17 @@ def test_adapter_in_another_dtype_overflow_and_style(tmp_path, base):
     assert (tmp_path / "styled" / "tokenizer.model").read_text() == "the adapter's"
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_an_adapter_that_is_not_finite_is_named(tmp_path, base, half):
+    name = f"base_model.model.model.layers.1.self_attn.v_proj.{half}.weight"
+    tensors = adapter(tmp_path / "lora")
+    tensors[name][0, 0] = math.nan
+    adapter(tmp_path / "lora", tensors=tensors)
+    message = refused(base, tmp_path / "out", tmp_path / "lora")
+    at = f"{tmp_path / 'lora' / 'adapter_model.safetensors'}: tensor {name}"
+    assert message.startswith(f"{at}: holds values that are not finite")
+
+
 def test_adapter_that_changes_nothing_is_named(tmp_path, base, capsys):
     adapter(tmp_path / "lora", scale=0.0)
     script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"))

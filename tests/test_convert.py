@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, environment
@@ -259,6 +261,8 @@ def test_there_and_back_every_shard_has_the_same_bytes(family, pieces, tmp_path)
         for key in old:
             assert old[key].dtype == new[key].dtype and torch.equal(old[key], new[key]), key
             assert new[key].is_contiguous()
+        with zipfile.ZipFile(tmp_path / "back" / name) as archive:  # torch wrote zeros for the data that it skipped
+            assert archive.testzip() is None and all(entry.CRC for entry in archive.infolist())
     assert (tmp_path / "back" / "tokenizer.model").read_bytes() == pieces.read_bytes()
     found = json.loads((tmp_path / "back" / "params.json").read_text())
     rule = convert.ffn_size(64, found["multiple_of"], found.get("ffn_dim_multiplier"))
@@ -503,7 +507,7 @@ def test_options(pieces, tmp_path, capsys):
             run(source, tmp_path / "new", *words)
         assert str(caught.value) == message
     sizes = {"5GB": 5e9, "500MB": 5e8, "2GiB": 2**31, "1000": 1000, "1.5 kb": 1500, "3T": 3e12, "7B": 7}
-    assert {text: weights.parse_size(text) for text in sizes} == sizes
+    assert {text: convert.parse_size(text) for text in sizes} == sizes
 
 
 def test_help_and_errors_of_the_command(tmp_path):
@@ -692,6 +696,20 @@ def test_row_blocks_cover_every_row_once_in_whole_heads():
     assert list(weights.row_blocks((8, 4), "float16", 4, block=60)) == [(0, 4), (4, 8)]
     assert list(weights.row_blocks((8, 4), "float16", 4, block=1)) == [(0, 4), (4, 8)]  # a head is never split
     assert list(weights.row_blocks((), "float32")) == [(0, 1)] and list(weights.row_blocks((0, 3), "float32")) == []
+
+
+def test_of_a_tensor_whose_rows_lie_apart_no_more_is_read_than_is_wanted(tmp_path, monkeypatch):
+    matrix = torch.arange(64 * 48, dtype=torch.float32).reshape(64, 48)
+    views = {"turned": matrix.T, "cube": matrix.reshape(8, 8, 48).permute(2, 0, 1)}
+    torch.save(views, tmp_path / "x.bin")
+    counts, read = [], np.fromfile
+    monkeypatch.setattr(np, "fromfile", lambda *words, **more: counts.append(words[2]) or read(*words, **more))
+    stored = weights.open_weights(tmp_path / "x.bin")
+    for name, wanted in views.items():
+        counts.clear()
+        block = stored[name].read(8, 12)
+        assert torch.equal(torch.from_numpy(block).view(torch.float32), wanted[8:12])
+        assert sum(counts) == block.size
 
 
 def test_a_plan_is_split_where_transformers_would():
