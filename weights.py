@@ -483,6 +483,7 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     kinds = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", "consolidated.*.pth")
     stale = sorted(path.name for kind in kinds for path in target.glob(kind) if path.name not in writes)
+    beside = "which would stay beside the new weights and might be loaded instead"
     way = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
     problems = [
         (same, f"the same place as {same[:1] and same[0]}; choose another folder"),
@@ -490,7 +491,7 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
         (target.exists() and not target.is_dir(), "a file of that name exists; choose another folder"),
         (os.path.ismount(target), "where a disk is mounted, which cannot be renamed; give a folder inside it"),
         (there and not overwrite, f"exists and holds {', '.join(there[:3])}{', ...' * (len(there) > 3)}; {way}"),
-        (stale, f"holds {', '.join(stale[:1])}, which might be loaded instead of the new weights; remove it"),
+        (stale, f"holds {', '.join(stale[:1])}, {beside}; remove it, or choose another folder"),
     ]
     for is_so, problem in problems:
         if is_so:
