@@ -16,7 +16,6 @@ since no library writes safetensors in a stream. So memory does not depend on th
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import math
@@ -531,7 +530,7 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
                 raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")
             yield hidden
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not utils.is_disk_full(error):
             raise
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
         raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
