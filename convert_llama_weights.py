@@ -23,6 +23,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 import utils
 import weights
 from utils import UserError, say
@@ -100,9 +102,7 @@ class Llama:
         return self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a checkpoint: where it is, and what it is
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Reading a checkpoint: where it is, and what it is ---------------------------------------------------------------
 
 
 def find_folder(input_dir, model_size=None):
@@ -338,31 +338,22 @@ def ffn_size(dim, multiple_of, multiplier=None):
     return multiple_of * -(-hidden // multiple_of)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing the model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Writing the model -----------------------------------------------------------------------------------------------
 
 
-def permute(rows, head_dim):
-    """Reorder whole heads of wq or wk, (heads * head_dim, dim), from adjacent rotary pairs to halves.
+def permute(rows, head_dim, back=False):
+    """Reorder whole heads of wq or wk, (heads * head_dim, dim), from adjacent rotary pairs to halves, or back.
 
     Meta rotates rows 2i and 2i + 1 of a head together, transformers rows i and i + head_dim / 2: rows 0 1 2 3 of a
     head of 4 come in the order 0 2 1 3.
     """
-    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
-    return heads.swapaxes(1, 2).reshape(rows.shape)
-
-
-def unpermute(rows, head_dim):
-    """The inverse of `permute`."""
-    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    pairs = (2, head_dim // 2) if back else (head_dim // 2, 2)
+    heads = rows.reshape(-1, *pairs, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
 def joined(parts, axis, multiple=1):
     """The rows of a tensor in blocks: part after part (COLUMNS), parts side by side (ROWS), or the first (WHOLE)."""
-    import numpy as np
-
     if axis == ROWS and len(parts) > 1:
         shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
         for start, stop in weights.row_blocks(shape, parts[0].dtype):
@@ -430,42 +421,22 @@ def context_length(llama):
 
 def model_config(llama, dtype, context, special):
     """config.json, in the words of transformers 4, which 5 reads too. `special`: {bos_token_id: ..., ...}."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": llama.rope_factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": LLAMA3_CONTEXT,
-    }
+    scaling = {"rope_type": "llama3", "factor": llama.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": LLAMA3_CONTEXT}  # fmt: skip
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama.vocab_size,
-        "hidden_size": llama.dim,
-        "intermediate_size": llama.ffn_dim,
-        "num_hidden_layers": llama.num_layers,
-        "num_attention_heads": llama.num_heads,
-        "num_key_value_heads": llama.num_kv_heads,
-        "head_dim": llama.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": llama.norm_eps,
-        "rope_theta": llama.rope_theta,
-        "rope_scaling": scaling if llama.rope_factor else None,
-        "max_position_embeddings": context,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": llama.tied,
-        "use_cache": True,
-        **special,
-        "torch_dtype": dtype,
-    }
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "vocab_size": llama.vocab_size, "hidden_size": llama.dim, "intermediate_size": llama.ffn_dim,
+        "num_hidden_layers": llama.num_layers, "num_attention_heads": llama.num_heads,
+        "num_key_value_heads": llama.num_kv_heads, "head_dim": llama.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": llama.norm_eps,
+        "rope_theta": llama.rope_theta, "rope_scaling": scaling if llama.rope_factor else None,
+        "max_position_embeddings": context, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+        "initializer_range": 0.02, "tie_word_embeddings": llama.tied, "use_cache": True,
+        **special, "torch_dtype": dtype,
+    }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def find_tokenizer(folder, chosen=None):
@@ -592,10 +563,7 @@ def write_tokenizer(folder, path, kind, built, names, context):
     return special, {**special, "eos_token_id": ends} if ends else special
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --verify: an independent forward pass on the raw shards. It shares no code with the converter: torch's own reader,
-# rotary on adjacent pairs as in the papers, every shard on its own with its partial sums added up.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- --verify: a forward pass on the raw shards that shares no code with the converter -------------------------------
 
 
 def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
@@ -604,7 +572,6 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     LLaMA (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, section 3.4.2), grouped queries (Ainslie et
     al. 2023), and the stretched frequencies of Llama 3.1. `dtype` rounds the weights first, as --dtype does.
     """
-    import numpy as np
     import torch
 
     shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
@@ -691,8 +658,6 @@ def model_logits(folder, ids):
 
 def verify(folder, paths, params, llama, dtype=None):
     """Compare both forward passes. Raises UserError where they differ by more than VERIFY_TOLERANCE."""
-    import numpy as np
-
     largest = max(llama.vocab_size, llama.ffn_dim) * llama.dim
     say(f"verify: needs about {0.7 + 16 * largest / 1e9:.1f} GB of memory")
     ids = [(i * 7919 + 11) % llama.vocab_size for i in range(VERIFY_TOKENS)]
@@ -705,9 +670,7 @@ def verify(folder, paths, params, llama, dtype=None):
     say(f"{found}, {len(ids)} tokens")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --reverse: from a Hugging Face folder to Meta's layout
-# ---------------------------------------------------------------------------------------------------------------------
+# --- --reverse: from a Hugging Face folder to Meta's layout ----------------------------------------------------------
 
 
 def make_raw_shard(path, plan):
@@ -793,8 +756,6 @@ def find_sources(folder, llama):
 
 def raw_blocks(llama, sources, plan):
     """(number of a shard, Meta's name, its next rows), tensor after tensor; rope.freqs is computed anew."""
-    import numpy as np
-
     count = llama.num_shards
     for raw, (name, axis, shape) in llama.tensors().items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
@@ -802,7 +763,7 @@ def raw_blocks(llama, sources, plan):
         for first in range(0, shape[0], share):
             for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
                 block = sources[name].read(first + start, first + stop)
-                block = unpermute(block, llama.head_dim) if is_rotated else block
+                block = permute(block, llama.head_dim, back=True) if is_rotated else block
                 if axis == COLUMNS:
                     yield first // share, raw, np.ascontiguousarray(block)
                     continue
@@ -874,9 +835,7 @@ def raw_params(llama):
     return params
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The story
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The story -------------------------------------------------------------------------------------------------------
 
 
 def convert(args):
