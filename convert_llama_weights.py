@@ -116,14 +116,14 @@ def find_folder(input_dir, model_size=None):
         return input_dir
     inside = sorted({path.parent for path in input_dir.glob("*/consolidated*.pth")})
     names = ", ".join(path.name for path in inside)
-    if model_size and inside:
+    if inside and model_size:
         raise UserError(f"--model_size {model_size}: {input_dir} has no such subfolder; it holds {names}")
+    if len(inside) > 1:
+        raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     if not inside:
         is_model = (input_dir / "config.json").is_file()
         hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
-    if len(inside) > 1:
-        raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     return inside[0]
 
 
@@ -149,13 +149,10 @@ def read_params(folder):
     """params.json, of which n_heads and norm_eps are needed. Raises UserError where it is none."""
     path = folder / "params.json"
     try:
-        params = json.loads(utils.read_text(path, "; it lies beside the shards on Meta's side too, download it"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not JSON, perhaps a web page saved in its place; download it again") from None
-    if isinstance(params, dict) and isinstance(params.get("model"), dict):
-        params = params["model"]
-    if not isinstance(params, dict):
-        raise UserError(f"{path}: holds a {type(params).__name__}, expected an object with n_heads and norm_eps")
+        params = utils.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; Meta has it beside the shards, download it from there") from None
+    params = params["model"] if isinstance(params.get("model"), dict) else params
     params = {key: value for key, value in params.items() if value is not None}
     for key in (*INTEGERS, *FLOATS):
         if key not in params and key in ("n_heads", "norm_eps"):
@@ -182,45 +179,48 @@ def open_shards(paths):
     return shards
 
 
+def check_names(where, found, needed):
+    """Refuse names `found` of tensors that are not exactly those `needed`."""
+    found, needed = dict.fromkeys(found), dict.fromkeys(needed)  # both keep their order
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    problems += [f"{name} is not of a LLaMA" for name in found if name not in needed]
+    if problems:
+        advice = "a model is converted whole or not at all"
+        raise UserError(f"{where}: tensor {problems[0]} ({len(problems)} such); {advice}")
+
+
 def count_layers(tensors, folder):
     """The layers of a shard. Raises UserError where it does not hold exactly the tensors of a LLaMA."""
     layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match]
     num_layers = max(layers, default=-1) + 1
     needed = ["tok_embeddings.weight", "norm.weight"]
     needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(tensors))) for name in LAYER]
-    problems = [f"{name} is missing" for name in needed if name not in tensors]
-    known = {*needed, "output.weight"}
-    problems += [f"{name} is not of a LLaMA" for name in tensors if name not in known and not ROTARY.search(name)]
-    if problems:
-        advice = "a model is converted whole or not at all"
-        raise UserError(f"{folder}: tensor {problems[0]} ({len(problems)} such); {advice}")
+    check_names(folder, [name for name in tensors if name != "output.weight" and not ROTARY.search(name)], needed)
     if not num_layers:
         raise UserError(f"{folder}: the shards hold no layers")
     return num_layers
 
 
-def check_heads(rows, table, count, params, folder):
-    """Refuse `count` shards that do not make whole heads, or heads other than those of params.json.
+def check_heads(first, rows, count, params, folder):
+    """How many neighbouring shards hold the same key-value heads; `rows` are those of the `first` shard's tensors.
 
-    `rows` are those of wq, wk and the norm in each shard, `table` is rope.freqs or None. Returns the number of
-    neighbouring shards that hold the same key-value heads.
+    Refuses `count` shards that do not make whole heads, and heads other than those of params.json.
     """
-    query, key, dim = rows
-    num_heads, num_kv_heads = params["n_heads"], params["n_kv_heads"]
+    query, key = (rows[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
+    dim, num_heads, num_kv_heads = rows["norm.weight"], params["n_heads"], params["n_kv_heads"]
     if query * count != dim:
         whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
         if query and query * count < dim and dim % query == 0:
             raise UserError(f"{folder}: found {count} of {dim // query} shards: {whole}; download the others")
         raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
-    wrong = f"{folder}: params.json says n_heads {num_heads}, but"
-    if table is None:
-        if dim % num_heads:
-            raise UserError(f"{wrong} {dim} rows of wq do not divide by it; correct params.json")
+    values = next((math.prod(tensor.shape) for name, tensor in first.items() if ROTARY.search(name)), None)
+    wrong = f"{dim} rows of wq do not divide by it" if values is None and dim % num_heads else None
+    if values is not None and 2 * values * num_heads != dim:
+        wrong = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
+    if wrong:
+        raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {wrong}; correct params.json")
+    if values is None:
         say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")
-    elif math.prod(table.shape) * 2 * num_heads != dim:
-        values = math.prod(table.shape)
-        found = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
-        raise UserError(f"{wrong} {found}; correct params.json")
     copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
     head_dim = dim // num_heads
     if key * count != num_kv_heads * head_dim * copies:
@@ -234,50 +234,33 @@ def describe(shards, params, folder):
     """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
     first, count = shards[0], len(shards)
     num_layers = count_layers(first, folder)
-    embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
-    query = first["layers.0.attention.wq.weight"]
+    embedding, query = first["tok_embeddings.weight"], first["layers.0.attention.wq.weight"]
     for tensor in (embedding, query):
         if len(tensor.shape) != 2:
             raise UserError(f"{folder}: tensor {tensor.name} is {list(tensor.shape)}, expected a matrix")
-
-    def rows(name):
-        return first[name].shape[0] if first[name].shape else 0
-
-    dim, key = rows("norm.weight"), rows("layers.0.attention.wk.weight")
+    rows = {name: tensor.shape[0] if tensor.shape else 0 for name, tensor in first.items()}
+    dim, ffn_dim = rows["norm.weight"], rows["layers.0.feed_forward.w1.weight"] * count
     for word, value in (("dim", dim), ("n_layers", num_layers)):
         if params.get(word, value) != value:
             what = f"params.json says {word} {params[word]}, the tensors {value}"
             raise UserError(f"{folder}: {what}; one of them is of another model")
-    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
-    copies = check_heads((query.shape[0], key, dim), table, count, params, folder)
+    copies = check_heads(first, rows, count, params, folder)
     axis = COLUMNS if embedding.shape[1] == dim else ROWS
     vocab_size = embedding.shape[0] * count if axis == COLUMNS else embedding.shape[0]
-    ffn_dim = rows("layers.0.feed_forward.w1.weight") * count
-    is_copy = output is not None and count == 1 and output.shape == embedding.shape and are_equal(output, embedding)
-    tied = output is None or is_copy
-    multiple_of = params.get("multiple_of")
+    output = first.get("output.weight", embedding)
+    tied = output is embedding or (count == 1 and output.shape == embedding.shape and are_equal(output, embedding))
+    multiple_of, said = params.get("multiple_of"), params.get("vocab_size", -1)
     if multiple_of and ffn_dim != ffn_size(dim, multiple_of, params.get("ffn_dim_multiplier")):
         say(f"{folder}: multiple_of {multiple_of} of params.json does not give w1's {ffn_dim} rows; the tensors count")
-    if params.get("vocab_size", -1) not in (-1, vocab_size):
-        said = params["vocab_size"]
+    if said not in (-1, vocab_size):
         say(f"{folder}: params.json says vocab_size {said}, the tensors {vocab_size}; the tensors count")
     factor = float(params.get("rope_scaling_factor", 32 if tied else 8)) if params.get("use_scaled_rope") else None
     return Llama(
-        num_shards=count,
-        dtype=query.dtype,
-        dim=dim,
-        num_layers=num_layers,
-        num_heads=params["n_heads"],
-        num_kv_heads=params["n_kv_heads"],
-        ffn_dim=ffn_dim,
-        vocab_size=vocab_size,
-        norm_eps=params["norm_eps"],
-        rope_theta=float(params["rope_theta"]),
-        rope_factor=factor,
-        embedding_axis=axis,
-        kv_copies=copies,
-        tied=tied,
-    )
+        num_shards=count, dtype=query.dtype, dim=dim, num_layers=num_layers,
+        num_heads=params["n_heads"], num_kv_heads=params["n_kv_heads"], ffn_dim=ffn_dim, vocab_size=vocab_size,
+        norm_eps=params["norm_eps"], rope_theta=float(params["rope_theta"]), rope_factor=factor,
+        embedding_axis=axis, kv_copies=copies, tied=tied,
+    )  # fmt: skip
 
 
 def check_tensors(llama, shards, folder):
