@@ -379,16 +379,14 @@ def converted_blocks(llama, shards, plan):
             yield name, block if old == new else cast(block, old, new, raw)
 
 
-def write_converted(llama, shards, folder, plan, max_shard_size):
-    """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
-    meter = weights.Meter("weights", weights.plan_size(plan))
-    with weights.WeightWriter(folder, plan, max_shard_size) as writer, meter:
-        for name, block in weights.ahead(converted_blocks(llama, shards, plan)):
-            writer.append(name, block)
+def write_blocks(blocks, writer, size, sums=None):
+    """Let a BlockWriter take (key, block) after block, `size` bytes; `sums`, {key: 0}, collects the CRC-32 of each."""
+    with writer, weights.Meter("weights", size) as meter:
+        for key, block in weights.ahead(blocks):
+            writer.append(key, block)
+            if sums is not None:
+                sums[key] = zlib.crc32(block, sums[key])
             meter.add(block.nbytes)
-    weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
-    written = weights.open_weights(folder)
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
 
 
 def context_length(llama):
@@ -478,19 +476,13 @@ def build_from_tiktoken(ranks, special):
         merges += [(text[left], text[right]) for left, right in sorted(cuts, key=lambda cut: [ranks[c] for c in cut])]
     vocab = {text[token]: rank for token, rank in ranks.items()}
     built = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence([cut, to_letters])
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    built.post_processor = processors.TemplateProcessing(
-        single=[special[0], "$A"],
-        pair=[special[0], "$A", f"{special[0]}:1", "$B:1"],
-        special_tokens=[(special[0], len(ranks))],
-    )
+    begin, pair = special[0], [special[0], "$A", f"{special[0]}:1", "$B:1"]
+    built.post_processor = processors.TemplateProcessing([begin, "$A"], pair, [(begin, len(ranks))])
     return built
 
 
@@ -521,9 +513,8 @@ def read_tokenizer(path, llama, chosen=False):
             raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
-        advice = "give the right one with --tokenizer FILE, or none"
-        if size < llama.vocab_size:
-            advice = f"if it is the right one, name it: --tokenizer {path}"
+        named = f"if it is the right one, name it: --tokenizer {path}"
+        advice = named if size < llama.vocab_size else "give the right one with --tokenizer FILE, or none"
         what = f"{path}: {kind} with {size:,} tokens, but the embedding has {llama.vocab_size:,} rows"
         raise UserError(f"{what}; it is of another model; {advice}")
     return kind, built, names
@@ -553,7 +544,8 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     """Logits, (len(ids), vocabulary), of raw shards, computed one matrix at a time in float64.
 
     LLaMA (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, section 3.4.2), grouped queries (Ainslie et
-    al. 2023), and the stretched frequencies of Llama 3.1. `dtype` rounds the weights first, as --dtype does.
+    al. 2023), and the stretched frequencies of Llama 3.1. torch's own reader, rotary on adjacent pairs as in the
+    papers, every shard on its own with its partial sums added up. `dtype` rounds the weights first, as --dtype does.
     """
     import torch
 
@@ -586,25 +578,22 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     else:  # Llama 3: each shard has rows of its own
         x = np.stack([weight(shards[i // rows], "tok_embeddings.weight", i % rows) for i in ids])
     future = np.triu(np.full((count, count), -np.inf), 1)
-    layer = 0
-    while f"layers.{layer}.ffn_norm.weight" in shards[0]:
+    for layer in range(sum(name.endswith("ffn_norm.weight") for name in shards[0])):
         at, y = f"layers.{layer}.attention", normed(x, f"layers.{layer}.attention_norm.weight")
         for shard in shards:
             q, k, v = ((y @ weight(shard, f"{at}.w{c}.weight").T).reshape(count, -1, size) for c in "qkv")
             q, k = rotated(q), rotated(k)
-            heads = []
-            for i in range(q.shape[1]):
-                j = i // (q.shape[1] // k.shape[1])
-                scores = q[:, i] @ k[:, j].T / np.sqrt(size) + future
-                scores = np.exp(scores - scores.max(-1, keepdims=True))
-                heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, j])
-            x = x + np.concatenate(heads, -1) @ weight(shard, f"{at}.wo.weight").T
+            group = q.shape[1] // k.shape[1]  # heads that share keys and values
+            scores = np.einsum("ihc,jhc->hij", q, np.repeat(k, group, axis=1)) / np.sqrt(size) + future
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+            heads = np.einsum("hij,jhc->ihc", scores, np.repeat(v, group, axis=1))
+            x = x + heads.reshape(count, -1) @ weight(shard, f"{at}.wo.weight").T
         ffn, y = f"layers.{layer}.feed_forward", normed(x, f"layers.{layer}.ffn_norm.weight")
         for shard in shards:
             gate = y @ weight(shard, f"{ffn}.w1.weight").T
             gated = gate / (1 + np.exp(-gate)) * (y @ weight(shard, f"{ffn}.w3.weight").T)
             x = x + gated @ weight(shard, f"{ffn}.w2.weight").T
-        layer += 1
     x = normed(x, "norm.weight")
     output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
     return np.concatenate([x @ weight(shard, output).T for shard in shards], -1)
@@ -621,10 +610,8 @@ def model_logits(folder, ids):
     with init_empty_weights():  # tables such as the rotary one are computed, weights are not there
         model = transformers.LlamaForCausalLM(config)
     model.eval()
-    places = {}
-    for path in utils.weight_files(folder):
-        file = safe_open(path, framework="pt")
-        places |= dict.fromkeys(file.keys(), file)
+    files = [safe_open(path, framework="pt") for path in utils.weight_files(folder)]
+    places = {name: file for file in files for name in file.keys()}
 
     def fill(module, name):
         name = "model.embed_tokens" if name == "lm_head" and config.tie_word_embeddings else name
@@ -648,8 +635,8 @@ def verify(folder, paths, params, llama, dtype=None):
     difference = np.abs(model_logits(folder, ids) - wanted).max() / np.abs(wanted).max()
     found = f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest"
     if not difference <= VERIFY_TOLERANCE:  # NaN is refused too
-        advice = "this is a fault of the converter, please report it"
-        raise UserError(f"{found}, more than {VERIFY_TOLERANCE:.0e}; {advice}")
+        found += f", more than {VERIFY_TOLERANCE:.0e}"
+        raise UserError(f"{found}; this is a fault of the converter, please report it")
     say(f"{found}, {len(ids)} tokens")
 
 
@@ -680,27 +667,21 @@ def add_checksums(path, sums):
 def read_llama(folder, num_shards):
     """The Llama of a transformers folder, to be split into `num_shards`. Raises UserError for another model."""
     path = folder / "config.json"
+    config = utils.read_json(path, hint="; --reverse takes a model folder of transformers")
     try:
-        config = json.loads(utils.read_text(path, "; --reverse takes a model folder of transformers"))
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         heads, dim = config["num_attention_heads"], config["hidden_size"]
         scaled = rope.get("rope_type", rope.get("type", "default"))
         llama = Llama(
-            num_shards=num_shards,
-            dtype=config.get("dtype") or config.get("torch_dtype"),
-            dim=dim,
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            ffn_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            norm_eps=config["rms_norm_eps"],
+            num_shards=num_shards, dtype=config.get("dtype") or config.get("torch_dtype"), dim=dim,
+            num_layers=config["num_hidden_layers"], num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads, ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"], norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000),
             rope_factor=float(rope["factor"]) if scaled == "llama3" else None,
             embedding_axis=COLUMNS if (folder / "tokenizer.tiktoken").is_file() else ROWS,
-            kv_copies=1,
-            tied=bool(config.get("tie_word_embeddings")),
-        )
+            kv_copies=1, tied=bool(config.get("tie_word_embeddings")),
+        )  # fmt: skip
         odd = {
             "model_type": config["model_type"] != "llama",
             "rope_scaling": scaled not in ("default", "llama3"),
@@ -708,7 +689,7 @@ def read_llama(folder, num_shards):
             "mlp_bias": bool(config.get("mlp_bias")),
             "head_dim": (config.get("head_dim") or llama.head_dim) != llama.head_dim,
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the config of a LLaMA ({utils.first_line(error)})") from None
     if any(odd.values()):
         raise UserError(f"{path}: its {next(key for key in odd if odd[key])} is nothing that Meta's format can say")
@@ -726,11 +707,7 @@ def find_sources(folder, llama):
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
     if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
-    problems = {name: "missing" for name in wanted if name not in sources}
-    problems |= {name: "not of a LLaMA" for name in sources if name not in wanted}
-    if problems:
-        name = min(problems)
-        raise UserError(f"{folder}: tensor {name} is {problems[name]}")
+    check_names(folder, sources, wanted)
     for name, shape in wanted.items():
         if sources[name].shape != shape:
             raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
@@ -738,7 +715,7 @@ def find_sources(folder, llama):
 
 
 def raw_blocks(llama, sources, plan):
-    """(number of a shard, Meta's name, its next rows), tensor after tensor; rope.freqs is computed anew."""
+    """((number of a shard, Meta's name), its next rows), tensor after tensor; rope.freqs is computed anew."""
     count = llama.num_shards
     for raw, (name, axis, shape) in llama.tensors().items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
@@ -747,50 +724,46 @@ def raw_blocks(llama, sources, plan):
             for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
                 block = sources[name].read(first + start, first + stop)
                 block = permute(block, llama.head_dim, back=True) if is_rotated else block
-                if axis == COLUMNS:
-                    yield first // share, raw, np.ascontiguousarray(block)
-                    continue
-                pieces = np.split(block, count, axis=1) if axis == ROWS else [block] * count
-                for i, piece in enumerate(pieces):
-                    yield i, raw, np.ascontiguousarray(piece)
+                pieces = [block] if axis == COLUMNS else [block] * count
+                if axis == ROWS:
+                    pieces = np.split(block, count, axis=1)
+                for i, piece in enumerate(pieces, first // share):
+                    yield (i, raw), np.ascontiguousarray(piece)
     table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
     bits = table.astype(np.float32).view(np.uint32)
     for i in range(count):
-        yield i, "rope.freqs", cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
+        yield (i, "rope.freqs"), cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
 
 
-def reverse(input_dir, output_dir, num_shards, overwrite):
+def reverse(args):
     """Write Meta's layout from a model folder of transformers; see `main`."""
-    folder = weights.find_model(input_dir, option="--input_dir")
-    llama = read_llama(folder, num_shards)
+    folder, count = weights.find_model(args.input_dir, option="--input_dir"), args.num_shards or 1
+    llama = read_llama(folder, count)
     sources = find_sources(folder, llama)
     plan = {
-        raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, num_shards))
+        raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, count))
         for raw, (name, axis, shape) in llama.tensors().items()
     }
-    kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
-    plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
-    names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
-    size = weights.plan_size(plan) * num_shards
-    with weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names) as target:
+    dtype = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
+    plan["rope.freqs"] = (dtype, (llama.head_dim // 2,))
+    names = [f"consolidated.{i:02}.pth" for i in range(count)]
+    size = weights.plan_size(plan) * count
+    with weights.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
         check_values(list(sources.values()))
-        shards = [make_raw_shard(target / name, plan) for name in names]
-        places = {(i, raw): place for i, shard in enumerate(shards) for raw, place in shard.items()}
-        sums = [dict.fromkeys(plan, 0) for _ in names]
-        with weights.BlockWriter(places) as writer, weights.Meter("weights", size) as meter:
-            for i, raw, block in weights.ahead(raw_blocks(llama, sources, plan)):
-                writer.append((i, raw), block)
-                sums[i][raw] = zlib.crc32(block, sums[i][raw])
-                meter.add(block.nbytes)
-        for name, sums_of_shard in zip(names, sums, strict=True):
-            add_checksums(target / name, sums_of_shard)
+        places = {}
+        for i, name in enumerate(names):
+            places |= {(i, raw): place for raw, place in make_raw_shard(target / name, plan).items()}
+        sums = dict.fromkeys(places, 0)
+        write_blocks(raw_blocks(llama, sources, plan), weights.BlockWriter(places), size, sums)
+        for i, name in enumerate(names):
+            add_checksums(target / name, {raw: sums[i, raw] for raw in plan})
         weights.check_unchanged(sources.values())
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
         for name in ("tokenizer.model", "tokenizer.tiktoken"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / "tokenizer.model")
-    kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {num_shards} shard{'s' * (num_shards > 1)}"
-    say(f"{output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
+    kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {count} shard{'s' * (count > 1)}"
+    say(f"{args.output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
 
 
 def raw_params(llama):
@@ -800,13 +773,9 @@ def raw_params(llama):
     rules += [(2**i, None) for i in range(7, -1, -1)] + [(1, exact)]
     multiple_of, multiplier = next(rule for rule in rules if ffn_size(llama.dim, *rule) == llama.ffn_dim)
     params = {
-        "dim": llama.dim,
-        "multiple_of": multiple_of,
-        "n_heads": llama.num_heads,
-        "n_layers": llama.num_layers,
-        "norm_eps": llama.norm_eps,
-        "vocab_size": llama.vocab_size,
-    }
+        "dim": llama.dim, "multiple_of": multiple_of, "n_heads": llama.num_heads, "n_layers": llama.num_layers,
+        "norm_eps": llama.norm_eps, "vocab_size": llama.vocab_size,
+    }  # fmt: skip
     if multiplier:
         params["ffn_dim_multiplier"] = multiplier
     if llama.num_kv_heads != llama.num_heads:
@@ -860,7 +829,11 @@ def convert(args):
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
-        write_converted(llama, shards, target, plan, args.max_shard_size)
+        writer = weights.WeightWriter(target, plan, args.max_shard_size)
+        write_blocks(converted_blocks(llama, shards, plan), writer, size)
+        weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
+        stored = weights.open_weights(target)
+        assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == plan
         utils.jdump(generation or special, target / "generation_config.json", indent=2)
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
@@ -908,6 +881,8 @@ def parse_arguments(words):
     for name in ("llama_version", "safe_serialization"):
         if getattr(args, name) is not None:
             say(f"--{name} has no meaning any more; ignored")
+    if args.num_shards and not args.reverse:
+        say("--num_shards has a meaning with --reverse only: shards that are there are counted")
     for name in ("context", "rope_factor", "num_shards"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number above 0")
@@ -917,10 +892,8 @@ def parse_arguments(words):
 def main(words=None):
     args = parse_arguments(sys.argv[1:] if words is None else words)
     if args.reverse:
-        reverse(args.input_dir, args.output_dir, args.num_shards or 1, args.overwrite)
+        reverse(args)
     else:
-        if args.num_shards:
-            say("--num_shards has a meaning with --reverse only: shards that are there are counted")
         convert(args)
 
 
