@@ -192,12 +192,10 @@ def check_names(where, found, needed):
 def count_layers(tensors, folder):
     """The layers of a shard. Raises UserError where it does not hold exactly the tensors of a LLaMA."""
     layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match]
-    num_layers = max(layers, default=-1) + 1
+    num_layers = max(layers, default=0) + 1  # without any, the first is missing
     needed = ["tok_embeddings.weight", "norm.weight"]
     needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(tensors))) for name in LAYER]
     check_names(folder, [name for name in tensors if name != "output.weight" and not ROTARY.search(name)], needed)
-    if not num_layers:
-        raise UserError(f"{folder}: the shards hold no layers")
     return num_layers
 
 
@@ -286,7 +284,7 @@ def check_copies(llama, shards, folder):
 
 
 def check_values(tensors, dtype=None):
-    """Read all of `tensors`: checksums hold, every value is finite, and has a place in `dtype` where one is given.
+    """Refuse tensors whose checksums are wrong, or whose values are not finite, in `dtype` where one is given.
 
     So nothing is written of damaged weights, for the price of reading them twice.
     """
@@ -357,23 +355,12 @@ def cast(block, old, new, where):
     return bits
 
 
-def model_plan(llama, shards, dtype=None):
-    """{name in transformers: (dtype, shape)} of what is written; a tied output layer is the embedding."""
-    return {
-        name: (dtype or shards[0][raw].dtype, shape)
-        for raw, (name, _, shape) in llama.tensors().items()
-        if raw in shards[0] and not (raw == "output.weight" and llama.tied)
-    }
-
-
-def converted_blocks(llama, shards, plan):
-    """(name in transformers, its next rows), tensor after tensor."""
-    for raw, (name, axis, _) in llama.tensors().items():
-        if name not in plan:
-            continue
+def converted_blocks(llama, table, shards, dtype=None):
+    """(name in transformers, its next rows), tensor after tensor of `table`, which is a part of `llama.tensors()`."""
+    for raw, (name, axis, _) in table.items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
         parts = [shard[raw] for shard in shards[:: llama.copies_of(raw)]]
-        old, new = parts[0].dtype, plan[name][0]
+        old, new = parts[0].dtype, dtype or parts[0].dtype
         for block in joined(parts, axis, llama.head_dim if is_rotated else 1):
             block = permute(block, llama.head_dim) if is_rotated else block
             yield name, block if old == new else cast(block, old, new, raw)
@@ -389,15 +376,16 @@ def write_blocks(blocks, writer, size, sums=None):
             meter.add(block.nbytes)
 
 
-def context_length(llama):
-    """(tokens, why): what the model was trained on, which no file of Meta's says."""
+def context_length(llama, chosen=None):
+    """(tokens, why): `chosen`, or what the model was trained on, which no file of Meta's says."""
+    if chosen:
+        return chosen, "as --context says"
+    known = {5e5: (8192, "Llama 3, by rope_theta 500000"), 1e6: (16384, "Code Llama, by rope_theta 1000000")}
+    older = (4096, "Llama 2, by bfloat16") if llama.dtype == "bfloat16" else (2048, f"LLaMA 1, by {llama.dtype}")
+    tokens, reason = known.get(llama.rope_theta, older)
     if llama.rope_factor:
-        return 131072, "Llama 3.1 and 3.2, by use_scaled_rope"
-    known = {500000.0: (8192, "Llama 3"), 1000000.0: (16384, "Code Llama")}
-    if llama.rope_theta in known:
-        tokens, family = known[llama.rope_theta]
-        return tokens, f"{family}, by rope_theta {llama.rope_theta:.0f}"
-    return (4096, "Llama 2, by bfloat16") if llama.dtype == "bfloat16" else (2048, f"LLaMA 1, by {llama.dtype}")
+        tokens, reason = 131072, "Llama 3.1 and 3.2, by use_scaled_rope"
+    return tokens, f"{reason}; no file says it, --context sets it"
 
 
 def model_config(llama, dtype, context, special):
@@ -464,11 +452,9 @@ def build_from_tiktoken(ranks, special):
     tokens is a merge, in the order of ranks, and a piece of text that is a token is taken whole (ignore_merges).
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # GPT-2's alphabet: a printable character for every byte.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in plain)
-    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = bytes_to_unicode()  # GPT-2's alphabet: a printable character for every byte
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -530,22 +516,22 @@ def write_tokenizer(folder, path, kind, built, names, context):
     utils.jdump({**settings, **names, "model_max_length": context}, folder / "tokenizer_config.json", indent=2)
     # A tiktoken file under the name tokenizer.model would be taken for one of SentencePiece.
     shutil.copyfile(path, folder / ("tokenizer.model" if kind == "SentencePiece" else "tokenizer.tiktoken"))
+    ids = built.get_vocab()
     tokens = {key: names.get(f"{key}_token") for key in ("bos", "eos")}
-    special = {f"{key}_token_id": built.token_to_id(token) for key, token in tokens.items() if token}
-    ends = [built.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-    ends = [number for number in ends if number is not None]
+    special = {f"{key}_token_id": ids[token] for key, token in tokens.items() if token}
+    ends = [ids[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if token in ids]
     return special, {**special, "eos_token_id": ends} if ends else special
 
 
-# --- --verify: a forward pass on the raw shards that shares no code with the converter -------------------------------
+# --- Verifying: a forward pass on the raw shards that shares no code with the converter ------------------------------
 
 
 def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     """Logits, (len(ids), vocabulary), of raw shards, computed one matrix at a time in float64.
 
     LLaMA (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, section 3.4.2), grouped queries (Ainslie et
-    al. 2023), and the stretched frequencies of Llama 3.1. torch's own reader, rotary on adjacent pairs as in the
-    papers, every shard on its own with its partial sums added up. `dtype` rounds the weights first, as --dtype does.
+    al. 2023), and the stretched frequencies of Llama 3.1, with rotary on adjacent pairs as in the papers, and every
+    shard on its own, its partial sums added up. `dtype` rounds the weights first, as --dtype does.
     """
     import torch
 
@@ -640,7 +626,7 @@ def verify(folder, paths, params, llama, dtype=None):
     say(f"{found}, {len(ids)} tokens")
 
 
-# --- --reverse: from a Hugging Face folder to Meta's layout ----------------------------------------------------------
+# --- The way back: from a Hugging Face folder to Meta's layout -------------------------------------------------------
 
 
 def make_raw_shard(path, plan):
@@ -729,8 +715,8 @@ def raw_blocks(llama, sources, plan):
                     pieces = np.split(block, count, axis=1)
                 for i, piece in enumerate(pieces, first // share):
                     yield (i, raw), np.ascontiguousarray(piece)
-    table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
-    bits = table.astype(np.float32).view(np.uint32)
+    frequencies = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
+    bits = frequencies.astype(np.float32).view(np.uint32)
     for i in range(count):
         yield (i, "rope.freqs"), cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
 
@@ -797,40 +783,37 @@ def convert(args):
     shards = open_shards(paths)
     llama = describe(shards, params, folder)
     check_tensors(llama, shards, folder)
-    if args.rope_factor and llama.rope_factor:
-        llama.rope_factor = args.rope_factor
     tokenizer = find_tokenizer(folder, args.tokenizer)
-    plan, dtype = model_plan(llama, shards, args.dtype), args.dtype or llama.dtype
-    size = weights.plan_size(plan)
+    table = {raw: entry for raw, entry in llama.tensors().items() if raw in shards[0]}
+    if llama.tied:
+        table.pop("output.weight", None)  # it is the embedding
+    plan = {name: (args.dtype or shards[0][raw].dtype, shape) for raw, (name, _, shape) in table.items()}
+    size, dtype = weights.plan_size(plan), args.dtype or llama.dtype
     count = sum(math.prod(shape) for _, shape in plan.values())
-    say(
-        f"{folder}: {len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}; "
-        f"{llama.num_layers} layers, {llama.num_heads} heads ({llama.num_kv_heads} key-value), width {llama.dim}, "
-        f"feed-forward {llama.ffn_dim}, vocabulary {llama.vocab_size:,}{', tied embeddings' * llama.tied}"
-    )
+    what = f"{len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}"
+    sizes = f"{llama.num_layers} layers, {llama.num_heads} heads ({llama.num_kv_heads} key-value), width {llama.dim}"
+    sizes += f", feed-forward {llama.ffn_dim}, vocabulary {llama.vocab_size:,}"
+    say(f"{folder}: {what}; {sizes}{', tied embeddings' * llama.tied}")
     if args.dtype and args.dtype != llama.dtype:
         say(f"dtype: {llama.dtype} -> {args.dtype}, as --dtype says; the result is no longer bit for bit the source")
-    context, reason = context_length(llama)
-    reason = f"{reason}; no file says it, --context sets it"
-    if args.context:
-        context, reason = args.context, "as --context says"
+    context, reason = context_length(llama, args.context)
     say(f"context length: {context:,} tokens ({reason})")
     if llama.rope_factor:
         origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
+        llama.rope_factor = args.rope_factor or llama.rope_factor
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
     with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
-        written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
-        check_values([shard[raw] for raw in written for shard in shards], args.dtype)
+        check_values([shard[raw] for raw in table for shard in shards], args.dtype)
         check_copies(llama, shards, folder)
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
         writer = weights.WeightWriter(target, plan, args.max_shard_size)
-        write_blocks(converted_blocks(llama, shards, plan), writer, size)
+        write_blocks(converted_blocks(llama, table, shards, args.dtype), writer, size)
         weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
         stored = weights.open_weights(target)
         assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == plan
@@ -841,10 +824,9 @@ def convert(args):
     dropped = [f"{name}, computed anew" for name in shards[0] if ROTARY.search(name)]
     dropped += ["output.weight, tied"] if llama.tied and "output.weight" in shards[0] else []
     reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
-    say(
-        f"{args.output_dir}: {len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each "
-        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(weights.split_plan(plan, args.max_shard_size))} files"
-    )
+    counts = f"{len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each shard"
+    num_files = len(weights.split_plan(plan, args.max_shard_size))
+    say(f"{args.output_dir}: {counts}; {size / 1e9:.2f} GB of {dtype} in {num_files} files")
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 
 
@@ -858,15 +840,13 @@ def parse_size(text):
 
 def parse_arguments(words):
     parser = argparse.ArgumentParser(
-        description="Turn raw LLaMA weights into a Hugging Face model folder, bit for bit, or back again.",
-        epilog="example: python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT",
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add, dtypes = parser.add_argument, ("float16", "bfloat16", "float32")
+    add = parser.add_argument
     add("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
     add("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
     add("--output_dir", required=True, help="folder to write; must not exist, or be empty")
-    add("--dtype", choices=dtypes, help="cast the weights (default: keep them bit for bit)")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)")
     add("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
     add("--context", type=int, help="context length in tokens; printed with its reason when left out")
     add("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
@@ -881,20 +861,18 @@ def parse_arguments(words):
     for name in ("llama_version", "safe_serialization"):
         if getattr(args, name) is not None:
             say(f"--{name} has no meaning any more; ignored")
-    if args.num_shards and not args.reverse:
-        say("--num_shards has a meaning with --reverse only: shards that are there are counted")
     for name in ("context", "rope_factor", "num_shards"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    if args.num_shards and not args.reverse:
+        say("--num_shards has a meaning with --reverse only: shards that are there are counted")
     return args
 
 
 def main(words=None):
     args = parse_arguments(sys.argv[1:] if words is None else words)
-    if args.reverse:
-        reverse(args)
-    else:
-        convert(args)
+    run = reverse if args.reverse else convert
+    run(args)
 
 
 if __name__ == "__main__":
