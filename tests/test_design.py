@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
 from test_structure import HELPERS, SCRIPTS, imported
 
 import generate_instruction
@@ -145,3 +146,11 @@ def test_ruff_goes_before_the_tests():
         done = subprocess.run([*words, target], cwd=ROOT, capture_output=True, text=True, check=True)
         tools = re.findall(r"-m (ruff check \.|ruff format --check \.|pytest)", done.stdout)
         assert tools == ["ruff check .", "ruff format --check .", "pytest"]
+
+
+def test_every_tested_release_lies_in_its_range():
+    lines = [re.sub("#.*", "", line).strip() for line in read("requirements.txt").split("\n")]
+    ranges = {wanted.name: wanted.specifier for wanted in map(Requirement, filter(None, lines))}
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)$", read("tests/requirements-tested.txt"), re.MULTILINE))
+    assert ranges.keys() == tested.keys()
+    assert [name for name in tested if not ranges[name].contains(tested[name])] == []
