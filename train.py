@@ -36,9 +36,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import engines
 import utils
-from utils import COMPLETE, GIB, IGNORE_INDEX, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
+from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
 
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
+IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
 CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
 Dtype = Literal["float32", "bfloat16", "float16"]
 LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
@@ -592,8 +593,8 @@ class ProgressLine(transformers.TrainerCallback):
             self.targets += logs["num_targets"]
             seconds, done = now - self.started, step - self.first_step
             left, speed = int((state.max_steps - step) * seconds / done), done * engines.global_batch(args) / seconds
-            rates = f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
-            rates += f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            rates = f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"  # a narrow terminal cuts the rest
+            rates += f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
         skipped = logs.get("skipped_steps")
         utils.show_progress(
             f"step {step}/{state.max_steps}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}"

@@ -216,8 +216,6 @@ def json_problem(error):
 
 # --- Records, conversations and prompts ------------------------------------------------------------------------------
 
-IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
-
 # The two templates of Stanford Alpaca: a wire format, byte for byte. Nothing follows "### Response:"; the answer does.
 PROMPT_DICT = {
     "prompt_input": (
@@ -231,11 +229,6 @@ PROMPT_DICT = {
         "### Instruction:\n{instruction}\n\n### Response:"
     ),
 }
-
-
-def render_prompt(record):
-    """Alpaca's prompt for a record {instruction, input (optional)}, as Stanford's scripts name it; see `spans`."""
-    return spans("alpaca", [{"role": "user", "content": record["instruction"], "input": record.get("input")}])[0][0]
 
 
 def json_type(value):

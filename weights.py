@@ -1,29 +1,21 @@
 """Tensors from file to file, in blocks: what convert_llama_weights.py and apply_delta.py share.
 
-Tensors of any size pass through in blocks of BLOCK bytes, so that memory does not depend on the model. safetensors,
-torch and zipfile say what a file holds and whether it is whole; the blocks are read here, and written here, since no
-library writes safetensors in a stream. A copy of a model:
+safetensors, torch and zipfile say what a file holds and whether it is whole; blocks are read here, and written here,
+since no library writes safetensors in a stream. So memory does not depend on the model. A copy of a model:
 
     tensors = open_weights(find_model(source))           # {name: StoredTensor}; nothing is loaded
     plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     with new_folder(target, plan_size(plan), inputs=[source]) as folder:      # hidden until the block ends well
-        with checksums(tensors.values()), WeightWriter(folder, plan) as writer, Meter("copy", plan_size(plan)) as meter:
+        with checksums(tensors.values()), WeightWriter(folder, plan) as writer:
             for name, tensor in tensors.items():
                 for start, stop in row_blocks(tensor.shape, tensor.dtype):
-                    block = tensor.read(start, stop)     # its bits: uint16 for float16 and bfloat16, uint32 ...
-                    check_finite(block, tensor.dtype, name)
-                    writer.append(name, block)           # in order of rows; tensors in any order, even by turns
-                    meter.add(block.nbytes)
+                    writer.append(name, tensor.read(start, stop))     # in order of rows; tensors in any order
         check_unchanged(tensors.values())
-
-`torch.from_numpy(block).view(torch.float16)` sees a block as numbers, without a copy. Every problem of a file is a
-UserError that names file and tensor.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import math
@@ -31,38 +23,28 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import utils
 from utils import UserError, say
 
-BLOCK = 2 * 2**20  # bytes
-SYNC = 32 * 2**20  # bytes that may wait in the page cache
+BLOCK, SYNC = 2 * 2**20, 32 * 2**20  # bytes that are read at once; that may wait in the page cache
 DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set means infinite or no number)
-    "float64": ("F64", 8, 0x7FF0000000000000),
-    "float32": ("F32", 4, 0x7F800000),
-    "float16": ("F16", 2, 0x7C00),
-    "bfloat16": ("BF16", 2, 0x7F80),
-    "int64": ("I64", 8, 0),
-    "int32": ("I32", 4, 0),
-    "int16": ("I16", 2, 0),
-    "int8": ("I8", 1, 0),
-    "uint8": ("U8", 1, 0),
-    "bool": ("BOOL", 1, 0),
-}
+    "float64": ("F64", 8, 0x7FF0000000000000), "float32": ("F32", 4, 0x7F800000), "float16": ("F16", 2, 0x7C00),
+    "bfloat16": ("BF16", 2, 0x7F80), "int64": ("I64", 8, 0), "int32": ("I32", 4, 0), "int16": ("I16", 2, 0),
+    "int8": ("I8", 1, 0), "uint8": ("U8", 1, 0), "bool": ("BOOL", 1, 0),
+}  # fmt: skip
 MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 AGAIN = "copy or download it again"
-REWRITE = (
-    "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu', "
-    "weights_only=True), 'NEW')\""
-)
+SAVE_ANEW = "torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')"
+REWRITE = f'rewrite it with python -c "import torch; {SAVE_ANEW}"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,28 +67,24 @@ class StoredTensor:
         return math.prod(self.shape) * DTYPES[self.dtype][1]
 
     def read(self, start=0, stop=None):
-        """Rows `start` to `stop` as an array of unsigned integers, (stop - start, *shape[1:]): the tensor's bits."""
-        size, strides = DTYPES[self.dtype][1], self.strides or (1,)
-        shape = ((len(self) if stop is None else stop) - start, *self.shape[1:])
-        return self._gather(self.offset + start * strides[0] * size, shape, strides, size)
+        """Rows `start` to `stop` as unsigned integers, (stop - start, *shape[1:]): the tensor's bits.
 
-    def _gather(self, offset, shape, strides, size):
-        """An array of integers of `size` bytes, which lie from byte `offset` on, `strides` elements apart."""
+        `torch.from_numpy(block).view(torch.float16)` sees them as numbers, without a copy.
+        """
+        size, strides, path = DTYPES[self.dtype][1], self.strides or (1,), self.file.path
+        shape, offset = ((len(self) if stop is None else stop) - start, *self.shape[1:]), self.offset
         if not all(shape):
             return np.empty(shape, f"<u{size}")
-        span = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        if span <= 2 * math.prod(shape) or len(shape) == 1:
+        span, offset = 1 + sum((n - 1) * step for n, step in zip(shape, strides)), offset + start * strides[0] * size
+        if span <= 2 * math.prod(shape):
             # Not through a map of memory, as the libraries read: when somebody cuts such a file, the process dies.
-            data = np.fromfile(self.file.path, f"<u{size}", span, offset=offset)
-            if len(data) < span:
-                raise UserError(f"{self.file.path}: ends within tensor {self.name}; damaged, or cut while it was read")
-            array = np.lib.stride_tricks.as_strided(data, shape, [stride * size for stride in strides])
-            return array.reshape(-1).reshape(shape)  # without gaps; a copy where there were some
-        # In pieces along the widest stride, each as dense as can be: of a transposed matrix one column after another.
-        axis = strides.index(max(stride for n, stride in zip(shape, strides, strict=True) if n > 1))
-        rest = [sizes[:axis] + sizes[axis + 1 :] for sizes in (shape, strides)]
-        starts = (offset + i * strides[axis] * size for i in range(shape[axis]))
-        return np.stack([self._gather(start, *rest, size) for start in starts], axis)
+            data = np.fromfile(path, f"<u{size}", span, offset=offset)
+        else:  # rows that lie apart, as a transposed matrix has them
+            data = np.memmap(path, f"<u{size}", "r", offset, span)
+        if len(data) < span:
+            raise UserError(f"{path}: ends within tensor {self.name}; damaged, or cut while it was read")
+        array = np.lib.stride_tricks.as_strided(data, shape, [stride * size for stride in strides])
+        return np.ascontiguousarray(array.view(np.ndarray)).reshape(shape)
 
 
 class WeightFile:
@@ -137,6 +115,11 @@ class WeightFile:
         status = os.stat(self.path)
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
+    def _add(self, name, dtype, shape, strides, offset):
+        if dtype not in DTYPES:
+            raise UserError(f"{self.path}: tensor {name} is {dtype}, which is not supported")
+        self.tensors[name] = StoredTensor(self, name, dtype, tuple(shape), tuple(strides), offset)
+
     def _list_safetensors(self):
         # Format: https://huggingface.co/docs/safetensors - 8 bytes of length, JSON, then the tensors.
         from safetensors import SafetensorError, safe_open
@@ -148,21 +131,18 @@ class WeightFile:
             return dict(pairs)
 
         try:
-            with safe_open(self.path, "numpy"):  # refuses headers that do not describe every byte once
-                with open(self.path, "rb") as file:
-                    length = int.from_bytes(file.read(8), "little")
-                    header = json.loads(file.read(length), object_pairs_hook=unique)
+            with safe_open(self.path, "numpy"), open(self.path, "rb") as file:  # it describes every byte once
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length), object_pairs_hook=unique)
         except SafetensorError as error:
             what = utils.first_line(error).removeprefix("Error while deserializing header: ")
             raise UserError(f"{self.path}: truncated or damaged: {what}; {AGAIN}") from None
         names = {entry[0]: dtype for dtype, entry in DTYPES.items()}
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            if entry["dtype"] not in names:
-                raise UserError(f"{self.path}: tensor {name} is {entry['dtype']}, which is not supported")
-            shape, offset = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-            self.tensors[name] = StoredTensor(self, name, names[entry["dtype"]], shape, strides, offset)
+            strides = [math.prod(entry["shape"][i + 1 :]) for i in range(len(entry["shape"]))]
+            dtype, offset = names.get(entry["dtype"], entry["dtype"]), 8 + length + entry["data_offsets"][0]
+            self._add(name, dtype, entry["shape"], strides, offset)
 
     def _list_zip(self):
         size = self.path.stat().st_size
@@ -186,16 +166,15 @@ class WeightFile:
         if not self.has_checksums():
             say(f"{self.path}: it was written without checksums; damage cannot be noticed")
         for name, tensor in _load_meta(self.path).items():
-            dtype, shape, storage = str(tensor.dtype)[6:], tuple(tensor.shape), tensor.untyped_storage()
+            dtype, storage = tensor.dtype, tensor.untyped_storage()
             start = getattr(storage, "_checkpoint_offset", None)  # of its data in the file, as torch reckons it
-            if dtype not in DTYPES:
-                raise UserError(f"{self.path}: tensor {name} is {dtype}, which is not supported")
             if start not in self.records:
                 raise UserError(f"{self.path}: tensor {name} has no record where torch looks for it; {REWRITE}")
             if storage.nbytes() > self.records[start].file_size:
-                raise UserError(f"{self.path}: damaged: tensor {name} {list(shape)} reaches past its record; {AGAIN}")
-            offset = start + tensor.storage_offset() * DTYPES[dtype][1]
-            self.tensors[name] = StoredTensor(self, name, dtype, shape, tensor.stride(), offset)
+                what = f"tensor {name} {list(tensor.shape)} reaches past its record"
+                raise UserError(f"{self.path}: damaged: {what}; {AGAIN}")
+            offset = start + tensor.storage_offset() * dtype.itemsize
+            self._add(name, str(dtype)[6:], tensor.shape, tensor.stride(), offset)
 
     def has_checksums(self):
         """Whether it is a zip with checksums; torch.serialization.set_crc32_options(False) writes zeros."""
@@ -217,17 +196,15 @@ class WeightFile:
 
 def _kind_of_file(head, path):
     """What a file is that holds no weights, by its first bytes, and what to do."""
-    if not head:
-        return f"the file is empty; {AGAIN}"
-    if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the file itself; run git lfs pull in its folder"
-    if head.lstrip().startswith((b"<", b"{")) or head.startswith(b"Access denied"):
-        return "a web page or an error message, not weights; download it again"
-    if path.suffix == ".safetensors":
-        return f"no safetensors file; {AGAIN}"
-    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):
-        return f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}"
-    return f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}"
+    kinds = {
+        f"the file is empty; {AGAIN}": not head,
+        "a git-lfs pointer, not the file itself; run git lfs pull in its folder": head.startswith(b"version https://"),
+        "a web page or an error message, not weights; download it again": head.lstrip()[:1] in (b"<", b"{", b"A"),
+        f"no safetensors file; {AGAIN}": path.suffix == ".safetensors",
+        f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}": head[:4] == b"\x80\x02\x8a\n",
+        f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}": True,
+    }
+    return next(text for text, fits in kinds.items() if fits)
 
 
 def _load_meta(path):
@@ -238,12 +215,11 @@ def _load_meta(path):
         with open(path, "rb") as file:
             found = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way
+        what = f"damaged: its list of tensors cannot be read; {AGAIN}"
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path}: its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the "
-                "weights as safetensors, or from somebody you trust"
-            ) from None
-        raise UserError(f"{path}: damaged: its list of tensors cannot be read; {AGAIN}") from None
+            what = f"its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the weights as "
+            what += "safetensors, or from somebody you trust"
+        raise UserError(f"{path}: {what}") from None
     if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
         found = next(iter(found.values()))  # {"model": {...}}
     if not isinstance(found, dict) or not found:
@@ -282,8 +258,7 @@ def _open_sharded(folder, index):
         raise UserError(f"{index}: not an index of weights; {AGAIN}") from None
     if outside:
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; refused")
-    absent = [name for name in names if not (folder / name).is_file()]
-    if absent:
+    if absent := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
     found = {}
     for name in names:
@@ -324,7 +299,7 @@ def plan_size(plan):
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
-    """Borders (start, stop) of blocks of whole rows, each at most `block` bytes but at least `multiple` rows.
+    """Borders (start, stop) of blocks of rows, each at most `block` bytes but at least `multiple` rows.
 
     All blocks but the last have a number of rows that `multiple` divides; a number counts as one row.
     """
@@ -336,11 +311,13 @@ def row_blocks(shape, dtype, multiple=1, block=None):
 def check_finite(block, dtype, where, advice="the weights are damaged"):
     """Raise UserError, naming `where`, for bits that stand for an infinite value or for no number (NaN)."""
     exponent, sign = DTYPES[dtype][2], 1 << 8 * block.itemsize - 1
-    if not exponent or not block.size:
-        return
     # As integers with a sign the numbers above 0 are ordered like themselves, those below 0 without one: two maxima
     # tell, in a third of the time of a mask and without its memory.
-    if int(block.view(f"i{block.itemsize}").max()) >= exponent or int(block.max()) >= sign + exponent:
+    if (
+        exponent
+        and block.size
+        and max(int(block.view(f"i{block.itemsize}").max()), int(block.max()) - sign) >= exponent
+    ):
         raise UserError(f"{where}: holds values that are not finite (infinite or NaN); {advice}")
 
 
@@ -448,35 +425,20 @@ class WeightWriter(BlockWriter):
         super().__init__(places)
 
 
-class Meter:
-    """A progress bar on a terminal, with GB/s; elsewhere one line when the block ends."""
+class Meter(tqdm):
+    """tqdm's bar on a terminal; when the block has ended well one line, with GB/s."""
 
     def __init__(self, what, total):
-        self.what, self.total, self.done, self.shown = what, max(total, 1), 0, 0.0
-        self.start = time.monotonic()
+        super().__init__(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
+        self.what, self.size, self.begin = what, total, time.monotonic()
 
-    def line(self):
-        seconds = max(time.monotonic() - self.start, 1e-6)
-        rate = self.done / seconds
-        time_left = f"{(self.total - self.done) / max(rate, 1):.0f} s left"
-        ending = f"{seconds:.0f} s" if self.done >= self.total else time_left
-        return f"{self.what}: {self.done / 1e9:.2f} of {self.total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {ending}"
-
-    def add(self, count):
-        self.done += count
-        now = time.monotonic()
-        if now - self.shown > 0.2:
-            self.shown, share = now, 30 * self.done // self.total
-            utils.show_progress(f"[{'#' * share}{'.' * (30 - share)}] {self.line()}")
-
-    def __enter__(self):
-        return self
+    add = tqdm.update
 
     def __exit__(self, kind, error, trace):
+        super().__exit__(kind, error, trace)
         if kind is None:
-            say(self.line())
-        elif sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            seconds = max(time.monotonic() - self.begin, 1e-6)
+            say(f"{self.what}: {self.size / 1e9:.2f} GB, {self.size / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
 
 
 def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
@@ -504,62 +466,53 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
 
 
 def same_place(one, other):
-    """Whether two paths lead to one folder or file, through links, case, or files that are hard links of each other."""
+    """Whether two paths lead to one folder or file: through links, case, or weights that are hard links of others."""
     one, other = Path(one).resolve(), Path(other).resolve()
     if not (one.exists() and other.exists()):
         return one == other
-
-    def weights(path):  # a tokenizer or a licence that both share does no harm
-        files = path.iterdir() if path.is_dir() else [path]
-        kinds = (".safetensors", ".bin", ".pth", ".pt")
-        found = [file.stat() for file in files if file.suffix in kinds and file.is_file()]
-        return {(status.st_dev, status.st_ino) for status in found}
-
-    return one.samefile(other) or not weights(one).isdisjoint(weights(other))
+    files = [list(path.iterdir()) if path.is_dir() else [path] for path in (one, other)]
+    kinds = (".safetensors", ".bin", ".pth", ".pt")  # a tokenizer or a licence that both share does no harm
+    found = [{(f.stat().st_dev, f.stat().st_ino) for f in some if f.suffix in kinds and f.is_file()} for some in files]
+    return one.samefile(other) or not found[0].isdisjoint(found[1])
 
 
 def check_output(target, inputs=(), overwrite=False, writes=(), option="--output_dir"):
     """Refuse an output folder that exists with something in it, is a file, or is one of `inputs`; see `new_folder`."""
-    target, problem = Path(target), None
+    target, same = Path(target), [path for path in inputs if same_place(target, path)]
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     kinds = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", "consolidated.*.pth")
     stale = sorted(path.name for kind in kinds for path in target.glob(kind) if path.name not in writes)
-    if same := [path for path in inputs if same_place(target, path)]:
-        problem = f"the same place as {same[0]}; choose another folder"
-    elif target.is_symlink() and not target.exists():
-        problem = f"a link to {os.readlink(target)}, which does not exist; remove the link"
-    elif target.exists() and not target.is_dir():
-        problem = "a file of that name exists; choose another folder"
-    elif os.path.ismount(target):
-        problem = "where a disk is mounted, which cannot be renamed; give a folder inside it"
-    elif there and not overwrite:
-        more = f" and {len(there) - 1} more" if there[1:] else ""
-        way = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
-        problem = f"exists and holds {there[0]}{more}; {way}"
-    elif stale:
-        problem = f"holds {stale[0]}, which would stay beside the new weights and might be loaded instead"
-        problem += "; remove it, or choose another folder"
-    if problem:
-        raise UserError(f"{option} {target}: {problem}")
+    beside = "which would stay beside the new weights and might be loaded instead"
+    way = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
+    problems = [
+        (same, f"the same place as {same[:1] and same[0]}; choose another folder"),
+        (target.is_symlink() and not target.exists(), "a link to a place which does not exist; remove the link"),
+        (target.exists() and not target.is_dir(), "a file of that name exists; choose another folder"),
+        (os.path.ismount(target), "where a disk is mounted, which cannot be renamed; give a folder inside it"),
+        (there and not overwrite, f"exists and holds {', '.join(there[:3])}{', ...' * (len(there) > 3)}; {way}"),
+        (stale, f"holds {', '.join(stale[:1])}, {beside}; remove it, or choose another folder"),
+    ]
+    for is_so, problem in problems:
+        if is_so:
+            raise UserError(f"{option} {target}: {problem}")
 
 
 @contextlib.contextmanager
 def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--output_dir"):
     """Yield a hidden folder beside `target` that takes its name, synced, when the block ends well; else it is removed.
 
-    `size` is what will be written, in bytes, and compared with the free space; `inputs` are paths that must not be the
-    target. A target that holds files is refused; with `overwrite` those that are written replace their namesakes; see
-    `utils.hidden_folder`. `writes` are the names of the weight files to come. What a killed run left behind is named
-    and removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
+    `size` is what will be written, in bytes; `inputs` are paths that must not be the target, `writes` the names of the
+    weight files to come; see `check_output` and `utils.hidden_folder`. What a killed run left behind is named and
+    removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
     """
-    check_output(target, inputs, overwrite, writes, option)
-    final = Path(target).resolve()
-    hidden = final.with_name(f".{final.name}.unfinished")
 
     def stop(number, frame):
         say(f"stopped by {signal.Signals(number).name}; nothing is left of this run")
         raise SystemExit(128 + number)
 
+    check_output(target, inputs, overwrite, writes, option)
+    final = Path(target).resolve()
+    hidden = final.with_name(f".{final.name}.unfinished")
     try:
         there = sorted(hidden.iterdir()) if hidden.exists() else []
         if there and not (hidden / utils.LOCK).exists():
@@ -572,17 +525,15 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
         say(f"{hidden}: left by a run that did not finish ({len(left)} files, {gigabytes:.2f} GB); removed")
     try:
         with utils.on_signals(stop), utils.hidden_folder(hidden, final):
-            free, room = shutil.disk_usage(hidden).free, "make room, or choose a folder on another disk"
-            if size > free:
+            if size > (free := shutil.disk_usage(hidden).free):
                 what = f"{size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free"
-                raise UserError(f"{option} {target}: {what}; {room}")
+                raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")
             yield hidden
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not utils.is_disk_full(error):
             raise
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
-        way = "make room, then give the same command again"
-        raise UserError(f"{option} {target}: {what}; {way}") from None
+        raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
     finally:
         utils.HELD_LOCKS.remove(lock)
         lock.close()

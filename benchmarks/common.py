@@ -71,7 +71,8 @@ def read_texts(data_path, eos_token, count):
     records = utils.read_records([data_path])[0][:count]
     if count and len(records) < count:
         raise utils.UserError(f"{data_path}: {count:,} records are asked for, it holds {len(records):,}")
-    return [utils.render_prompt(record) for record in records], [record["output"] + eos_token for record in records]
+    prompts = [utils.spans("alpaca", record["messages"][:1])[0][0] for record in records]
+    return prompts, [record["output"] + eos_token for record in records]
 
 
 def load_rows(data_path, tokenizer, count):

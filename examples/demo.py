@@ -68,7 +68,9 @@ def choose_tasks(count, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tasks.write_text("".join(lines), encoding="utf-8")
     records, _ = utils.read_records([(tasks.name, "".join(lines))])
-    texts.write_text("\n".join(utils.render_prompt(r) + "\n" + r["output"] for r in records), encoding="utf-8")
+    prompts = [utils.spans("alpaca", record["messages"][:1])[0][0] for record in records]
+    lines = [f"{prompt}\n{record['output']}" for prompt, record in zip(prompts, records, strict=True)]
+    texts.write_text("\n".join(lines), encoding="utf-8")
     return tasks, texts
 
 

@@ -177,6 +177,14 @@ def tokenizer(base):
     return utils.load_tokenizer(base, 512)
 
 
+def render_prompt(record):
+    """Alpaca's prompt for a record {instruction, input (optional)}."""
+    import utils
+
+    question = {"role": "user", "content": record["instruction"], "input": record.get("input")}
+    return utils.spans("alpaca", [question])[0][0]
+
+
 def make_records(count):
     """Plain records of different lengths, half of them with an input; the same every time."""
     words = ["river", "lamp", "stone", "cloud", "pencil"]

@@ -1,17 +1,31 @@
 """The command line of train.py: what is parsed, said, translated and refused, each refusal with its way round."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import pty
 import socket
+import struct
 import subprocess
 import sys
+import termios
 from types import SimpleNamespace
 
 import pytest
 import transformers
-from conftest import ROOT, basic_options, environment, field, finish, make_records, needs_deepspeed, start, train
+from conftest import (
+    ROOT,
+    basic_options,
+    environment,
+    field,
+    finish,
+    make_records,
+    needs_deepspeed,
+    render_prompt,
+    start,
+    train,
+)
 
 import engines
 import train as trainer
@@ -232,7 +246,7 @@ def test_dry_run_shows_examples_and_counts_and_loads_no_weights(base, data, toke
     assert run.out.count(">>>") == run.out.count("<<<") == 2
     assert ">>>river.</s><<<" in run.out and ">>>lamp lamp.</s><<<" in run.out
     records = make_records(70)  # by the original's rule: what tokenizing the whole adds to tokenizing the prompt
-    prompts = [utils.render_prompt(record) for record in records]
+    prompts = [render_prompt(record) for record in records]
     whole = [prompt + record["output"] + "</s>" for prompt, record in zip(prompts, records, strict=True)]
     targets = sum(
         len(tokenizer(a).input_ids) - len(tokenizer(b).input_ids) for a, b in zip(whole, prompts, strict=True)
@@ -275,6 +289,7 @@ def test_busy_port_is_one_line(base, data, tmp_path):
 def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
     """On a pseudo-terminal every step rewrites one line; the rates appear from the second step."""
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 140, 0, 0))  # wide enough for all of it
     options = basic_options(base, data, tmp_path / "out", max_steps=3)
     process = start(options, stderr=slave)
     os.close(slave)
@@ -289,8 +304,8 @@ def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
     assert [field(r"step (\d+)/3", part) for part in steps] == ["1", "2", "3"]
     assert all(part.split("\x1b[K")[0].startswith("step ") and "\x1b[K" in part for part in steps)
     shape = (
-        r"step 2/3  epoch 0\.22  loss \d\.\d{4}  lr 6\.67e-04  grad \d\.\d{3}  [\d.]+ examples/s  "
-        r"[\d,]+ target tokens/s  ETA 0:00:\d\d"
+        r"step 2/3  epoch 0\.22  loss \d\.\d{4}  lr 6\.67e-04  grad \d\.\d{3}  ETA 0:00:\d\d  [\d.]+ examples/s  "
+        r"[\d,]+ target tokens/s"
     )
     assert field(f"({shape})", steps[1])
 
@@ -315,6 +330,18 @@ def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, t
     )
     args.memory_check = False
     assert engines.check_needs(args, "float32", 6_738_415_616, 10) is None
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, 2), (3, 4), (9, 5)])
+def test_the_new_checkpoint_is_written_before_the_oldest_goes(limit, kept, monkeypatch, tmp_path):
+    """Five checkpoints in ten steps: of a limit of 1 two are on the disk at a time."""
+    args = parse("--output_dir", tmp_path, "--save_steps", 2, "--save_total_limit", limit)[2]
+    usage = trainer.shutil._ntuple_diskusage(0, 0, 2**30)
+    monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        UserError, match=f"the model and {kept} checkpoints need {(4 + 12 * kept) / 10.73741824:.1f} GiB"
+    ):
+        engines.check_needs(args, "float32", 100_000_000, 10)
 
 
 def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, environment
+from conftest import ROOT, environment, render_prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import chat
@@ -134,10 +134,8 @@ def test_vicuna_prompts_byte_for_byte():
 
 
 def test_alpaca_asks_for_the_last_turn_alone():
-    assert prompt_text("alpaca", TURNS) == utils.render_prompt(TURNS[-1])
-    assert utils.render_prompt(TURNS[-1]).endswith(
-        "### Instruction:\nHow {are} you?\n\n### Input:\n1\n2\n\n### Response:"
-    )
+    assert prompt_text("alpaca", TURNS) == render_prompt(TURNS[-1])
+    assert render_prompt(TURNS[-1]).endswith("### Instruction:\nHow {are} you?\n\n### Input:\n1\n2\n\n### Response:")
 
 
 def test_a_chat_template_is_the_tokenizers_own(base):
@@ -165,11 +163,11 @@ def test_prompt_ids_are_those_that_training_masks(base, tokenizer):
     records, _ = utils.read_records([ROOT / "seed_tasks.jsonl"])
     records += [{"instruction": ZH, "input": "", "output": "好"}]
     records += [{"instruction": ZH_INPUT[0], "input": ZH_INPUT[1], "output": "Fine."}]
-    prompts = [utils.render_prompt(record) for record in records]
+    prompts = [render_prompt(record) for record in records]
     data = trainer.preprocess(prompts, [record["output"] + "</s>" for record in records], tokenizer)
     loaded = load(base)
     for record, ids, labels, straddling in zip(records, *data.values(), strict=True):
-        masked = int((labels == utils.IGNORE_INDEX).sum())
+        masked = int((labels == trainer.IGNORE_INDEX).sum())
         assert not straddling
         assert chat.ids_of_prompt(loaded, [record]) == ids[:masked].tolist(), record["instruction"]
 
@@ -205,9 +203,9 @@ def test_what_the_model_sees(base, ask, monkeypatch):
     [
         (f"### Instruction:{ZH}", ZH, ""),
         (f"### Instruction:\n{ZH}\n\n### Response:", ZH, ""),
-        (utils.render_prompt({"instruction": ZH}), ZH, ""),
-        (utils.render_prompt({"instruction": ZH_INPUT[0], "input": ZH_INPUT[1]}), *ZH_INPUT),
-        (utils.render_prompt({"instruction": "a\n\nb", "input": "c\n\nd"}).replace("\n", "\r\n"), "a\n\nb", "c\n\nd"),
+        (render_prompt({"instruction": ZH}), ZH, ""),
+        (render_prompt({"instruction": ZH_INPUT[0], "input": ZH_INPUT[1]}), *ZH_INPUT),
+        (render_prompt({"instruction": "a\n\nb", "input": "c\n\nd"}).replace("\n", "\r\n"), "a\n\nb", "c\n\nd"),
         (f"\n### Instruction: {ZH_INPUT[0]}\n### Input: {ZH_INPUT[1]}\n### Response:\n", *ZH_INPUT),
         ("What does ### Instruction: mean?", "What does ### Instruction: mean?", ""),
         ("### Instruction:\n\n### Response:", "### Instruction:\n\n### Response:", ""),
@@ -225,7 +223,7 @@ def test_a_pasted_template_beside_an_input_is_left_alone():
 
 
 def test_the_prompt_of_a_pasted_template_is_the_template(base):
-    prompt = utils.render_prompt({"instruction": ZH_INPUT[0], "input": ZH_INPUT[1]})
+    prompt = render_prompt({"instruction": ZH_INPUT[0], "input": ZH_INPUT[1]})
     assert prompt_text("alpaca", [chat.unwrap({"instruction": prompt})]) == prompt
 
 
@@ -236,7 +234,7 @@ def test_a_tokenizer_that_transformers_would_misread_is_built_anew(base, tmp_pat
     record = {"instruction": f"two  spaces\n    four {ZH}"}
     found = chat.ids_of_prompt(load(tmp_path), [record])
     assert "tokenizer: it has no tokenizer.json; built from tokenizer.model, ids checked" in capsys.readouterr().err
-    (expected,) = utils.sentencepiece_ids(base / "tokenizer.model", [utils.render_prompt(record)])
+    (expected,) = utils.sentencepiece_ids(base / "tokenizer.model", [render_prompt(record)])
     assert found == [1, *expected]
 
 
@@ -452,7 +450,7 @@ def test_a_batch_gives_the_answers_of_one_by_one_and_of_a_plain_loop(base, ask, 
     assert lines[0] == lines[1] == lines[2]
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     for record, line in zip(records, lines[0], strict=True):
-        ids = tokenizer(utils.render_prompt(record), return_tensors="pt").input_ids
+        ids = tokenizer(render_prompt(record), return_tensors="pt").input_ids
         for _ in range(12):  # no cache, no mask, no padding
             with torch.no_grad():
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
@@ -560,7 +558,7 @@ def test_a_file_of_100_lines_with_bad_ones_loses_nothing(chinese, ask):
     lines = [BAD[i][0] if i in BAD else json.dumps(good[i - 1]) for i in range(1, 101)]
     with pytest.raises(UserError) as caught:
         ask("--model_name_or_path", chinese, "--batch_size", 40, stdin=("\ufeff" + "\n".join(lines)).encode())
-    number = len(AutoTokenizer.from_pretrained(chinese)(utils.render_prompt(json.loads(BAD[100][0]))).input_ids)
+    number = len(AutoTokenizer.from_pretrained(chinese)(render_prompt(json.loads(BAD[100][0]))).input_ids)
     named = [f"stdin:{i}: {text.format(f'{number:,}')}" for i, (_, text) in BAD.items()]
     assert [line for line in ask.err.splitlines() if line.startswith("stdin:")] == named
     assert ask.err.splitlines()[-1] == "94 answered + 6 not = 100 read; ended by: end_token 94"
@@ -591,7 +589,7 @@ def test_what_is_json_and_what_is_text():
     record = chat.parse_questions(seed, "f")[0][0]
     assert record["others"] == {"id": "seed_task_0", "name": "prize_citation_potter", "is_classification": False}
     assert record["output"].startswith("The prize")
-    pasted = json.dumps({"instruction": utils.render_prompt({"instruction": ZH})})
+    pasted = json.dumps({"instruction": render_prompt({"instruction": ZH})})
     assert chat.parse_questions(pasted, "f")[0][0]["instruction"] == ZH
 
 

@@ -5,12 +5,13 @@ import json
 import random
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT, environment, make_records
+from conftest import ROOT, environment, make_records, render_prompt
 from make_tiny_llama import CORPUS, train_sentencepiece
 
 import engines
@@ -59,7 +60,7 @@ def varied_pairs(count):
     lengths = [0, 1, 2, 5, 20, 60, 200]
     pairs = []
     for i in range(count):
-        prompt = utils.render_prompt({"instruction": text(draw.choice(lengths)), "input": text(i % 3)})
+        prompt = render_prompt({"instruction": text(draw.choice(lengths)), "input": text(i % 3)})
         pairs.append((prompt if i % 4 else text(draw.choice(lengths)), text(draw.choice(lengths)) + "</s>"))
     return pairs
 
@@ -215,6 +216,47 @@ def test_cut_gives_the_example_of_its_docstring():
     assert rows[0]["input_ids"].untyped_storage().nbytes() == 3 * 8  # the rest of a long text is not kept in memory
 
 
+def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model(base, tokenizer, tmp_path):
+    """From the file to the model's forward, traced; what only speaks of the records is left out."""
+    path, names = write_records(tmp_path / "d.json", make_records(2)), []
+
+    def note(frame, event, argument):
+        code = frame.f_code
+        if event == "call" and Path(code.co_filename).parent == ROOT and not code.co_name.startswith("<"):
+            names.append(code.co_name)
+
+    args = train.TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=1, report_to="none")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+
+    class Seen(Exception):
+        pass
+
+    def forward(*arguments, **keywords):
+        raise Seen
+
+    sys.setprofile(note)
+    try:
+        dataset = SupervisedDataset(path, tokenizer)
+    finally:
+        sys.setprofile(None)
+    rows = dataset.rows
+    trainer = train.SFTTrainer(model=model, args=args, train_dataset=rows, data_collator=flatten)
+    trainer.remove_callback(trainer)
+    model.forward = forward
+    sys.setprofile(note)
+    try:
+        trainer.train()
+    except Seen:
+        pass
+    finally:
+        sys.setprofile(None)
+    speaking = {"account", "say", "rank"}
+    found = [name for name in dict.fromkeys(names) if name not in speaking]
+    assert found == [
+        "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
+    ]  # fmt: skip
+
+
 # --- SupervisedDataset -----------------------------------------------------------------------------------------------
 
 
@@ -226,7 +268,7 @@ def test_every_record_is_kept_or_dropped_and_the_counts_name_them(window, smilin
     tokenizer = utils.tokenizer_from_sentencepiece(smiling, model_max_length=window)
     expected, kept, rows, num_ends = {"dropped": [], "truncated": [], "straddling": []}, [], [], 0
     for i, record in enumerate(records):
-        head, row = sentencepiece_row(smiling, utils.render_prompt(record), record["output"])
+        head, row = sentencepiece_row(smiling, render_prompt(record), record["output"])
         if len(head) >= window:
             expected["dropped"].append(f"d.json[{i}]")
             continue
@@ -351,7 +393,7 @@ def test_chinese_records_are_trained_to_their_end(base, tokenizer, tmp_path):
     path = tmp_path / "zh.jsonl"
     path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
     dataset = SupervisedDataset(path, tokenizer)
-    head, row = sentencepiece_row(base / "tokenizer.model", utils.render_prompt(record), record["output"])
+    head, row = sentencepiece_row(base / "tokenizer.model", render_prompt(record), record["output"])
     assert dataset.sources == ["zh.jsonl:1"]
     assert dataset[0]["input_ids"].tolist() == row
     assert tokenizer.decode(dataset[0]["labels"][len(head) :]) == "她在图书馆读书。</s>"
@@ -589,10 +631,10 @@ def test_examples_are_shown_with_what_is_trained_marked(base, tokenizer, tmp_pat
         {"instruction": "Stop.", "output": ""},
     ]
     dataset = SupervisedDataset(write_records(tmp_path / "d.json", records), tokenizer)
-    prompts = ["<s> " + utils.render_prompt(record) for record in records]
+    prompts = ["<s> " + render_prompt(record) for record in records]
     titles = []
     for i, record in enumerate(records):
-        head, ids = sentencepiece_row(base / "tokenizer.model", utils.render_prompt(record), record["output"])
+        head, ids = sentencepiece_row(base / "tokenizer.model", render_prompt(record), record["output"])
         titles.append(f"--- d.json[{i}]: {len(ids)} tokens, {len(ids) - len(head)} trained\n")
     assert titles[2].endswith(", 1 trained\n")
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FSDP, ROOT, ZERO2, ZERO3, basic_options, field, finish, make_records, start, train
+from conftest import FSDP, ROOT, ZERO2, ZERO3, basic_options, field, finish, make_records, render_prompt, start, train
 
 import utils
 
@@ -172,7 +172,7 @@ def read_targets(tokenizer):
     """The 70 records as (ids, labels), made one by one: the ids of the prompt carry no loss."""
     rows = []
     for record in make_records(COUNT):
-        prompt = utils.render_prompt(record)
+        prompt = render_prompt(record)
         ids = tokenizer(prompt + record["output"] + tokenizer.eos_token).input_ids
         head = len(tokenizer(prompt).input_ids)
         rows.append((ids, [-100] * head + ids[head:]))
@@ -583,7 +583,7 @@ def test_the_process_whose_records_went_wrong_speaks(base, tokenizer, tmp_path):
 
     records = make_records(COUNT)
     records[46]["instruction"] += " Quiz!"
-    texts = [utils.render_prompt(record) + record["output"] for record in records]
+    texts = [render_prompt(record) + record["output"] for record in records]
     found = [set(tokenizer(text).input_ids) for text in texts]
     odd = min(token for token in found[46] if token > 300 and not any(token in found[i] for i in range(70) if i != 46))
     model = LlamaForCausalLM.from_pretrained(base)

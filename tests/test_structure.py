@@ -25,7 +25,6 @@ EVERY_SCRIPTS = {"main", "parse_arguments"}  # each script's own, with one meani
 NOT_YET = """
 test_no_file_is_longer_than_the_layout_says[weights]
 test_no_file_is_longer_than_the_layout_says[convert_llama_weights]
-test_what_stands_in_utils_is_used_by_two_scripts_or_more
 """.split()
 
 
@@ -151,6 +150,12 @@ def test_no_function_is_longer_than_60_lines(module):
     functions = [node for node in ast.walk(tree(module)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     lengths = {node.name: node.end_lineno - node.lineno + 1 for node in functions}
     assert {name: lines for name, lines in lengths.items() if lines > 60} == {}
+
+
+@pytest.mark.parametrize(("name", "most"), [("train", 50), ("resume_point", 40)])
+def test_the_story_and_what_decides_about_resuming_stay_short(name, most):
+    node = definitions("train")[name]
+    assert node.end_lineno - node.lineno + 1 <= most
 
 
 def test_no_name_has_two_meanings():

@@ -4,13 +4,14 @@ import copy
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, environment
+from conftest import ROOT, environment, render_prompt
 
 import engines
 import train
@@ -101,6 +102,37 @@ def test_jload_reads_one_line_of_a_jsonl_file_as_a_list(tmp_path):
 def test_jload_raises_for_what_is_no_json(text):
     with pytest.raises(json.JSONDecodeError):
         utils.jload(io.StringIO(text))
+
+
+def test_a_line_of_progress_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
+    monkeypatch.setattr(utils.os, "get_terminal_size", lambda handle: os.terminal_size((20, 24)))
+    utils.show_progress("x" * 30)
+    utils.show_progress("last", is_last=True)
+    assert capsys.readouterr().err == "\r" + "x" * 19 + "\x1b[K\rlast\x1b[K\n"
+    monkeypatch.setattr(utils.os, "get_terminal_size", lambda handle: os.terminal_size((0, 0)))  # in some containers
+    utils.show_progress("x" * 90)
+    assert capsys.readouterr().err == "\r" + "x" * 79 + "\x1b[K"
+
+
+def test_off_a_terminal_progress_is_a_line_where_it_is_due(capsys):
+    for words in ({}, {"is_due": True}, {}, {"is_last": True}):
+        utils.show_progress("x" * 200, **words)
+    assert capsys.readouterr().err == ("x" * 200 + "\n") * 2
+
+
+def test_signals_are_heard_within_the_block_and_an_ignored_one_stays_ignored():
+    heard, before = [], signal.getsignal(signal.SIGTERM)
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with utils.on_signals(lambda number, frame: heard.append(number)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_write_json_leaves_the_old_text_when_the_new_one_cannot_be_written(tmp_path):
@@ -303,7 +335,7 @@ def test_the_two_templates_are_stanford_alpacas_byte_for_byte():
     ids=["input", "space", "empty", "null", "missing", "braces"],
 )
 def test_render_prompt_chooses_the_template_by_the_input(given, prompt):
-    assert utils.render_prompt(given) == prompt
+    assert render_prompt(given) == prompt
 
 
 # --- Options of 2023 -------------------------------------------------------------------------------------------------
