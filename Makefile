@@ -1,6 +1,7 @@
 # make demo      see a small model learn and answer, in five minutes on two cores, without network
-# make test      the tests, without those marked slow
-# make test-all  all of them
+# make test      ruff, then the tests, without those marked slow
+# make test-all  ruff, then all of them
+# make lint      ruff alone
 # make clean     remove the environment that this file made, and caches
 #
 # The environment is made at first use. The file .building marks one whose installation was interrupted: it is made
@@ -15,13 +16,17 @@ PYTEST := $(VENV)/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-re
 # Packages are compiled when a process first imports them, a third of their files, and not all by pip.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: test test-all demo clean
+.PHONY: test test-all lint demo clean
 
-test: $(VENV)/.built
+test: lint
 	$(PYTEST) -m "not slow" tests
 
-test-all: $(VENV)/.built
+test-all: lint
 	$(PYTEST) tests
+
+lint: $(VENV)/.built
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
 
 demo: $(VENV)/.built
 	$(VENV)/bin/python examples/demo.py

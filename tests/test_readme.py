@@ -65,6 +65,12 @@ def test_the_readme_names_every_file_that_a_user_may_run_or_edit():
         "seed_tasks.jsonl",
         "LICENSE",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "Makefile",
+        "requirements.txt",
+    }
+    files |= {
+        f"{path.parent.name}/{path.name}" for folder in ("docs", "examples") for path in ROOT.glob(f"{folder}/*.*")
     }
     table = README[README.index("## Files") :]
     assert [name for name in sorted(files) if f"`{name}`" not in table] == []
