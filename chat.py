@@ -249,7 +249,7 @@ def check_folder(name_or_path):
     if (folder / "config.json").is_file() or not folder.is_dir():
         return
     if (folder / "adapter_config.json").is_file():
-        base = utils.jload(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+        base = utils.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
         command = f"python -m apply_delta --base {base} --delta {folder} --target MERGED"
         raise UserError(f"{folder}: a LoRA adapter, not a whole model; make one of it first: {command}")
     whole = [path for path in utils.find_checkpoints(folder)[0] if (path / "config.json").is_file()]

@@ -680,7 +680,7 @@ def delete_run(folder):
         else:
             say(f"{path}: holds nothing of a run; left")
     for name in [*(utils.read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
-        path = Path(folder, name)
+        path = Path(folder, Path(name).name)  # never outside, whatever run.json says
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""What Cria's scripts share and must agree on: errors, records, prompts, tokenizers, verified writes, run.json.
+"""What Cria's scripts share and must agree on: errors, files, records, prompts, options, tokenizers, run.json.
 
 Nothing here trains, downloads or prints on import; torch, transformers and sentencepiece are imported inside the
 functions that need them, so that every script starts with only what it uses.
@@ -348,8 +348,8 @@ def spans(style, messages, tokenizer=None):
     `messages` are of `as_messages`. Where the last is the user's, the last span ends where the answer begins; where it
     is the assistant's, its answer with the end token is trained. Alpaca's prompt has no place for earlier turns, so
     they are left out, and a row is two spans: [("Below is ... ### Response:", False), ("Hello.</s>", True)]. In the
-    other styles an input follows its instruction after an empty line. `tokenizer` holds the end token and the template
-    of "chat_template"; raises UserError where it holds no template.
+    other styles an input follows its instruction after an empty line. `tokenizer` holds the end token, and for
+    "chat_template", which is one span that asks for an answer, the template; raises UserError where it holds none.
     """
     if style == "alpaca":
         question = [message for message in messages if message["role"] == "user"][-1]
@@ -594,7 +594,7 @@ def load_config(name_or_path, cache_dir=None):
     hint = layout_hint(name_or_path)
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the library and its checks raise
         raise UserError(f"{name_or_path}: cannot be read as a model ({first_line(error)}); {hint}") from None
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{name_or_path}: model type {config.model_type} is not a causal language model; {hint}")
@@ -779,9 +779,11 @@ def read_run(folder):
         return None
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        return run if run["made_by"] == "cria" else run["not ours"]
+        if run["made_by"] == "cria":
+            return run
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a run.json of these scripts; choose another folder") from None
+        pass
+    raise UserError(f"{path}: not a run.json of these scripts; choose another folder")
 
 
 def find_checkpoints(folder):

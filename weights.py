@@ -80,7 +80,9 @@ class StoredTensor:
             # Not through a map of memory, as the libraries read: when somebody cuts such a file, the process dies.
             data = np.fromfile(path, f"<u{size}", span, offset=offset)
         else:  # rows that lie apart, as a transposed matrix has them
-            data = np.memmap(path, f"<u{size}", "r", offset, span)
+            data = (
+                np.memmap(path, f"<u{size}", "r", offset, span) if path.stat().st_size >= offset + span * size else ()
+            )
         if len(data) < span:
             raise UserError(f"{path}: ends within tensor {self.name}; damaged, or cut while it was read")
         array = np.lib.stride_tricks.as_strided(data, shape, [stride * size for stride in strides])

@@ -1,4 +1,4 @@
-"""utils.py apart from its tokenizers: records, prompts, old options, errors, verified writes, folders, memory."""
+"""The parts of utils.py, train.py and engines.py that need no model: files, records, old options, resuming, memory."""
 
 import copy
 import io
@@ -931,6 +931,13 @@ def test_a_run_without_a_whole_checkpoint_starts_from_the_first_step(tmp_path, c
     assert train.resume_point(tmp_path, SETTINGS) == (False, None)
     line = f"{tmp_path}: its run has no whole checkpoint yet; starting from the first step\n"
     assert capsys.readouterr().err == line
+
+
+def test_nothing_outside_of_the_folder_is_deleted(tmp_path):
+    (tmp_path / "precious").mkdir()
+    make_run(tmp_path / "out", "finished", files=["../precious", "config.json"])
+    train.delete_run(tmp_path / "out")
+    assert (tmp_path / "precious").is_dir() and not (tmp_path / "out" / "run.json").exists()
 
 
 def test_overwriting_deletes_what_the_run_wrote_and_nothing_else(tmp_path, capsys):
