@@ -774,6 +774,64 @@ def test_a_checkpoint_is_whole_only_with_marker_and_all_files(tmp_path):
     assert [path.name[11:] for path in unfinished] == ["2", "3", "4", "5", "6", "7"]
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(1, [12]), (2, [8, 12]), (None, [4, 8, 12])])
+def test_so_many_checkpoints_stay_when_one_is_saved(limit, kept, tmp_path):
+    for step in (4, 8):
+        make_checkpoint(tmp_path, step)
+    make_checkpoint(tmp_path, 12, mark=False)
+    args = SimpleNamespace(should_save=True, output_dir=str(tmp_path), save_only_model=False)
+    state = SimpleNamespace(global_step=12, best_model_checkpoint=None)
+    trainer = SimpleNamespace(num_kept=limit, accelerator=SimpleNamespace(wait_for_everyone=lambda: None))
+    train.SFTTrainer.on_save(trainer, args, state, None)
+    assert [int(path.name[11:]) for path in utils.find_checkpoints(tmp_path)[0]] == kept
+    assert len(list(tmp_path.glob("checkpoint-*"))) == len(kept)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "skipped", "is_sound"),
+    [
+        (1.5, 0.3, False, True),
+        (1.5, None, False, True),
+        (0.0, 0.3, False, True),
+        (0.0, None, False, True),
+        (1.5, INF, True, True),  # how fp16 knows that it must skip
+        (1.5, INF, False, False),
+        (1.5, NAN, False, False),
+        (NAN, 0.3, False, False),
+        (INF, None, False, False),
+        (0.0, 0.0, False, False),
+        (0.0, NAN, True, False),
+    ],
+)
+def test_a_step_is_sound_by_its_loss_and_the_norm_of_its_gradient(loss, norm, skipped, is_sound, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(train.time, "sleep", lambda seconds: None)
+    rows = [{"source": "d.json[3]"}, {"source": ""}, {"source": "d.json[9]"}]
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(gather=lambda own: own, optimizer_step_was_skipped=skipped),
+        args=SimpleNamespace(output_dir=str(tmp_path), process_index=1, save_only_model=True),
+        control=SimpleNamespace(should_save=False, should_training_stop=False),
+        state=SimpleNamespace(global_step=7, log_history=[]),
+        signal=0, step_rows=[0, 1], train_dataset=rows, dtypes="weights float32",
+    )  # fmt: skip
+    if is_sound:
+        train.SFTTrainer.end_step(trainer, torch.tensor(loss), norm)
+        assert trainer.control.should_log and not trainer.control.should_save and trainer.step_skipped == skipped
+        trainer.signal = 15
+        train.SFTTrainer.end_step(trainer, torch.tensor(loss), norm)
+        assert trainer.stopped_by == 15 and trainer.control.should_save and trainer.control.should_training_stop
+        assert trainer.args.save_only_model is False
+        return
+    message = refusal(train.SFTTrainer.end_step, trainer, torch.tensor(loss), norm)
+    assert message.startswith(
+        f"step 7: the loss is {loss} and the gradient norm {norm}; records of process 1: d.json[3];"
+    )
+
+
 def test_a_deletion_that_is_interrupted_leaves_nothing_that_counts(tmp_path, monkeypatch):
     path, removed = make_checkpoint(tmp_path, 1), []
     with monkeypatch.context() as patch:
