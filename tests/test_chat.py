@@ -138,6 +138,12 @@ def test_alpaca_asks_for_the_last_turn_alone():
     assert render_prompt(TURNS[-1]).endswith("### Instruction:\nHow {are} you?\n\n### Input:\n1\n2\n\n### Response:")
 
 
+def test_an_answer_may_end_with_its_first_token():
+    answer = chat.Answer(lambda token_id: b"x", frozenset({2}))
+    answer.add(2)
+    assert (answer.text, answer.finish_reason, answer.num_tokens) == ("", "end_token", 1)
+
+
 def test_a_chat_template_is_the_tokenizers_own(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     message = refusal(prompt_text, "chat_template", TURNS, tokenizer)
