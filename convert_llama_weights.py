@@ -23,6 +23,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import numpy as np
+
 import utils
 import weights
 from utils import UserError, say
@@ -100,9 +102,7 @@ class Llama:
         return self.kv_copies if raw.endswith(("wk.weight", "wv.weight")) else 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a checkpoint: where it is, and what it is
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Reading a checkpoint: where it is, and what it is ---------------------------------------------------------------
 
 
 def find_folder(input_dir, model_size=None):
@@ -116,14 +116,14 @@ def find_folder(input_dir, model_size=None):
         return input_dir
     inside = sorted({path.parent for path in input_dir.glob("*/consolidated*.pth")})
     names = ", ".join(path.name for path in inside)
-    if model_size and inside:
+    if inside and model_size:
         raise UserError(f"--model_size {model_size}: {input_dir} has no such subfolder; it holds {names}")
+    if len(inside) > 1:
+        raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     if not inside:
         is_model = (input_dir / "config.json").is_file()
         hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
-    if len(inside) > 1:
-        raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     return inside[0]
 
 
@@ -149,13 +149,10 @@ def read_params(folder):
     """params.json, of which n_heads and norm_eps are needed. Raises UserError where it is none."""
     path = folder / "params.json"
     try:
-        params = json.loads(utils.read_text(path, "; it lies beside the shards on Meta's side too, download it"))
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not JSON, perhaps a web page saved in its place; download it again") from None
-    if isinstance(params, dict) and isinstance(params.get("model"), dict):
-        params = params["model"]
-    if not isinstance(params, dict):
-        raise UserError(f"{path}: holds a {type(params).__name__}, expected an object with n_heads and norm_eps")
+        params = utils.read_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; Meta has it beside the shards, download it from there") from None
+    params = params["model"] if isinstance(params.get("model"), dict) else params
     params = {key: value for key, value in params.items() if value is not None}
     for key in (*INTEGERS, *FLOATS):
         if key not in params and key in ("n_heads", "norm_eps"):
@@ -182,45 +179,46 @@ def open_shards(paths):
     return shards
 
 
+def check_names(where, found, needed):
+    """Refuse names `found` of tensors that are not exactly those `needed`."""
+    found, needed = dict.fromkeys(found), dict.fromkeys(needed)  # both keep their order
+    problems = [f"{name} is missing" for name in needed if name not in found]
+    problems += [f"{name} is not of a LLaMA" for name in found if name not in needed]
+    if problems:
+        advice = "a model is converted whole or not at all"
+        raise UserError(f"{where}: tensor {problems[0]} ({len(problems)} such); {advice}")
+
+
 def count_layers(tensors, folder):
     """The layers of a shard. Raises UserError where it does not hold exactly the tensors of a LLaMA."""
     layers = [int(match[1]) for match in (re.match(r"layers\.(\d+)\.", name) for name in tensors) if match]
-    num_layers = max(layers, default=-1) + 1
+    num_layers = max(layers, default=0) + 1  # without any, the first is missing
     needed = ["tok_embeddings.weight", "norm.weight"]
     needed += [f"layers.{i}.{name}" for i in range(min(num_layers, len(tensors))) for name in LAYER]
-    problems = [f"{name} is missing" for name in needed if name not in tensors]
-    known = {*needed, "output.weight"}
-    problems += [f"{name} is not of a LLaMA" for name in tensors if name not in known and not ROTARY.search(name)]
-    if problems:
-        advice = "a model is converted whole or not at all"
-        raise UserError(f"{folder}: tensor {problems[0]} ({len(problems)} such); {advice}")
-    if not num_layers:
-        raise UserError(f"{folder}: the shards hold no layers")
+    check_names(folder, [name for name in tensors if name != "output.weight" and not ROTARY.search(name)], needed)
     return num_layers
 
 
-def check_heads(rows, table, count, params, folder):
-    """Refuse `count` shards that do not make whole heads, or heads other than those of params.json.
+def check_heads(first, rows, count, params, folder):
+    """How many neighbouring shards hold the same key-value heads; `rows` are those of the `first` shard's tensors.
 
-    `rows` are those of wq, wk and the norm in each shard, `table` is rope.freqs or None. Returns the number of
-    neighbouring shards that hold the same key-value heads.
+    Refuses `count` shards that do not make whole heads, and heads other than those of params.json.
     """
-    query, key, dim = rows
-    num_heads, num_kv_heads = params["n_heads"], params["n_kv_heads"]
+    query, key = (rows[f"layers.0.attention.{name}.weight"] for name in ("wq", "wk"))
+    dim, num_heads, num_kv_heads = rows["norm.weight"], params["n_heads"], params["n_kv_heads"]
     if query * count != dim:
         whole = f"wq has {query * count} rows in them, n_heads * head_dim is {dim}"
         if query and query * count < dim and dim % query == 0:
             raise UserError(f"{folder}: found {count} of {dim // query} shards: {whole}; download the others")
         raise UserError(f"{folder}: {count} shards do not fit together: {whole}")
-    wrong = f"{folder}: params.json says n_heads {num_heads}, but"
-    if table is None:
-        if dim % num_heads:
-            raise UserError(f"{wrong} {dim} rows of wq do not divide by it; correct params.json")
+    values = next((math.prod(tensor.shape) for name, tensor in first.items() if ROTARY.search(name)), None)
+    wrong = f"{dim} rows of wq do not divide by it" if values is None and dim % num_heads else None
+    if values is not None and 2 * values * num_heads != dim:
+        wrong = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
+    if wrong:
+        raise UserError(f"{folder}: params.json says n_heads {num_heads}, but {wrong}; correct params.json")
+    if values is None:
         say(f"{folder}: n_heads {num_heads} is from params.json; without rope.freqs in the shards nothing checks it")
-    elif math.prod(table.shape) * 2 * num_heads != dim:
-        values = math.prod(table.shape)
-        found = f"rope.freqs has {values} values, so n_heads is {dim // max(2 * values, 1)}"
-        raise UserError(f"{wrong} {found}; correct params.json")
     copies = count // num_kv_heads if count > num_kv_heads and count % num_kv_heads == 0 else 1
     head_dim = dim // num_heads
     if key * count != num_kv_heads * head_dim * copies:
@@ -234,50 +232,33 @@ def describe(shards, params, folder):
     """The Llama that the shards hold; see `check_tensors`. Sizes come from the tensors, params.json must agree."""
     first, count = shards[0], len(shards)
     num_layers = count_layers(first, folder)
-    embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
-    query = first["layers.0.attention.wq.weight"]
+    embedding, query = first["tok_embeddings.weight"], first["layers.0.attention.wq.weight"]
     for tensor in (embedding, query):
         if len(tensor.shape) != 2:
             raise UserError(f"{folder}: tensor {tensor.name} is {list(tensor.shape)}, expected a matrix")
-
-    def rows(name):
-        return first[name].shape[0] if first[name].shape else 0
-
-    dim, key = rows("norm.weight"), rows("layers.0.attention.wk.weight")
+    rows = {name: tensor.shape[0] if tensor.shape else 0 for name, tensor in first.items()}
+    dim, ffn_dim = rows["norm.weight"], rows["layers.0.feed_forward.w1.weight"] * count
     for word, value in (("dim", dim), ("n_layers", num_layers)):
         if params.get(word, value) != value:
             what = f"params.json says {word} {params[word]}, the tensors {value}"
             raise UserError(f"{folder}: {what}; one of them is of another model")
-    table = next((tensor for name, tensor in first.items() if ROTARY.search(name)), None)
-    copies = check_heads((query.shape[0], key, dim), table, count, params, folder)
+    copies = check_heads(first, rows, count, params, folder)
     axis = COLUMNS if embedding.shape[1] == dim else ROWS
     vocab_size = embedding.shape[0] * count if axis == COLUMNS else embedding.shape[0]
-    ffn_dim = rows("layers.0.feed_forward.w1.weight") * count
-    is_copy = output is not None and count == 1 and output.shape == embedding.shape and are_equal(output, embedding)
-    tied = output is None or is_copy
-    multiple_of = params.get("multiple_of")
+    output = first.get("output.weight", embedding)
+    tied = output is embedding or (count == 1 and output.shape == embedding.shape and are_equal(output, embedding))
+    multiple_of, said = params.get("multiple_of"), params.get("vocab_size", -1)
     if multiple_of and ffn_dim != ffn_size(dim, multiple_of, params.get("ffn_dim_multiplier")):
         say(f"{folder}: multiple_of {multiple_of} of params.json does not give w1's {ffn_dim} rows; the tensors count")
-    if params.get("vocab_size", -1) not in (-1, vocab_size):
-        said = params["vocab_size"]
+    if said not in (-1, vocab_size):
         say(f"{folder}: params.json says vocab_size {said}, the tensors {vocab_size}; the tensors count")
     factor = float(params.get("rope_scaling_factor", 32 if tied else 8)) if params.get("use_scaled_rope") else None
     return Llama(
-        num_shards=count,
-        dtype=query.dtype,
-        dim=dim,
-        num_layers=num_layers,
-        num_heads=params["n_heads"],
-        num_kv_heads=params["n_kv_heads"],
-        ffn_dim=ffn_dim,
-        vocab_size=vocab_size,
-        norm_eps=params["norm_eps"],
-        rope_theta=float(params["rope_theta"]),
-        rope_factor=factor,
-        embedding_axis=axis,
-        kv_copies=copies,
-        tied=tied,
-    )
+        num_shards=count, dtype=query.dtype, dim=dim, num_layers=num_layers,
+        num_heads=params["n_heads"], num_kv_heads=params["n_kv_heads"], ffn_dim=ffn_dim, vocab_size=vocab_size,
+        norm_eps=params["norm_eps"], rope_theta=float(params["rope_theta"]), rope_factor=factor,
+        embedding_axis=axis, kv_copies=copies, tied=tied,
+    )  # fmt: skip
 
 
 def check_tensors(llama, shards, folder):
@@ -303,7 +284,7 @@ def check_copies(llama, shards, folder):
 
 
 def check_values(tensors, dtype=None):
-    """Read all of `tensors`: checksums hold, every value is finite, and has a place in `dtype` where one is given.
+    """Refuse tensors whose checksums are wrong, or whose values are not finite, in `dtype` where one is given.
 
     So nothing is written of damaged weights, for the price of reading them twice.
     """
@@ -338,31 +319,22 @@ def ffn_size(dim, multiple_of, multiplier=None):
     return multiple_of * -(-hidden // multiple_of)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing the model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Writing the model -----------------------------------------------------------------------------------------------
 
 
-def permute(rows, head_dim):
-    """Reorder whole heads of wq or wk, (heads * head_dim, dim), from adjacent rotary pairs to halves.
+def permute(rows, head_dim, back=False):
+    """Reorder whole heads of wq or wk, (heads * head_dim, dim), from adjacent rotary pairs to halves, or back.
 
     Meta rotates rows 2i and 2i + 1 of a head together, transformers rows i and i + head_dim / 2: rows 0 1 2 3 of a
     head of 4 come in the order 0 2 1 3.
     """
-    heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
-    return heads.swapaxes(1, 2).reshape(rows.shape)
-
-
-def unpermute(rows, head_dim):
-    """The inverse of `permute`."""
-    heads = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    pairs = (2, head_dim // 2) if back else (head_dim // 2, 2)
+    heads = rows.reshape(-1, *pairs, rows.shape[-1])
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
 def joined(parts, axis, multiple=1):
     """The rows of a tensor in blocks: part after part (COLUMNS), parts side by side (ROWS), or the first (WHOLE)."""
-    import numpy as np
-
     if axis == ROWS and len(parts) > 1:
         shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
         for start, stop in weights.row_blocks(shape, parts[0].dtype):
@@ -383,89 +355,57 @@ def cast(block, old, new, where):
     return bits
 
 
-def model_plan(llama, shards, dtype=None):
-    """{name in transformers: (dtype, shape)} of what is written; a tied output layer is the embedding."""
-    return {
-        name: (dtype or shards[0][raw].dtype, shape)
-        for raw, (name, _, shape) in llama.tensors().items()
-        if raw in shards[0] and not (raw == "output.weight" and llama.tied)
-    }
-
-
-def converted_blocks(llama, shards, plan):
-    """(name in transformers, its next rows), tensor after tensor."""
-    for raw, (name, axis, _) in llama.tensors().items():
-        if name not in plan:
-            continue
+def converted_blocks(llama, table, shards, dtype=None):
+    """(name in transformers, its next rows), tensor after tensor of `table`, which is a part of `llama.tensors()`."""
+    for raw, (name, axis, _) in table.items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
         parts = [shard[raw] for shard in shards[:: llama.copies_of(raw)]]
-        old, new = parts[0].dtype, plan[name][0]
+        old, new = parts[0].dtype, dtype or parts[0].dtype
         for block in joined(parts, axis, llama.head_dim if is_rotated else 1):
             block = permute(block, llama.head_dim) if is_rotated else block
             yield name, block if old == new else cast(block, old, new, raw)
 
 
-def write_converted(llama, shards, folder, plan, max_shard_size):
-    """Stream all tensors into safetensors in `folder`; they have been through `check_values`."""
-    meter = weights.Meter("weights", weights.plan_size(plan))
-    with weights.WeightWriter(folder, plan, max_shard_size) as writer, meter:
-        for name, block in weights.ahead(converted_blocks(llama, shards, plan)):
-            writer.append(name, block)
+def write_blocks(blocks, writer, size, sums=None):
+    """Let a BlockWriter take (key, block) after block, `size` bytes; `sums`, {key: 0}, collects the CRC-32 of each."""
+    with writer, weights.Meter("weights", size) as meter:
+        for key, block in weights.ahead(blocks):
+            writer.append(key, block)
+            if sums is not None:
+                sums[key] = zlib.crc32(block, sums[key])
             meter.add(block.nbytes)
-    weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
-    written = weights.open_weights(folder)
-    assert {name: (tensor.dtype, tensor.shape) for name, tensor in written.items()} == plan
 
 
-def context_length(llama):
-    """(tokens, why): what the model was trained on, which no file of Meta's says."""
+def context_length(llama, chosen=None):
+    """(tokens, why): `chosen`, or what the model was trained on, which no file of Meta's says."""
+    if chosen:
+        return chosen, "as --context says"
+    known = {5e5: (8192, "Llama 3, by rope_theta 500000"), 1e6: (16384, "Code Llama, by rope_theta 1000000")}
+    older = (4096, "Llama 2, by bfloat16") if llama.dtype == "bfloat16" else (2048, f"LLaMA 1, by {llama.dtype}")
+    tokens, reason = known.get(llama.rope_theta, older)
     if llama.rope_factor:
-        return 131072, "Llama 3.1 and 3.2, by use_scaled_rope"
-    known = {500000.0: (8192, "Llama 3"), 1000000.0: (16384, "Code Llama")}
-    if llama.rope_theta in known:
-        tokens, family = known[llama.rope_theta]
-        return tokens, f"{family}, by rope_theta {llama.rope_theta:.0f}"
-    return (4096, "Llama 2, by bfloat16") if llama.dtype == "bfloat16" else (2048, f"LLaMA 1, by {llama.dtype}")
+        tokens, reason = 131072, "Llama 3.1 and 3.2, by use_scaled_rope"
+    return tokens, f"{reason}; no file says it, --context sets it"
 
 
 def model_config(llama, dtype, context, special):
     """config.json, in the words of transformers 4, which 5 reads too. `special`: {bos_token_id: ..., ...}."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": llama.rope_factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": LLAMA3_CONTEXT,
-    }
+    scaling = {"rope_type": "llama3", "factor": llama.rope_factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": LLAMA3_CONTEXT}  # fmt: skip
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama.vocab_size,
-        "hidden_size": llama.dim,
-        "intermediate_size": llama.ffn_dim,
-        "num_hidden_layers": llama.num_layers,
-        "num_attention_heads": llama.num_heads,
-        "num_key_value_heads": llama.num_kv_heads,
-        "head_dim": llama.head_dim,
-        "hidden_act": "silu",
-        "rms_norm_eps": llama.norm_eps,
-        "rope_theta": llama.rope_theta,
-        "rope_scaling": scaling if llama.rope_factor else None,
-        "max_position_embeddings": context,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-        "tie_word_embeddings": llama.tied,
-        "use_cache": True,
-        **special,
-        "torch_dtype": dtype,
-    }
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "vocab_size": llama.vocab_size, "hidden_size": llama.dim, "intermediate_size": llama.ffn_dim,
+        "num_hidden_layers": llama.num_layers, "num_attention_heads": llama.num_heads,
+        "num_key_value_heads": llama.num_kv_heads, "head_dim": llama.head_dim,
+        "hidden_act": "silu", "rms_norm_eps": llama.norm_eps,
+        "rope_theta": llama.rope_theta, "rope_scaling": scaling if llama.rope_factor else None,
+        "max_position_embeddings": context, "attention_bias": False, "attention_dropout": 0.0, "mlp_bias": False,
+        "initializer_range": 0.02, "tie_word_embeddings": llama.tied, "use_cache": True,
+        **special, "torch_dtype": dtype,
+    }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def find_tokenizer(folder, chosen=None):
@@ -512,11 +452,9 @@ def build_from_tiktoken(ranks, special):
     tokens is a merge, in the order of ranks, and a piece of text that is a token is taken whole (ignore_merges).
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # GPT-2's alphabet: a printable character for every byte.
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (byte for byte in range(256) if byte not in plain)
-    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    letters = bytes_to_unicode()  # GPT-2's alphabet: a printable character for every byte
     text = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
@@ -524,19 +462,13 @@ def build_from_tiktoken(ranks, special):
         merges += [(text[left], text[right]) for left, right in sorted(cuts, key=lambda cut: [ranks[c] for c in cut])]
     vocab = {text[token]: rank for token, rank in ranks.items()}
     built = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    cut = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    to_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    built.pre_tokenizer = pre_tokenizers.Sequence([cut, to_letters])
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    built.post_processor = processors.TemplateProcessing(
-        single=[special[0], "$A"],
-        pair=[special[0], "$A", f"{special[0]}:1", "$B:1"],
-        special_tokens=[(special[0], len(ranks))],
-    )
+    begin, pair = special[0], [special[0], "$A", f"{special[0]}:1", "$B:1"]
+    built.post_processor = processors.TemplateProcessing([begin, "$A"], pair, [(begin, len(ranks))])
     return built
 
 
@@ -567,9 +499,8 @@ def read_tokenizer(path, llama, chosen=False):
             raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
-        advice = "give the right one with --tokenizer FILE, or none"
-        if size < llama.vocab_size:
-            advice = f"if it is the right one, name it: --tokenizer {path}"
+        named = f"if it is the right one, name it: --tokenizer {path}"
+        advice = named if size < llama.vocab_size else "give the right one with --tokenizer FILE, or none"
         what = f"{path}: {kind} with {size:,} tokens, but the embedding has {llama.vocab_size:,} rows"
         raise UserError(f"{what}; it is of another model; {advice}")
     return kind, built, names
@@ -585,26 +516,23 @@ def write_tokenizer(folder, path, kind, built, names, context):
     utils.jdump({**settings, **names, "model_max_length": context}, folder / "tokenizer_config.json", indent=2)
     # A tiktoken file under the name tokenizer.model would be taken for one of SentencePiece.
     shutil.copyfile(path, folder / ("tokenizer.model" if kind == "SentencePiece" else "tokenizer.tiktoken"))
+    ids = built.get_vocab()
     tokens = {key: names.get(f"{key}_token") for key in ("bos", "eos")}
-    special = {f"{key}_token_id": built.token_to_id(token) for key, token in tokens.items() if token}
-    ends = [built.token_to_id(token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
-    ends = [number for number in ends if number is not None]
+    special = {f"{key}_token_id": ids[token] for key, token in tokens.items() if token}
+    ends = [ids[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>") if token in ids]
     return special, {**special, "eos_token_id": ends} if ends else special
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --verify: an independent forward pass on the raw shards. It shares no code with the converter: torch's own reader,
-# rotary on adjacent pairs as in the papers, every shard on its own with its partial sums added up.
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Verifying: a forward pass on the raw shards that shares no code with the converter ------------------------------
 
 
 def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     """Logits, (len(ids), vocabulary), of raw shards, computed one matrix at a time in float64.
 
     LLaMA (Touvron et al. 2023, section 2.2), RoFormer (Su et al. 2021, section 3.4.2), grouped queries (Ainslie et
-    al. 2023), and the stretched frequencies of Llama 3.1. `dtype` rounds the weights first, as --dtype does.
+    al. 2023), and the stretched frequencies of Llama 3.1, with rotary on adjacent pairs as in the papers, and every
+    shard on its own, its partial sums added up. `dtype` rounds the weights first, as --dtype does.
     """
-    import numpy as np
     import torch
 
     shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
@@ -636,25 +564,22 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     else:  # Llama 3: each shard has rows of its own
         x = np.stack([weight(shards[i // rows], "tok_embeddings.weight", i % rows) for i in ids])
     future = np.triu(np.full((count, count), -np.inf), 1)
-    layer = 0
-    while f"layers.{layer}.ffn_norm.weight" in shards[0]:
+    for layer in range(sum(name.endswith("ffn_norm.weight") for name in shards[0])):
         at, y = f"layers.{layer}.attention", normed(x, f"layers.{layer}.attention_norm.weight")
         for shard in shards:
             q, k, v = ((y @ weight(shard, f"{at}.w{c}.weight").T).reshape(count, -1, size) for c in "qkv")
             q, k = rotated(q), rotated(k)
-            heads = []
-            for i in range(q.shape[1]):
-                j = i // (q.shape[1] // k.shape[1])
-                scores = q[:, i] @ k[:, j].T / np.sqrt(size) + future
-                scores = np.exp(scores - scores.max(-1, keepdims=True))
-                heads.append(scores / scores.sum(-1, keepdims=True) @ v[:, j])
-            x = x + np.concatenate(heads, -1) @ weight(shard, f"{at}.wo.weight").T
+            group = q.shape[1] // k.shape[1]  # heads that share keys and values
+            scores = np.einsum("ihc,jhc->hij", q, np.repeat(k, group, axis=1)) / np.sqrt(size) + future
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+            heads = np.einsum("hij,jhc->ihc", scores, np.repeat(v, group, axis=1))
+            x = x + heads.reshape(count, -1) @ weight(shard, f"{at}.wo.weight").T
         ffn, y = f"layers.{layer}.feed_forward", normed(x, f"layers.{layer}.ffn_norm.weight")
         for shard in shards:
             gate = y @ weight(shard, f"{ffn}.w1.weight").T
             gated = gate / (1 + np.exp(-gate)) * (y @ weight(shard, f"{ffn}.w3.weight").T)
             x = x + gated @ weight(shard, f"{ffn}.w2.weight").T
-        layer += 1
     x = normed(x, "norm.weight")
     output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
     return np.concatenate([x @ weight(shard, output).T for shard in shards], -1)
@@ -671,10 +596,8 @@ def model_logits(folder, ids):
     with init_empty_weights():  # tables such as the rotary one are computed, weights are not there
         model = transformers.LlamaForCausalLM(config)
     model.eval()
-    places = {}
-    for path in utils.weight_files(folder):
-        file = safe_open(path, framework="pt")
-        places |= dict.fromkeys(file.keys(), file)
+    files = [safe_open(path, framework="pt") for path in utils.weight_files(folder)]
+    places = {name: file for file in files for name in file.keys()}
 
     def fill(module, name):
         name = "model.embed_tokens" if name == "lm_head" and config.tie_word_embeddings else name
@@ -691,8 +614,6 @@ def model_logits(folder, ids):
 
 def verify(folder, paths, params, llama, dtype=None):
     """Compare both forward passes. Raises UserError where they differ by more than VERIFY_TOLERANCE."""
-    import numpy as np
-
     largest = max(llama.vocab_size, llama.ffn_dim) * llama.dim
     say(f"verify: needs about {0.7 + 16 * largest / 1e9:.1f} GB of memory")
     ids = [(i * 7919 + 11) % llama.vocab_size for i in range(VERIFY_TOKENS)]
@@ -700,14 +621,12 @@ def verify(folder, paths, params, llama, dtype=None):
     difference = np.abs(model_logits(folder, ids) - wanted).max() / np.abs(wanted).max()
     found = f"verify: logits differ from those of the raw shards by {difference:.1e} of the largest"
     if not difference <= VERIFY_TOLERANCE:  # NaN is refused too
-        advice = "this is a fault of the converter, please report it"
-        raise UserError(f"{found}, more than {VERIFY_TOLERANCE:.0e}; {advice}")
+        found += f", more than {VERIFY_TOLERANCE:.0e}"
+        raise UserError(f"{found}; this is a fault of the converter, please report it")
     say(f"{found}, {len(ids)} tokens")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# --reverse: from a Hugging Face folder to Meta's layout
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The way back: from a Hugging Face folder to Meta's layout -------------------------------------------------------
 
 
 def make_raw_shard(path, plan):
@@ -734,27 +653,21 @@ def add_checksums(path, sums):
 def read_llama(folder, num_shards):
     """The Llama of a transformers folder, to be split into `num_shards`. Raises UserError for another model."""
     path = folder / "config.json"
+    config = utils.read_json(path, hint="; --reverse takes a model folder of transformers")
     try:
-        config = json.loads(utils.read_text(path, "; --reverse takes a model folder of transformers"))
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         heads, dim = config["num_attention_heads"], config["hidden_size"]
         scaled = rope.get("rope_type", rope.get("type", "default"))
         llama = Llama(
-            num_shards=num_shards,
-            dtype=config.get("dtype") or config.get("torch_dtype"),
-            dim=dim,
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            ffn_dim=config["intermediate_size"],
-            vocab_size=config["vocab_size"],
-            norm_eps=config["rms_norm_eps"],
+            num_shards=num_shards, dtype=config.get("dtype") or config.get("torch_dtype"), dim=dim,
+            num_layers=config["num_hidden_layers"], num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads, ffn_dim=config["intermediate_size"],
+            vocab_size=config["vocab_size"], norm_eps=config["rms_norm_eps"],
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000),
             rope_factor=float(rope["factor"]) if scaled == "llama3" else None,
             embedding_axis=COLUMNS if (folder / "tokenizer.tiktoken").is_file() else ROWS,
-            kv_copies=1,
-            tied=bool(config.get("tie_word_embeddings")),
-        )
+            kv_copies=1, tied=bool(config.get("tie_word_embeddings")),
+        )  # fmt: skip
         odd = {
             "model_type": config["model_type"] != "llama",
             "rope_scaling": scaled not in ("default", "llama3"),
@@ -762,7 +675,7 @@ def read_llama(folder, num_shards):
             "mlp_bias": bool(config.get("mlp_bias")),
             "head_dim": (config.get("head_dim") or llama.head_dim) != llama.head_dim,
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not the config of a LLaMA ({utils.first_line(error)})") from None
     if any(odd.values()):
         raise UserError(f"{path}: its {next(key for key in odd if odd[key])} is nothing that Meta's format can say")
@@ -780,11 +693,7 @@ def find_sources(folder, llama):
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
     if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
-    problems = {name: "missing" for name in wanted if name not in sources}
-    problems |= {name: "not of a LLaMA" for name in sources if name not in wanted}
-    if problems:
-        name = min(problems)
-        raise UserError(f"{folder}: tensor {name} is {problems[name]}")
+    check_names(folder, sources, wanted)
     for name, shape in wanted.items():
         if sources[name].shape != shape:
             raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
@@ -792,9 +701,7 @@ def find_sources(folder, llama):
 
 
 def raw_blocks(llama, sources, plan):
-    """(number of a shard, Meta's name, its next rows), tensor after tensor; rope.freqs is computed anew."""
-    import numpy as np
-
+    """((number of a shard, Meta's name), its next rows), tensor after tensor; rope.freqs is computed anew."""
     count = llama.num_shards
     for raw, (name, axis, shape) in llama.tensors().items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
@@ -802,51 +709,47 @@ def raw_blocks(llama, sources, plan):
         for first in range(0, shape[0], share):
             for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
                 block = sources[name].read(first + start, first + stop)
-                block = unpermute(block, llama.head_dim) if is_rotated else block
-                if axis == COLUMNS:
-                    yield first // share, raw, np.ascontiguousarray(block)
-                    continue
-                pieces = np.split(block, count, axis=1) if axis == ROWS else [block] * count
-                for i, piece in enumerate(pieces):
-                    yield i, raw, np.ascontiguousarray(piece)
-    table = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
-    bits = table.astype(np.float32).view(np.uint32)
+                block = permute(block, llama.head_dim, back=True) if is_rotated else block
+                pieces = [block] if axis == COLUMNS else [block] * count
+                if axis == ROWS:
+                    pieces = np.split(block, count, axis=1)
+                for i, piece in enumerate(pieces, first // share):
+                    yield (i, raw), np.ascontiguousarray(piece)
+    frequencies = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
+    bits = frequencies.astype(np.float32).view(np.uint32)
     for i in range(count):
-        yield i, "rope.freqs", cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
+        yield (i, "rope.freqs"), cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
 
 
-def reverse(input_dir, output_dir, num_shards, overwrite):
+def reverse(args):
     """Write Meta's layout from a model folder of transformers; see `main`."""
-    folder = weights.find_model(input_dir, option="--input_dir")
-    llama = read_llama(folder, num_shards)
+    folder, count = weights.find_model(args.input_dir, option="--input_dir"), args.num_shards or 1
+    llama = read_llama(folder, count)
     sources = find_sources(folder, llama)
     plan = {
-        raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, num_shards))
+        raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, count))
         for raw, (name, axis, shape) in llama.tensors().items()
     }
-    kind = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
-    plan["rope.freqs"] = (kind, (llama.head_dim // 2,))
-    names = [f"consolidated.{i:02}.pth" for i in range(num_shards)]
-    size = weights.plan_size(plan) * num_shards
-    with weights.new_folder(output_dir, size + 2**22, [folder], overwrite, names) as target:
+    dtype = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
+    plan["rope.freqs"] = (dtype, (llama.head_dim // 2,))
+    names = [f"consolidated.{i:02}.pth" for i in range(count)]
+    size = weights.plan_size(plan) * count
+    with weights.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
         check_values(list(sources.values()))
-        shards = [make_raw_shard(target / name, plan) for name in names]
-        places = {(i, raw): place for i, shard in enumerate(shards) for raw, place in shard.items()}
-        sums = [dict.fromkeys(plan, 0) for _ in names]
-        with weights.BlockWriter(places) as writer, weights.Meter("weights", size) as meter:
-            for i, raw, block in weights.ahead(raw_blocks(llama, sources, plan)):
-                writer.append((i, raw), block)
-                sums[i][raw] = zlib.crc32(block, sums[i][raw])
-                meter.add(block.nbytes)
-        for name, sums_of_shard in zip(names, sums, strict=True):
-            add_checksums(target / name, sums_of_shard)
+        places = {}
+        for i, name in enumerate(names):
+            places |= {(i, raw): place for raw, place in make_raw_shard(target / name, plan).items()}
+        sums = dict.fromkeys(places, 0)
+        write_blocks(raw_blocks(llama, sources, plan), weights.BlockWriter(places), size, sums)
+        for i, name in enumerate(names):
+            add_checksums(target / name, {raw: sums[i, raw] for raw in plan})
         weights.check_unchanged(sources.values())
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
         for name in ("tokenizer.model", "tokenizer.tiktoken"):
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, target / "tokenizer.model")
-    kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {num_shards} shard{'s' * (num_shards > 1)}"
-    say(f"{output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
+    kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {count} shard{'s' * (count > 1)}"
+    say(f"{args.output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
 
 
 def raw_params(llama):
@@ -856,13 +759,9 @@ def raw_params(llama):
     rules += [(2**i, None) for i in range(7, -1, -1)] + [(1, exact)]
     multiple_of, multiplier = next(rule for rule in rules if ffn_size(llama.dim, *rule) == llama.ffn_dim)
     params = {
-        "dim": llama.dim,
-        "multiple_of": multiple_of,
-        "n_heads": llama.num_heads,
-        "n_layers": llama.num_layers,
-        "norm_eps": llama.norm_eps,
-        "vocab_size": llama.vocab_size,
-    }
+        "dim": llama.dim, "multiple_of": multiple_of, "n_heads": llama.num_heads, "n_layers": llama.num_layers,
+        "norm_eps": llama.norm_eps, "vocab_size": llama.vocab_size,
+    }  # fmt: skip
     if multiplier:
         params["ffn_dim_multiplier"] = multiplier
     if llama.num_kv_heads != llama.num_heads:
@@ -874,9 +773,7 @@ def raw_params(llama):
     return params
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The story
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The story -------------------------------------------------------------------------------------------------------
 
 
 def convert(args):
@@ -886,39 +783,40 @@ def convert(args):
     shards = open_shards(paths)
     llama = describe(shards, params, folder)
     check_tensors(llama, shards, folder)
-    if args.rope_factor and llama.rope_factor:
-        llama.rope_factor = args.rope_factor
     tokenizer = find_tokenizer(folder, args.tokenizer)
-    plan, dtype = model_plan(llama, shards, args.dtype), args.dtype or llama.dtype
-    size = weights.plan_size(plan)
+    table = {raw: entry for raw, entry in llama.tensors().items() if raw in shards[0]}
+    if llama.tied:
+        table.pop("output.weight", None)  # it is the embedding
+    plan = {name: (args.dtype or shards[0][raw].dtype, shape) for raw, (name, _, shape) in table.items()}
+    size, dtype = weights.plan_size(plan), args.dtype or llama.dtype
     count = sum(math.prod(shape) for _, shape in plan.values())
-    say(
-        f"{folder}: {len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}; "
-        f"{llama.num_layers} layers, {llama.num_heads} heads ({llama.num_kv_heads} key-value), width {llama.dim}, "
-        f"feed-forward {llama.ffn_dim}, vocabulary {llama.vocab_size:,}{', tied embeddings' * llama.tied}"
-    )
+    what = f"{len(paths)} shard{'s' * (len(paths) > 1)}, {count:,} parameters in {llama.dtype}"
+    sizes = f"{llama.num_layers} layers, {llama.num_heads} heads ({llama.num_kv_heads} key-value), width {llama.dim}"
+    sizes += f", feed-forward {llama.ffn_dim}, vocabulary {llama.vocab_size:,}"
+    say(f"{folder}: {what}; {sizes}{', tied embeddings' * llama.tied}")
     if args.dtype and args.dtype != llama.dtype:
         say(f"dtype: {llama.dtype} -> {args.dtype}, as --dtype says; the result is no longer bit for bit the source")
-    context, reason = context_length(llama)
-    reason = f"{reason}; no file says it, --context sets it"
-    if args.context:
-        context, reason = args.context, "as --context says"
+    context, reason = context_length(llama, args.context)
     say(f"context length: {context:,} tokens ({reason})")
     if llama.rope_factor:
         origin = "as params.json says" if "rope_scaling_factor" in params else "8 in Llama 3.1, 32 in the tied 3.2"
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
+        llama.rope_factor = args.rope_factor or llama.rope_factor
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
     with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
-        written = [raw for raw, (name, *_) in llama.tensors().items() if name in plan]
-        check_values([shard[raw] for raw in written for shard in shards], args.dtype)
+        check_values([shard[raw] for raw in table for shard in shards], args.dtype)
         check_copies(llama, shards, folder)
         if loaded:
             special, generation = write_tokenizer(target, tokenizer, *loaded, context)
             say(f"tokenizer: {loaded[0]}, {loaded[1].get_vocab_size():,} tokens, from {tokenizer}")
-        write_converted(llama, shards, target, plan, args.max_shard_size)
+        writer = weights.WeightWriter(target, plan, args.max_shard_size)
+        write_blocks(converted_blocks(llama, table, shards, args.dtype), writer, size)
+        weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
+        stored = weights.open_weights(target)
+        assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == plan
         utils.jdump(generation or special, target / "generation_config.json", indent=2)
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
@@ -926,10 +824,9 @@ def convert(args):
     dropped = [f"{name}, computed anew" for name in shards[0] if ROTARY.search(name)]
     dropped += ["output.weight, tied"] if llama.tied and "output.weight" in shards[0] else []
     reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
-    say(
-        f"{args.output_dir}: {len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each "
-        f"shard; {size / 1e9:.2f} GB of {dtype} in {len(weights.split_plan(plan, args.max_shard_size))} files"
-    )
+    counts = f"{len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each shard"
+    num_files = len(weights.split_plan(plan, args.max_shard_size))
+    say(f"{args.output_dir}: {counts}; {size / 1e9:.2f} GB of {dtype} in {num_files} files")
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 
 
@@ -943,15 +840,13 @@ def parse_size(text):
 
 def parse_arguments(words):
     parser = argparse.ArgumentParser(
-        description="Turn raw LLaMA weights into a Hugging Face model folder, bit for bit, or back again.",
-        epilog="example: python convert_llama_weights.py --input_dir DIR --model_size 7B --output_dir OUT",
-        allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add, dtypes = parser.add_argument, ("float16", "bfloat16", "float32")
+    add = parser.add_argument
     add("--input_dir", required=True, help="folder of the raw weights, or a name on the hub")
     add("--model_size", help="subfolder of --input_dir, such as 7B; needed where there are several")
     add("--output_dir", required=True, help="folder to write; must not exist, or be empty")
-    add("--dtype", choices=dtypes, help="cast the weights (default: keep them bit for bit)")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="cast the weights (default: keep them bit for bit)")
     add("--max_shard_size", type=parse_size, default=weights.SHARD_SIZE, help="default: 5GB")
     add("--context", type=int, help="context length in tokens; printed with its reason when left out")
     add("--rope_factor", type=float, help="stretch of the rotary tables of Llama 3.1 and 3.2")
@@ -969,17 +864,15 @@ def parse_arguments(words):
     for name in ("context", "rope_factor", "num_shards"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    if args.num_shards and not args.reverse:
+        say("--num_shards has a meaning with --reverse only: shards that are there are counted")
     return args
 
 
 def main(words=None):
     args = parse_arguments(sys.argv[1:] if words is None else words)
-    if args.reverse:
-        reverse(args.input_dir, args.output_dir, args.num_shards or 1, args.overwrite)
-    else:
-        if args.num_shards:
-            say("--num_shards has a meaning with --reverse only: shards that are there are counted")
-        convert(args)
+    run = reverse if args.reverse else convert
+    run(args)
 
 
 if __name__ == "__main__":

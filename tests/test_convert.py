@@ -308,8 +308,9 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     assert refusal(head_dim=32) == f"{at}: its head_dim is nothing that Meta's format can say"
     assert refusal(rope_scaling={"rope_type": "yarn", "factor": 2.0}).endswith("its rope_scaling is nothing that "
                                                                                "Meta's format can say")  # fmt: skip
-    assert refusal(num_hidden_layers=3) == f"{folder}: tensor model.layers.2.input_layernorm.weight is missing"
-    assert refusal(num_hidden_layers=1).endswith("tensor model.layers.1.input_layernorm.weight is not of a LLaMA")
+    whole, name = "(9 such); a model is converted whole or not at all", "input_layernorm.weight"
+    assert refusal(num_hidden_layers=3) == f"{folder}: tensor model.layers.2.{name} is missing {whole}"
+    assert refusal(num_hidden_layers=1) == f"{folder}: tensor model.layers.1.{name} is not of a LLaMA {whole}"
     assert refusal(intermediate_size=176).endswith(
         "tensor model.layers.0.mlp.gate_proj.weight is [172, 64], by config.json [176, 64]"
     )

@@ -465,11 +465,10 @@ def test_heads_without_the_rotary_table(source, tmp_path, capsys):
 def test_params_that_are_no_params(source):
     path = source / "params.json"
     good = json.loads(path.read_text())
-    again = "download the file again"
+    again, there = "download the file again", "Meta has it beside the shards, download it from there"
     for text, message in {
-        "<!DOCTYPE html>": f"{path}: not JSON, perhaps a web page saved in its place; download it again",
-        "[" * 100000: f"{path}: not JSON, perhaps a web page saved in its place; download it again",
-        "[1]": f"{path}: holds a list, expected an object with n_heads and norm_eps",
+        "<!DOCTYPE html>": f"{path}:1: not valid JSON, Expecting value at column 1; {there}",
+        "[1]": f"{path}: holds a list, expected a JSON object; {there}",
         "{}": f"{path}: n_heads is missing, and the tensors do not tell it; {again}",
         json.dumps({"n_heads": 4}): f"{path}: norm_eps is missing, and the tensors do not tell it; {again}",
         json.dumps(good | {"n_layers": "32"}): f'{path}: n_layers is "32", expected a number above 0; {again}',
@@ -484,9 +483,10 @@ def test_params_that_are_no_params(source):
     path.write_bytes(b"\xff")
     assert refusal(source).startswith(f"{path}:1: byte 0xff at offset 0 is not UTF-8")
     path.unlink()
-    assert refusal(source) == (
-        f"{path}: No such file or directory; it lies beside the shards on Meta's side too, download it"
-    )
+    assert refusal(source) == f"{path}: No such file or directory; {there}"
+    path.write_text("[" * 100000)
+    message = refusal(source)
+    assert message.startswith(f"{path}:1: not valid JSON, maximum recursion depth") and message.endswith(f"; {there}")
     path.write_text(json.dumps({"model": good}))
     run(source, source.parent / "wrapped")
 
