@@ -56,6 +56,7 @@ print(json.dumps(tokenizer(json.load(open(sys.argv[2], encoding="utf-8")), add_s
 def make_raw(folder, size, num_shards):
     """Write raw shards of random float16 numbers, streamed; returns their bytes."""
     import numpy as np
+    import torch
 
     import convert_llama_weights as convert
 
@@ -78,7 +79,7 @@ def make_raw(folder, size, num_shards):
                 left = math.prod(shape)
                 while left:
                     block = source[:left]
-                    writer.append(name, block)
+                    writer.append(name, torch.from_numpy(block))
                     sums[name] = zlib.crc32(block, sums[name])
                     left -= len(block)
         convert.add_checksums(path, sums)
