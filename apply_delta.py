@@ -24,7 +24,7 @@ import torch
 import utils
 import weights
 from utils import UserError, say
-from weights import StoredTensor, row_blocks
+from weights import DTYPES, StoredTensor, row_blocks
 
 ALPACA_SUM = 50637.1836  # of all numbers of Stanford Alpaca 7B; from its weight_diff.py
 NEW_ROWS = {"float16": "zero", "float32": "mean"}  # for new rows, by dtype of the delta: FastChat's, Stanford Alpaca's
@@ -151,7 +151,7 @@ class Fingerprint:
     def add(self, name, rows):
         """The next rows of a tensor."""
         entry = self.tensors.setdefault(name, [hashlib.sha256(), str(rows.dtype)[6:], 0, list(rows.shape[1:])])
-        entry[0].update(weights.as_bytes(rows))
+        entry[0].update(array(rows))
         entry[2] += len(rows)
 
     def shapes(self):
@@ -172,12 +172,17 @@ def read_tensor(tensor, start=0, stop=None, dtype=None, fill=None):
     """Rows of a StoredTensor, cast to `dtype`; those beyond its last are `fill`, a row that broadcasts."""
     rows = len(tensor)
     stop = rows if stop is None else stop
-    block = tensor.read(min(start, rows), min(stop, rows))
+    block = torch.from_numpy(tensor.read(min(start, rows), min(stop, rows))).view(getattr(torch, tensor.dtype))
     block = block if dtype is None else block.to(dtype)
     missing = stop - max(start, rows)
     if missing <= 0:
         return block
     return torch.cat([block, fill.to(block.dtype).expand(missing, *block.shape[1:])])
+
+
+def array(rows):
+    """The bits of a contiguous tensor as a numpy array, without a copy."""
+    return rows.contiguous().view(torch.uint8).numpy()
 
 
 def mean_row(tensor):
@@ -258,7 +263,7 @@ def check_rows(rows, part, start, stop):
         sources.append((part.change, start, stop))
     for tensor, first, last in sources:
         block = tensor.read(min(first, len(tensor)), min(last, len(tensor)))
-        weights.check_finite(block, f"{tensor.file.path}: tensor {tensor.name}")
+        weights.check_finite(block, tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
     wider = "float32 or bfloat16" if part.dtype == "float16" else "float32"
     raise UserError(f"tensor {part.name}: the result is too large for {part.dtype}; give --dtype {wider}")
 
@@ -306,7 +311,7 @@ def open_model(path):
 
 def is_float(dtype):
     """Whether a dtype, by its name, is one of floating-point numbers."""
-    return getattr(torch, dtype).is_floating_point
+    return DTYPES[dtype][2] != 0
 
 
 def dtypes_of(tensors):
@@ -578,7 +583,7 @@ def write_weights(folder, parts, rows_of, what, sources):
         with weights.Meter(what, weights.plan_size(plan)) as meter:
             for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
                 check_rows(rows, part, start, stop)
-                writer.append(part.name, rows)
+                writer.append(part.name, array(rows))
                 meter.add(rows.nbytes)
     weights.check_unchanged(sources)
 
@@ -693,7 +698,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
     rule, words = new_rows_rule(grown, dtype, "zero" if exact else new_rows)
     parts = []
     for name, tensor in target.items():
-        kind = SIGNED[tensor.data.itemsize] if exact else dtype
+        kind = SIGNED[DTYPES[tensor.dtype][1]] if exact else dtype
         parts.append(Part(name, kind, tensor.shape, base[name], tensor, fill_row(rule, base[name], tensor.shape)))
     say(f"delta: {'exact, bit patterns' if exact else dtype}; new rows: {words}")
     of_base, of_result, differing = Fingerprint(), Fingerprint(), [0]

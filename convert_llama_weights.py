@@ -24,7 +24,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import utils
 import weights
@@ -270,7 +269,7 @@ def check_tensors(llama, shards, folder):
         wanted, tensor = llama.shard_shape(raw, axis, shape, len(shards)), shards[0][raw]
         if tensor.shape != wanted:
             raise UserError(f"{folder}: tensor {raw} is {list(tensor.shape)} in each shard, expected {list(wanted)}")
-        if not tensor.data.is_floating_point():
+        if not DTYPES[tensor.dtype][2]:
             raise UserError(f"{folder}: tensor {raw} is {tensor.dtype}; quantized weights are not converted")
 
 
@@ -294,8 +293,9 @@ def check_values(tensors, dtype=None):
         where = f"{tensor.file.path}: tensor {tensor.name}"
         for start, stop in weights.row_blocks(tensor.shape, tensor.dtype):
             block = tensor.read(start, stop)
-            weights.check_finite(block, where)
-            cast(block, dtype or tensor.dtype, where)
+            weights.check_finite(block, tensor.dtype, where)
+            if dtype and dtype != tensor.dtype:
+                cast(block, tensor.dtype, dtype, where)
         return tensor.nbytes
 
     meter = weights.Meter("check", sum(tensor.nbytes for tensor in tensors))
@@ -306,10 +306,10 @@ def check_values(tensors, dtype=None):
 
 def are_equal(one, other):
     """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
-    if (one.file, one.offset, one.data.stride()) == (other.file, other.offset, other.data.stride()):
+    if (one.file, one.offset, one.bits.strides) == (other.file, other.offset, other.bits.strides):
         return True
     blocks = weights.row_blocks(one.shape, one.dtype)
-    return all(np.array_equal(*(weights.as_bytes(tensor.read(*rows)) for tensor in (one, other))) for rows in blocks)
+    return all((one.read(start, stop) == other.read(start, stop)).all() for start, stop in blocks)
 
 
 def ffn_size(dim, multiple_of, multiplier=None):
@@ -338,19 +338,21 @@ def joined(parts, axis, multiple=1):
     if axis == ROWS and len(parts) > 1:
         shape = (parts[0].shape[0], parts[0].shape[1] * len(parts))
         for start, stop in weights.row_blocks(shape, parts[0].dtype):
-            yield torch.cat([part.read(start, stop) for part in parts], dim=1)
+            yield np.concatenate([part.read(start, stop) for part in parts], axis=1)
         return
     for part in parts[:1] if axis == WHOLE else parts:
         for start, stop in weights.row_blocks(part.shape, part.dtype, multiple):
             yield part.read(start, stop)
 
 
-def cast(block, dtype, where):
-    """A block in a dtype, by name, rounded once. Raises UserError where a value has no place in it."""
-    numbers = block.to(getattr(torch, dtype))
-    if numbers is not block:
-        weights.check_finite(numbers, f"{where}: cast to {dtype} it", "choose another --dtype")
-    return numbers
+def cast(block, old, new, where):
+    """A block's bits in another dtype, rounded once. Raises UserError where a value has no place in it."""
+    import torch
+
+    numbers = torch.from_numpy(block).view(getattr(torch, old)).to(getattr(torch, new))
+    bits = numbers.view(getattr(torch, f"uint{8 * numbers.itemsize}")).numpy()
+    weights.check_finite(bits, new, f"{where}: cast to {new} it", "choose another --dtype")
+    return bits
 
 
 def converted_blocks(llama, table, shards, dtype=None):
@@ -358,9 +360,10 @@ def converted_blocks(llama, table, shards, dtype=None):
     for raw, (name, axis, _) in table.items():
         is_rotated = raw.endswith(("wq.weight", "wk.weight"))
         parts = [shard[raw] for shard in shards[:: llama.copies_of(raw)]]
+        old, new = parts[0].dtype, dtype or parts[0].dtype
         for block in joined(parts, axis, llama.head_dim if is_rotated else 1):
             block = permute(block, llama.head_dim) if is_rotated else block
-            yield name, cast(block, dtype or parts[0].dtype, raw)
+            yield name, block if old == new else cast(block, old, new, raw)
 
 
 def write_blocks(blocks, writer, size, sums=None):
@@ -369,7 +372,7 @@ def write_blocks(blocks, writer, size, sums=None):
         for key, block in weights.ahead(blocks):
             writer.append(key, block)
             if sums is not None:
-                sums[key] = zlib.crc32(weights.as_bytes(block), sums[key])
+                sums[key] = zlib.crc32(block, sums[key])
             meter.add(block.nbytes)
 
 
@@ -530,6 +533,8 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     al. 2023), and the stretched frequencies of Llama 3.1, with rotary on adjacent pairs as in the papers, and every
     shard on its own, its partial sums added up. `dtype` rounds the weights first, as --dtype does.
     """
+    import torch
+
     shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
     shards = [shard.get("model", shard) for shard in shards]
 
@@ -582,6 +587,7 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
 
 def model_logits(folder, ids):
     """Logits, (len(ids), vocabulary), of a model folder by transformers in float32, one matrix in memory at a time."""
+    import torch
     import transformers
     from accelerate import init_empty_weights
     from safetensors import safe_open
@@ -625,6 +631,8 @@ def verify(folder, paths, params, llama, dtype=None):
 
 def make_raw_shard(path, plan):
     """Write a file of torch.save with room for the tensors of a plan. Returns their places: {name: (path, first, end)}."""
+    import torch
+
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
     with torch.serialization.skip_data(), open(path, "xb") as file:  # tensors that are never touched take no memory
         torch.save(tensors, file)
@@ -704,13 +712,13 @@ def raw_blocks(llama, sources, plan):
                 block = permute(block, llama.head_dim, back=True) if is_rotated else block
                 pieces = [block] if axis == COLUMNS else [block] * count
                 if axis == ROWS:
-                    pieces = block.chunk(count, dim=1)
+                    pieces = np.split(block, count, axis=1)
                 for i, piece in enumerate(pieces, first // share):
-                    yield (i, raw), piece.contiguous()
+                    yield (i, raw), np.ascontiguousarray(piece)
     frequencies = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
-    frequencies = torch.from_numpy(frequencies.astype(np.float32))
+    bits = frequencies.astype(np.float32).view(np.uint32)
     for i in range(count):
-        yield (i, "rope.freqs"), cast(frequencies, plan["rope.freqs"][0], "rope.freqs")
+        yield (i, "rope.freqs"), cast(bits, "float32", plan["rope.freqs"][0], "rope.freqs")
 
 
 def reverse(args):

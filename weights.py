@@ -18,55 +18,56 @@ import shutil
 import signal
 import threading
 import time
-import warnings
 import zipfile
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import utils
 from utils import UserError, say
 
 BLOCK, SYNC = 2 * 2**20, 32 * 2**20  # bytes that are read at once; that may wait in the page cache
-DTYPES = {  # names in torch and in safetensors
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
+DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set means infinite or no number)
+    "float64": ("F64", 8, 0x7FF0000000000000), "float32": ("F32", 4, 0x7F800000), "float16": ("F16", 2, 0x7C00),
+    "bfloat16": ("BF16", 2, 0x7F80), "int64": ("I64", 8, 0), "int32": ("I32", 4, 0), "int16": ("I16", 2, 0),
+    "int8": ("I8", 1, 0), "uint8": ("U8", 1, 0), "bool": ("BOOL", 1, 0),
 }  # fmt: skip
 MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 AGAIN = "copy or download it again"
 SAVE_ANEW = "torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')"
 REWRITE = f'rewrite it with python -c "import torch; {SAVE_ANEW}"'
-warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor shall it be
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a WeightFile: `data` is a view of the mapped file, `offset` in bytes from the start of the file."""
+    """A tensor in a WeightFile: `bits` are unsigned integers in the mapped file, `offset` bytes from its start."""
 
     file: "WeightFile"
     name: str
-    data: torch.Tensor
+    dtype: str
     offset: int
+    bits: np.ndarray
 
-    dtype = property(lambda self: str(self.data.dtype)[6:])
-    shape = property(lambda self: tuple(self.data.shape))
-    nbytes = property(lambda self: self.data.nbytes)
+    shape = property(lambda self: self.bits.shape)
+    nbytes = property(lambda self: self.bits.nbytes)
 
     def __len__(self):
         """The rows; a number counts as one."""
-        return self.shape[0] if self.shape else 1
+        return len(np.atleast_1d(self.bits))
 
     def read(self, start=0, stop=None):
-        """A copy of the rows `start` to `stop`, (stop - start, *shape[1:])."""
+        """Rows `start` to `stop` as unsigned integers, (stop - start, *shape[1:]), copied: the tensor's bits.
+
+        `torch.from_numpy(block).view(torch.float16)` sees them as numbers, without another copy.
+        """
         self.file.check_unchanged()  # to read what somebody has cut off a mapped file ends the process
-        rows = torch.atleast_1d(self.data)[start:stop].clone(memory_format=torch.contiguous_format)
-        if stop in (None, len(self)):  # the pages stay in the page cache and leave this process
+        block = np.array(np.atleast_1d(self.bits)[start:stop], order="C")
+        if stop in (None, len(self)) and self.nbytes:  # so that pages of the file do not count as memory of ours
             first = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
             self.file.map.madvise(mmap.MADV_DONTNEED, first, self.offset + self.nbytes - first)
-        return rows
+        return block
 
 
 class WeightFile:
@@ -87,10 +88,17 @@ class WeightFile:
         if not is_zip and not is_safetensors:
             raise UserError(f"{path}: {_kind_of_file(head, self.path)}")
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-        for name, dtype, *place in self._list_zip() if is_zip else self._list_safetensors():
+        for name, dtype, offset, shape, *strides in self._list_zip() if is_zip else self._list_safetensors():
             if dtype not in DTYPES:
-                raise UserError(f"{path}: tensor {name} is {dtype}, which is not supported")
-            self._add(name, getattr(torch, dtype), *place)
+                raise self._error(f"tensor {name} is {dtype}, which is not supported")
+            bits = np.ndarray(shape, f"<u{DTYPES[dtype][1]}", self.map, offset, *strides)
+            self.tensors[name] = StoredTensor(self, name, dtype, offset, bits)
+        self.has_checksums = any(entry.CRC for entry in self.records.values())  # torch can be told to write zeros
+        if is_zip and not self.has_checksums:
+            say(f"{path}: it was written without checksums; damage cannot be noticed")
+
+    def _error(self, what):
+        return UserError(f"{self.path}: {what}")
 
     def current_stamp(self):
         """What changes when somebody writes to the file, or puts another one in its place."""
@@ -98,22 +106,18 @@ class WeightFile:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
     def check_unchanged(self):
+        """Refuse a file that somebody has written to since it was opened."""
         if self.current_stamp() != self.stamp:
-            raise UserError(f"{self.path}: somebody wrote to it while it was read; try again when it is whole")
-
-    def _add(self, name, dtype, offset, shape, strides):
-        strides = [stride * dtype.itemsize for stride in strides]
-        bits = np.ndarray(shape, f"u{dtype.itemsize}", self.map, offset, strides)  # refuses to reach past the file
-        self.tensors[name] = StoredTensor(self, name, torch.from_numpy(bits).view(dtype), offset)
+            raise self._error("somebody wrote to it while it was read; try again when it is whole")
 
     def _list_safetensors(self):
-        """(name, dtype, first byte, shape, strides) of each tensor: https://huggingface.co/docs/safetensors."""
+        """(name, dtype, first byte, shape) of each tensor: https://huggingface.co/docs/safetensors."""
         from safetensors import SafetensorError, safe_open
 
         def unique(pairs):  # safetensors would take the last
             names = sorted(name for name, _ in pairs)
             if twice := [name for name, other in itertools.pairwise(names) if name == other]:
-                raise UserError(f"{self.path}: damaged: {twice[0]} stands twice in its header; {AGAIN}")
+                raise self._error(f"damaged: {twice[0]} stands twice in its header; {AGAIN}")
             return dict(pairs)
 
         try:
@@ -121,49 +125,39 @@ class WeightFile:
                 end = 8 + int.from_bytes(self.map[:8], "little")
         except SafetensorError as error:
             what = utils.first_line(error).removeprefix("Error while deserializing header: ")
-            raise UserError(f"{self.path}: truncated or damaged: {what}; {AGAIN}") from None
-        header = json.loads(self.map[8:end], object_pairs_hook=unique)
-        names = {theirs: dtype for dtype, theirs in DTYPES.items()}
+            raise self._error(f"truncated or damaged: {what}; {AGAIN}") from None
+        header, names = json.loads(self.map[8:end], object_pairs_hook=unique), {DTYPES[key][0]: key for key in DTYPES}
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name != "__metadata__":
-                shape, dtype = entry["shape"], names.get(entry["dtype"], entry["dtype"])
-                strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-                yield name, dtype, end + entry["data_offsets"][0], shape, strides
+            yield name, names.get(entry["dtype"], entry["dtype"]), end + entry["data_offsets"][0], entry["shape"]
 
     def _list_zip(self):
-        """(name, dtype, first byte, shape, strides) of each tensor."""
+        """(name, dtype, first byte, shape, strides in bytes) of each tensor."""
         try:
             self.archive = zipfile.ZipFile(self.file)  # a path it would open itself, and not safely count its threads
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
             what = f"truncated: it has {len(self.map):,} bytes and lacks the table of contents that ends such a file"
-            raise UserError(f"{self.path}: {what}; {AGAIN}") from None
+            raise self._error(f"{what}; {AGAIN}") from None
         for entry in self.archive.infolist():
             start = entry.header_offset + 30  # and the lengths of the name and the extra field, from the local header
             start += int(np.frombuffer(self.map[start - 4 : start], "<u2").sum())
             if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > len(self.map):
-                raise UserError(f"{self.path}: damaged: record {entry.filename}; {AGAIN}")
+                raise self._error(f"damaged: record {entry.filename}; {AGAIN}")
             self.records[start] = entry
         places = {entry.filename.partition("/")[2]: start for start, entry in self.records.items()}
         if "data.pkl" not in places or self.records[places["data.pkl"]].file_size > MAX_PICKLE:
-            raise UserError(f"{self.path}: a zip, but none of torch.save: {REWRITE}")
+            raise self._error(f"a zip, but none of torch.save: {REWRITE}")
         if (at := places.get("byteorder")) and self.map[at : at + 6] != b"little":
-            raise UserError(f"{self.path}: its numbers are big-endian: {REWRITE}")
-        if not self.has_checksums():
-            say(f"{self.path}: it was written without checksums; damage cannot be noticed")
+            raise self._error(f"its numbers are big-endian: {REWRITE}")
         for name, tensor in _load_meta(self.path).items():
-            storage = tensor.untyped_storage()
+            storage, size = tensor.untyped_storage(), tensor.itemsize
             start = getattr(storage, "_checkpoint_offset", None)  # of its data in the file, as torch reckons it
             if start not in self.records:
-                raise UserError(f"{self.path}: tensor {name} has no record where torch looks for it; {REWRITE}")
+                raise self._error(f"tensor {name} has no record where torch looks for it; {REWRITE}")
             if storage.nbytes() > self.records[start].file_size:
-                what = f"tensor {name} {list(tensor.shape)} reaches past its record"
-                raise UserError(f"{self.path}: damaged: {what}; {AGAIN}")
-            offset = start + tensor.storage_offset() * tensor.itemsize
-            yield name, str(tensor.dtype)[6:], offset, tensor.shape, tensor.stride()
-
-    def has_checksums(self):
-        """Whether it is a zip with checksums; torch.serialization.set_crc32_options(False) writes zeros."""
-        return any(entry.CRC for entry in self.records.values())
+                raise self._error(f"damaged: tensor {name} {list(tensor.shape)} reaches past its record; {AGAIN}")
+            offset, strides = start + tensor.storage_offset() * size, [stride * size for stride in tensor.stride()]
+            yield name, str(tensor.dtype)[6:], offset, tensor.shape, strides
 
     def check(self, start, stop):
         """Read a record of a zip, whose CRC-32 zipfile compares; gives up when the event `stop` is set."""
@@ -176,7 +170,7 @@ class WeightFile:
             inside = range(start, start + entry.file_size)
             names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
             what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
-            raise UserError(f"{self.path}: damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
+            raise self._error(f"damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
 
 
 def _kind_of_file(head, path):
@@ -260,7 +254,7 @@ def _open_sharded(folder, index):
 def checksums(tensors):
     """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
     stop = threading.Event()
-    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums()]
+    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         checks = [threads.submit(file.check, start, stop) for file in files for start in file.records]
         try:
@@ -279,7 +273,7 @@ def check_unchanged(tensors):
 
 def plan_size(plan):
     """Bytes of all tensors of a plan {name: (dtype, shape)}."""
-    return sum(math.prod(shape) * getattr(torch, dtype).itemsize for dtype, shape in plan.values())
+    return sum(math.prod(shape) * DTYPES[dtype][1] for dtype, shape in plan.values())
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
@@ -287,15 +281,18 @@ def row_blocks(shape, dtype, multiple=1, block=None):
 
     All blocks but the last have a number of rows that `multiple` divides; a number counts as one row.
     """
-    rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * getattr(torch, dtype).itemsize
+    rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]
     step = max((block or BLOCK) // max(row_bytes, 1) // multiple, 1) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def check_finite(block, where, advice="the weights are damaged"):
-    """Raise UserError, naming `where`, for a block with an infinite value or with what is no number (NaN)."""
-    # Least and largest in one pass, by which NaN is passed on: a tenth of the time of torch.isfinite.
-    if block.numel() and not all(math.isfinite(value) for value in torch.aminmax(block)):
+def check_finite(block, dtype, where, advice="the weights are damaged"):
+    """Raise UserError, naming `where`, for bits that stand for an infinite value or for no number (NaN)."""
+    exponent, size = DTYPES[dtype][2], block.itemsize
+    # As integers with a sign the numbers above 0 are ordered like themselves, those below 0 without one: two maxima
+    # tell, in a third of the time of a mask and without its memory.
+    sides = (int(block.view(f"i{size}").max()), int(block.max()) - 2 ** (8 * size - 1)) if block.size else (-1,)
+    if exponent and max(sides) >= exponent:
         raise UserError(f"{where}: holds values that are not finite (infinite or NaN); {advice}")
 
 
@@ -327,12 +324,7 @@ def weight_file_names(plan, max_shard_size=SHARD_SIZE):
     return files + ["model.safetensors.index.json"] * (len(files) > 1)
 
 
-def as_bytes(block):
-    """The bytes of a tensor as a flat array, without a copy where it is contiguous."""
-    return block.reshape(-1).view(torch.uint8).numpy()
-
-
-class BlockWriter:
+class BlockWriter(contextlib.AbstractContextManager):
     """Writes tensors where files have room for them: `places` is {key: (path, first byte, end)}.
 
     Tensors may come in any order and by turns; the rows of one tensor come in order. Leaving the block without an
@@ -342,11 +334,13 @@ class BlockWriter:
     def __init__(self, places):
         self.files = {path: open(path, "r+b", buffering=0) for path in {path for path, _, _ in places.values()}}
         self.places = {key: [self.files[path], first, end] for key, (path, first, end) in places.items()}
-        self.syncer, self.syncing, self.unsynced = concurrent.futures.ThreadPoolExecutor(1), None, 0
+        self.syncer, self.unsynced = concurrent.futures.ThreadPoolExecutor(1), 0
+        self.syncing = self.syncer.submit(int)  # nothing yet
 
     def append(self, key, block):
-        """Write the next rows of a tensor."""
-        (file, position, end), data = self.places[key], as_bytes(block)
+        """Write the next rows of a tensor, an array of its bits or anything else of the right bytes."""
+        file, position, end = self.places[key]
+        data = memoryview(block).cast("B") if getattr(block, "size", 1) else b""
         assert position + len(data) <= end, f"{key}: more bytes than planned"
         self.places[key][1] += len(data)
         self.unsynced += len(data)
@@ -354,27 +348,22 @@ class BlockWriter:
             written = os.pwrite(file.fileno(), data, position)
             data, position = data[written:], position + written
         if self.unsynced >= SYNC:  # the disk works while the next blocks come, and the page cache stays small
-            if self.syncing:
-                self.syncing.result()  # the system tells a failed write once: no later fsync would hear of it
-            self.syncing, self.unsynced = self.syncer.submit(self._sync_and_forget, file), 0
+            self.syncing.result()  # the system tells a failed write once: no later fsync would hear of it
+            self.syncing, self.unsynced = self.syncer.submit(self._sync_and_forget, file.fileno()), 0
 
-    def _sync_and_forget(self, file):
-        os.fdatasync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def __enter__(self):
-        return self
+    def _sync_and_forget(self, number):
+        os.fdatasync(number)
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind, error, trace):
         self.syncer.shutdown()
         if kind is None:
             short = [key for key, (_, position, end) in self.places.items() if position != end]
             assert not short, f"{short[0]}: fewer bytes than planned"
-            if self.syncing:
-                self.syncing.result()
-            for file in self.files.values():
-                os.fsync(file.fileno())
+            self.syncing.result()
         for file in self.files.values():
+            if kind is None:
+                os.fsync(file.fileno())
             file.close()
 
 
@@ -389,10 +378,9 @@ class WeightWriter(BlockWriter):
         for file, shard in shards.items():
             header, end = {"__metadata__": {"format": "pt"}}, 0
             # Wide elements go first, so that every tensor starts at a multiple of its element's size.
-            for name in sorted(shard, key=lambda name: -getattr(torch, shard[name][0]).itemsize):
-                (dtype, shape), first = shard[name], end
-                end += plan_size({name: shard[name]})
-                header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [first, end]}
+            for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -DTYPES[item[1][0]][1]):
+                first, end = end, end + plan_size({name: (dtype, shape)})
+                header[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [first, end]}
             text = json.dumps(header, separators=(",", ":")).encode("utf-8")
             text += b" " * (-len(text) % 8)
             (folder / file).write_bytes(len(text).to_bytes(8, "little") + text)

@@ -58,7 +58,7 @@ def make_folder(folder, size, scale, shift, kind, tokenizer):
     if kind == "safetensors":
         with weights.WeightWriter(folder, plan) as writer:
             for i, (name, (_, shape)) in enumerate(plan.items()):
-                writer.append(name, tensor(i, shape))
+                writer.append(name, tensor(i, shape).contiguous().view(torch.uint8).numpy())
     else:
         names, places = list(plan), {}
         for k in range(SHARDS):
