@@ -630,7 +630,7 @@ def verify(folder, paths, params, llama, dtype=None):
 
 
 def make_raw_shard(path, plan):
-    """Write a file of torch.save with room for the tensors of a plan. Returns their places: {name: (path, first, end)}."""
+    """Write a file of torch.save with room for a plan's tensors. Returns their places: {name: (path, first, end)}."""
     import torch
 
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
