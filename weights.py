@@ -7,16 +7,15 @@ which blocks of rows are copied, so memory does not depend on the model. No libr
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import re
 import shutil
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -37,6 +36,7 @@ MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 AGAIN = "copy or download it again"
 SAVE_ANEW = "torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')"
+STAMP = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes when somebody writes to a file
 REWRITE = f'rewrite it with python -c "import torch; {SAVE_ANEW}"'
 
 
@@ -58,15 +58,13 @@ class StoredTensor:
         return len(np.atleast_1d(self.bits))
 
     def read(self, start=0, stop=None):
-        """Rows `start` to `stop` as unsigned integers, (stop - start, *shape[1:]), copied: the tensor's bits.
-
-        `torch.from_numpy(block).view(torch.float16)` sees them as numbers, without another copy.
-        """
+        """Rows `start` to `stop` as unsigned integers, copied; torch.from_numpy(block).view(dtype) sees numbers."""
         self.file.check_unchanged()  # to read what somebody has cut off a mapped file ends the process
-        block = np.array(np.atleast_1d(self.bits)[start:stop], order="C")
-        if stop in (None, len(self)) and self.nbytes:  # so that pages of the file do not count as memory of ours
-            first = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
-            self.file.map.madvise(mmap.MADV_DONTNEED, first, self.offset + self.nbytes - first)
+        rows = np.atleast_1d(self.bits)[start:stop]
+        block = np.array(rows, order="C")
+        if block.size:  # the file's pages leave our memory, not the page cache
+            first = (self.offset + start * rows.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.file.map.madvise(mmap.MADV_DONTNEED, first, len(rows) * rows.strides[0] + mmap.PAGESIZE)
         return block
 
 
@@ -83,32 +81,26 @@ class WeightFile:
             self.file = open(path, "rb")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        self.stamp, head = self.current_stamp(), self.file.read(64)
+        self.stamp, head = STAMP(os.stat(path)), self.file.read(64)
         is_zip, is_safetensors = head.startswith(b"PK"), self.path.suffix == ".safetensors" and head[8:9] == b"{"
         if not is_zip and not is_safetensors:
-            raise UserError(f"{path}: {_kind_of_file(head, self.path)}")
+            raise self.error(_kind_of_file(head, self.path))
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, dtype, offset, shape, *strides in self._list_zip() if is_zip else self._list_safetensors():
             if dtype not in DTYPES:
-                raise self._error(f"tensor {name} is {dtype}, which is not supported")
+                raise self.error(f"tensor {name} is {dtype}, which is not supported")
             bits = np.ndarray(shape, f"<u{DTYPES[dtype][1]}", self.map, offset, *strides)
             self.tensors[name] = StoredTensor(self, name, dtype, offset, bits)
         self.has_checksums = any(entry.CRC for entry in self.records.values())  # torch can be told to write zeros
         if is_zip and not self.has_checksums:
             say(f"{path}: it was written without checksums; damage cannot be noticed")
 
-    def _error(self, what):
+    def error(self, what):
         return UserError(f"{self.path}: {what}")
 
-    def current_stamp(self):
-        """What changes when somebody writes to the file, or puts another one in its place."""
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
     def check_unchanged(self):
-        """Refuse a file that somebody has written to since it was opened."""
-        if self.current_stamp() != self.stamp:
-            raise self._error("somebody wrote to it while it was read; try again when it is whole")
+        if STAMP(os.stat(self.path)) != self.stamp:
+            raise self.error("somebody wrote to it while it was read; try again when it is whole")
 
     def _list_safetensors(self):
         """(name, dtype, first byte, shape) of each tensor: https://huggingface.co/docs/safetensors."""
@@ -117,7 +109,7 @@ class WeightFile:
         def unique(pairs):  # safetensors would take the last
             names = sorted(name for name, _ in pairs)
             if twice := [name for name, other in itertools.pairwise(names) if name == other]:
-                raise self._error(f"damaged: {twice[0]} stands twice in its header; {AGAIN}")
+                raise self.error(f"damaged: {twice[0]} stands twice in its header; {AGAIN}")
             return dict(pairs)
 
         try:
@@ -125,7 +117,7 @@ class WeightFile:
                 end = 8 + int.from_bytes(self.map[:8], "little")
         except SafetensorError as error:
             what = utils.first_line(error).removeprefix("Error while deserializing header: ")
-            raise self._error(f"truncated or damaged: {what}; {AGAIN}") from None
+            raise self.error(f"truncated or damaged: {what}; {AGAIN}") from None
         header, names = json.loads(self.map[8:end], object_pairs_hook=unique), {DTYPES[key][0]: key for key in DTYPES}
         header.pop("__metadata__", None)
         for name, entry in header.items():
@@ -137,40 +129,36 @@ class WeightFile:
             self.archive = zipfile.ZipFile(self.file)  # a path it would open itself, and not safely count its threads
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
             what = f"truncated: it has {len(self.map):,} bytes and lacks the table of contents that ends such a file"
-            raise self._error(f"{what}; {AGAIN}") from None
+            raise self.error(f"{what}; {AGAIN}") from None
         for entry in self.archive.infolist():
             start = entry.header_offset + 30  # and the lengths of the name and the extra field, from the local header
             start += int(np.frombuffer(self.map[start - 4 : start], "<u2").sum())
-            if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > len(self.map):
-                raise self._error(f"damaged: record {entry.filename}; {AGAIN}")
+            if entry.compress_type or entry.flag_bits & 0x61 or start + entry.file_size > len(self.map):
+                raise self.error(f"damaged: record {entry.filename}; {AGAIN}")
             self.records[start] = entry
         places = {entry.filename.partition("/")[2]: start for start, entry in self.records.items()}
         if "data.pkl" not in places or self.records[places["data.pkl"]].file_size > MAX_PICKLE:
-            raise self._error(f"a zip, but none of torch.save: {REWRITE}")
+            raise self.error(f"a zip, but none of torch.save: {REWRITE}")
         if (at := places.get("byteorder")) and self.map[at : at + 6] != b"little":
-            raise self._error(f"its numbers are big-endian: {REWRITE}")
+            raise self.error(f"its numbers are big-endian: {REWRITE}")
         for name, tensor in _load_meta(self.path).items():
             storage, size = tensor.untyped_storage(), tensor.itemsize
             start = getattr(storage, "_checkpoint_offset", None)  # of its data in the file, as torch reckons it
             if start not in self.records:
-                raise self._error(f"tensor {name} has no record where torch looks for it; {REWRITE}")
+                raise self.error(f"tensor {name} has no record where torch looks for it; {REWRITE}")
             if storage.nbytes() > self.records[start].file_size:
-                raise self._error(f"damaged: tensor {name} {list(tensor.shape)} reaches past its record; {AGAIN}")
+                raise self.error(f"damaged: tensor {name} {list(tensor.shape)} reaches past its record; {AGAIN}")
             offset, strides = start + tensor.storage_offset() * size, [stride * size for stride in tensor.stride()]
             yield name, str(tensor.dtype)[6:], offset, tensor.shape, strides
 
-    def check(self, start, stop):
-        """Read a record of a zip, whose CRC-32 zipfile compares; gives up when the event `stop` is set."""
-        entry = self.records[start]
-        try:
-            with self.archive.open(entry) as record:
-                while not stop.is_set() and record.read(BLOCK):
-                    pass
-        except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError):
-            inside = range(start, start + entry.file_size)
+    def damage(self):
+        """What is wrong where the CRC-32 of a record is, as words; None where all are right."""
+        if bad := self.archive.testzip():
+            start = next(start for start, entry in self.records.items() if entry.filename == bad)
+            inside = range(start, start + self.records[start].file_size)
             names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
             what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
-            raise self._error(f"damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
+            return f"damaged: the CRC-32 of {what} is wrong; {AGAIN}"
 
 
 def _kind_of_file(head, path):
@@ -215,17 +203,17 @@ def open_weights(path):
     A folder's safetensors go before its .bin files, as in transformers. Raises UserError for a folder without weights,
     for an index that names files outside the folder or does not agree with them, and for what WeightFile refuses.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return WeightFile(path).tensors
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (path / single).is_file():
-            return WeightFile(path / single).tensors
-        if (path / f"{single}.index.json").is_file():
-            return _open_sharded(path, path / f"{single}.index.json")
-    stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
-    hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
-    raise UserError(f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index{hint}")
+    path = found = Path(path)
+    if path.is_dir():
+        kinds = ("model.safetensors", "pytorch_model.bin")
+        files = [path / f"{kind}{index}" for kind in kinds for index in ("", ".index.json")]
+        found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
+        hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
+        what = "no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
+        raise UserError(f"{path}: {what}{hint}")
+    return _open_sharded(path, found) if found.suffix == ".json" else WeightFile(found).tensors
 
 
 def _open_sharded(folder, index):
@@ -239,30 +227,29 @@ def _open_sharded(folder, index):
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; refused")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"{folder}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
-    found = {}
-    for name in names:
-        here = WeightFile(folder / name).tensors
+    found = {name: WeightFile(folder / name).tensors for name in names}
+    for name, tensors in found.items():
         wanted = {tensor for tensor, file in places.items() if file == name}
-        if wrong := sorted(wanted ^ set(here)):
+        if wrong := sorted(wanted ^ set(tensors)):
             what = "lacks" if wrong[0] in wanted else "holds, against its index,"
             raise UserError(f"{folder / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
-        found |= here
-    return {name: found[name] for name in places}
+    return {tensor: found[name][tensor] for tensor, name in places.items()}
 
 
 @contextlib.contextmanager
 def checksums(tensors):
     """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
-    stop = threading.Event()
     files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        checks = [threads.submit(file.check, start, stop) for file in files for start in file.records]
+        checks = {file: threads.submit(file.damage) for file in files}
         try:
             yield
-            for check in checks:
-                check.result()
+            for file, check in checks.items():
+                if what := check.result():
+                    raise file.error(what)
         finally:
-            stop.set()
+            for file in files:
+                file.file.close()  # so that a thread at it gives up
 
 
 def check_unchanged(tensors):
@@ -298,11 +285,10 @@ def check_finite(block, dtype, where, advice="the weights are damaged"):
 
 def ahead(items):
     """The items of a generator, the next of which a thread computes while the caller works on one."""
-    end = object()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = thread.submit(next, items, end)
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
             yield item
 
 
@@ -327,8 +313,8 @@ def weight_file_names(plan, max_shard_size=SHARD_SIZE):
 class BlockWriter(contextlib.AbstractContextManager):
     """Writes tensors where files have room for them: `places` is {key: (path, first byte, end)}.
 
-    Tensors may come in any order and by turns; the rows of one tensor come in order. Leaving the block without an
-    error checks that all is there and puts it on the disk.
+    Tensors may come in any order and by turns; the rows of one tensor come in order. At the end of the block
+    all must be there; `new_folder` puts on the disk what is not there yet.
     """
 
     def __init__(self, places):
@@ -362,8 +348,6 @@ class BlockWriter(contextlib.AbstractContextManager):
             assert not short, f"{short[0]}: fewer bytes than planned"
             self.syncing.result()
         for file in self.files.values():
-            if kind is None:
-                os.fsync(file.fileno())
             file.close()
 
 
@@ -393,20 +377,14 @@ class WeightWriter(BlockWriter):
         super().__init__(places)
 
 
-class Meter(tqdm):
+@contextlib.contextmanager
+def meter(what, total):
     """tqdm's bar on a terminal; when the block has ended well one line, with GB/s."""
-
-    def __init__(self, what, total):
-        super().__init__(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
-        self.what, self.size, self.begin = what, total, time.monotonic()
-
-    add = tqdm.update
-
-    def __exit__(self, kind, error, trace):
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            seconds = max(time.monotonic() - self.begin, 1e-6)
-            say(f"{self.what}: {self.size / 1e9:.2f} GB, {self.size / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
+    begin = time.monotonic()
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        yield bar
+    seconds = max(time.monotonic() - begin, 1e-6)
+    say(f"{what}: {total / 1e9:.2f} GB, {total / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
 
 
 def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
@@ -414,9 +392,8 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
 
     Where the hub has safetensors, .bin files stay there. Raises UserError for what is neither.
     """
-    path = Path(name)
-    if path.exists():
-        return path
+    if Path(name).exists():
+        return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{option} {name}: no such folder")
     import huggingface_hub
@@ -424,13 +401,12 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
     try:
         there = ()
         with contextlib.suppress(Exception):  # without network, what is in the cache is taken
-            there = huggingface_hub.list_repo_files(str(name))
+            there = huggingface_hub.list_repo_files(name)
         unwanted = ["*.bin"] if any(file.endswith(".safetensors") for file in there) else []
-        found = huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns), ignore_patterns=unwanted)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=unwanted))
     except Exception as error:  # no network, no such name, no permission: the library has a dozen exceptions
         what = f"no such folder here, and from the hub it cannot be had ({utils.first_line(error)})"
         raise UserError(f"{option} {name}: {what}") from None
-    return Path(found)
 
 
 def same_place(one, other):
@@ -497,7 +473,7 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
                 raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")
             yield hidden
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not utils.is_disk_full(error):
             raise
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
         raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None

@@ -720,9 +720,9 @@ def test_a_plan_is_split_where_transformers_would():
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_progress_on_a_terminal_and_elsewhere(is_terminal, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
-    with weights.Meter("weights", 4 * 10**9) as meter:
-        meter.add(10**9)
-        meter.add(3 * 10**9)
+    with weights.meter("weights", 4 * 10**9) as meter:
+        meter.update(10**9)
+        meter.update(3 * 10**9)
     *bar, last = capsys.readouterr().err.split("\r")
     assert re.search(r"weights: 4\.00 GB, [\d.]+ GB/s, 0 s\n$", last) and bool(bar) == is_terminal
     assert not is_terminal or ("weights" in bar[1] and "4.00G" in bar[1])
