@@ -7,7 +7,6 @@ which blocks of rows are copied, so memory does not depend on the model. No libr
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import mmap
@@ -71,8 +70,7 @@ class StoredTensor:
 class WeightFile:
     """One .safetensors file, or one zip of torch.save (.pth, .bin): `tensors` is {name: StoredTensor}.
 
-    Raises UserError for a file that is truncated, damaged or of another kind, and for a pickle that asks for more than
-    tensors: torch's `weights_only` runs nothing else.
+    Raises UserError for what is truncated, damaged, of another kind, or a pickle that asks for more than tensors.
     """
 
     def __init__(self, path):
@@ -106,22 +104,19 @@ class WeightFile:
         """(name, dtype, first byte, shape) of each tensor: https://huggingface.co/docs/safetensors."""
         from safetensors import SafetensorError, safe_open
 
-        def unique(pairs):  # safetensors would take the last
-            names = sorted(name for name, _ in pairs)
-            if twice := [name for name, other in itertools.pairwise(names) if name == other]:
-                raise self.error(f"damaged: {twice[0]} stands twice in its header; {AGAIN}")
-            return dict(pairs)
-
         try:
             with safe_open(self.path, "numpy"):  # it refuses a header that does not describe every byte once
                 end = 8 + int.from_bytes(self.map[:8], "little")
         except SafetensorError as error:
             what = utils.first_line(error).removeprefix("Error while deserializing header: ")
             raise self.error(f"truncated or damaged: {what}; {AGAIN}") from None
-        header, names = json.loads(self.map[8:end], object_pairs_hook=unique), {DTYPES[key][0]: key for key in DTYPES}
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            yield name, names.get(entry["dtype"], entry["dtype"]), end + entry["data_offsets"][0], entry["shape"]
+        names = {theirs: dtype for dtype, (theirs, *_) in DTYPES.items()}
+        for name, entry in json.loads(self.map[8:end], object_pairs_hook=list):
+            if name in self.tensors:  # safetensors would take the last
+                raise self.error(f"damaged: {name} stands twice in its header; {AGAIN}")
+            if name != "__metadata__":
+                entry = dict(entry)
+                yield name, names.get(entry["dtype"], entry["dtype"]), end + entry["data_offsets"][0], entry["shape"]
 
     def _list_zip(self):
         """(name, dtype, first byte, shape, strides in bytes) of each tensor."""
@@ -131,8 +126,8 @@ class WeightFile:
             what = f"truncated: it has {len(self.map):,} bytes and lacks the table of contents that ends such a file"
             raise self.error(f"{what}; {AGAIN}") from None
         for entry in self.archive.infolist():
-            start = entry.header_offset + 30  # and the lengths of the name and the extra field, from the local header
-            start += int(np.frombuffer(self.map[start - 4 : start], "<u2").sum())
+            start = entry.header_offset + 30  # and the lengths of the name and the extra field, which end its header
+            start += sum(int.from_bytes(self.map[i : i + 2], "little") for i in (start - 4, start - 2))
             if entry.compress_type or entry.flag_bits & 0x61 or start + entry.file_size > len(self.map):
                 raise self.error(f"damaged: record {entry.filename}; {AGAIN}")
             self.records[start] = entry
@@ -179,8 +174,7 @@ def _load_meta(path):
     import torch
 
     try:
-        with open(path, "rb") as file:
-            found = torch.load(file, map_location="meta", weights_only=True)
+        found = torch.load(path, map_location="meta", weights_only=True)  # which runs no code of the pickle
     except Exception as error:  # a damaged pickle can fail in any way
         what = f"damaged: its list of tensors cannot be read; {AGAIN}"
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
@@ -198,10 +192,9 @@ def _load_meta(path):
 
 
 def open_weights(path):
-    """The tensors of a model folder or of one file, {name: StoredTensor}, none of them loaded.
+    """The tensors of a model folder or of one file, {name: StoredTensor}, none of them loaded. Raises UserError.
 
-    A folder's safetensors go before its .bin files, as in transformers. Raises UserError for a folder without weights,
-    for an index that names files outside the folder or does not agree with them, and for what WeightFile refuses.
+    A folder's safetensors go before its .bin files, as in transformers.
     """
     path = found = Path(path)
     if path.is_dir():
@@ -244,6 +237,8 @@ def checksums(tensors):
         checks = {file: threads.submit(file.damage) for file in files}
         try:
             yield
+            concurrent.futures.wait(checks.values())
+            check_unchanged(tensors)
             for file, check in checks.items():
                 if what := check.result():
                     raise file.error(what)
@@ -264,9 +259,9 @@ def plan_size(plan):
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
-    """Borders (start, stop) of blocks of rows, each at most `block` bytes but at least `multiple` rows.
+    """Borders (start, stop) of blocks of at most `block` bytes, but of `multiple` rows, or a multiple of these but at last.
 
-    All blocks but the last have a number of rows that `multiple` divides; a number counts as one row.
+    A number counts as one row.
     """
     rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]
     step = max((block or BLOCK) // max(row_bytes, 1) // multiple, 1) * multiple
@@ -313,8 +308,7 @@ def weight_file_names(plan, max_shard_size=SHARD_SIZE):
 class BlockWriter(contextlib.AbstractContextManager):
     """Writes tensors where files have room for them: `places` is {key: (path, first byte, end)}.
 
-    Tensors may come in any order and by turns; the rows of one tensor come in order. At the end of the block
-    all must be there; `new_folder` puts on the disk what is not there yet.
+    Tensors may come by turns, the rows of each in order. What is not on the disk at the end, `new_folder` puts there.
     """
 
     def __init__(self, places):
@@ -352,10 +346,7 @@ class BlockWriter(contextlib.AbstractContextManager):
 
 
 class WeightWriter(BlockWriter):
-    """Writes safetensors: one file, or shards of at most `max_shard_size` bytes with their index.
-
-    `plan` is {name: (dtype, shape)}; no tensor is split between files.
-    """
+    """Writes a plan {name: (dtype, shape)} as safetensors: one file, or shards with their index."""
 
     def __init__(self, folder, plan, max_shard_size=SHARD_SIZE):
         shards, places = split_plan(plan, max_shard_size), {}
@@ -388,10 +379,7 @@ def meter(what, total):
 
 
 def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
-    """The folder (or file) of a path, or of a name on the hub, whose files that match `patterns` are downloaded.
-
-    Where the hub has safetensors, .bin files stay there. Raises UserError for what is neither.
-    """
+    """The folder or file of that name, or one on the hub: files that match `patterns`, no .bin beside safetensors."""
     if Path(name).exists():
         return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
@@ -435,18 +423,15 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
         (there and not overwrite, f"exists and holds {', '.join(there[:3])}{', ...' * (len(there) > 3)}; {way}"),
         (stale, f"holds {', '.join(stale[:1])}, which might be loaded instead of the new weights; remove it"),
     ]
-    for is_so, problem in problems:
-        if is_so:
-            raise UserError(f"{option} {target}: {problem}")
+    if problem := next((problem for is_so, problem in problems if is_so), None):
+        raise UserError(f"{option} {target}: {problem}")
 
 
 @contextlib.contextmanager
 def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--output_dir"):
     """Yield a hidden folder beside `target` that takes its name, synced, when the block ends well; else it is removed.
 
-    `size` is what will be written, in bytes; `inputs` are paths that must not be the target, `writes` the names of the
-    weight files to come; see `check_output` and `utils.hidden_folder`. What a killed run left behind is named and
-    removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
+    `size` bytes will be written; for the others see `check_output`. What a killed run left behind is named and removed.
     """
 
     def stop(number, frame):
