@@ -82,7 +82,16 @@ class WeightFile:
         self.stamp, head = STAMP(os.stat(path)), self.file.read(64)
         is_zip, is_safetensors = head.startswith(b"PK"), self.path.suffix == ".safetensors" and head[8:9] == b"{"
         if not is_zip and not is_safetensors:
-            raise self.error(_kind_of_file(head, self.path))
+            is_old, is_page = head.startswith(b"\x80\x02\x8a\n"), head.lstrip()[:1] in (b"<", b"{", b"A")
+            kinds = {
+                f"the file is empty; {AGAIN}": not head,
+                "a git-lfs pointer, not the file itself; run git lfs pull in its folder": head[:13] == b"version https",
+                "a web page or an error message, not weights; download it again": is_page,
+                f"no safetensors file; {AGAIN}": self.path.suffix == ".safetensors",
+                f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}": is_old,
+                f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}": True,
+            }
+            raise self.error(next(kind for kind, fits in kinds.items() if fits))
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, dtype, offset, shape, *strides in self._list_zip() if is_zip else self._list_safetensors():
             if dtype not in DTYPES:
@@ -136,7 +145,7 @@ class WeightFile:
             raise self.error(f"a zip, but none of torch.save: {REWRITE}")
         if (at := places.get("byteorder")) and self.map[at : at + 6] != b"little":
             raise self.error(f"its numbers are big-endian: {REWRITE}")
-        for name, tensor in _load_meta(self.path).items():
+        for name, tensor in self._load_meta().items():
             storage, size = tensor.untyped_storage(), tensor.itemsize
             start = getattr(storage, "_checkpoint_offset", None)  # of its data in the file, as torch reckons it
             if start not in self.records:
@@ -146,6 +155,27 @@ class WeightFile:
             offset, strides = start + tensor.storage_offset() * size, [stride * size for stride in tensor.stride()]
             yield name, str(tensor.dtype)[6:], offset, tensor.shape, strides
 
+    def _load_meta(self):
+        """{name: tensor on the meta device} of a state dict of torch.save, whose data are not read."""
+        import torch
+
+        try:
+            found = torch.load(self.path, map_location="meta", weights_only=True)  # which runs no code of the pickle
+        except Exception as error:  # a damaged pickle can fail in any way
+            what = f"damaged: its list of tensors cannot be read; {AGAIN}"
+            if asked := re.search(r"GLOBAL (\S+)", str(error)):
+                what = f"its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the weights "
+                what += "as safetensors, or from somebody you trust"
+            raise self.error(what) from None
+        if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
+            found = next(iter(found.values()))  # {"model": {...}}
+        if not isinstance(found, dict) or not found:
+            raise self.error(f"holds no dict of tensors; {REWRITE}")
+        for name, tensor in found.items():
+            if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
+                raise self.error(f"entry {name!r} is no tensor, so this is no file of weights")
+        return found
+
     def damage(self):
         """What is wrong where the CRC-32 of a record is, as words; None where all are right."""
         if bad := self.archive.testzip():
@@ -154,41 +184,6 @@ class WeightFile:
             names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
             what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
             return f"damaged: the CRC-32 of {what} is wrong; {AGAIN}"
-
-
-def _kind_of_file(head, path):
-    """What a file is that holds no weights, by its first bytes, and what to do."""
-    kinds = {
-        f"the file is empty; {AGAIN}": not head,
-        "a git-lfs pointer, not the file itself; run git lfs pull in its folder": head.startswith(b"version https://"),
-        "a web page or an error message, not weights; download it again": head.lstrip()[:1] in (b"<", b"{", b"A"),
-        f"no safetensors file; {AGAIN}": path.suffix == ".safetensors",
-        f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}": head[:4] == b"\x80\x02\x8a\n",
-        f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}": True,
-    }
-    return next(text for text, fits in kinds.items() if fits)
-
-
-def _load_meta(path):
-    """{name: tensor on the meta device} of a state dict of torch.save, whose data are not read."""
-    import torch
-
-    try:
-        found = torch.load(path, map_location="meta", weights_only=True)  # which runs no code of the pickle
-    except Exception as error:  # a damaged pickle can fail in any way
-        what = f"damaged: its list of tensors cannot be read; {AGAIN}"
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            what = f"its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the weights as "
-            what += "safetensors, or from somebody you trust"
-        raise UserError(f"{path}: {what}") from None
-    if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
-        found = next(iter(found.values()))  # {"model": {...}}
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"{path}: holds no dict of tensors; {REWRITE}")
-    for name, tensor in found.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
-            raise UserError(f"{path}: entry {name!r} is no tensor, so this is no file of weights")
-    return found
 
 
 def open_weights(path):
