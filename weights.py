@@ -178,7 +178,11 @@ class WeightFile:
 
     def damage(self):
         """What is wrong where the CRC-32 of a record is, as words; None where all are right."""
-        if bad := self.archive.testzip():
+        try:
+            bad = self.archive.testzip()
+        except (ValueError, EOFError, RuntimeError):  # of a header, or because `checksums` has given up
+            return f"damaged: a record has another header than the table of contents says; {AGAIN}"
+        if bad:
             start = next(start for start, entry in self.records.items() if entry.filename == bad)
             inside = range(start, start + self.records[start].file_size)
             names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
@@ -191,20 +195,18 @@ def open_weights(path):
 
     A folder's safetensors go before its .bin files, as in transformers.
     """
-    path = found = Path(path)
+    path = index = Path(path)
     if path.is_dir():
         kinds = ("model.safetensors", "pytorch_model.bin")
-        files = [path / f"{kind}{index}" for kind in kinds for index in ("", ".index.json")]
-        found = next((file for file in files if file.is_file()), None)
-    if found is None:
+        files = [path / f"{kind}{suffix}" for kind in kinds for suffix in ("", ".index.json")]
+        index = next((file for file in files if file.is_file()), None)
+    if index is None:
         stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
         hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
         what = "no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
         raise UserError(f"{path}: {what}{hint}")
-    return _open_sharded(path, found) if found.suffix == ".json" else WeightFile(found).tensors
-
-
-def _open_sharded(folder, index):
+    if index.suffix != ".json":
+        return WeightFile(index).tensors
     try:
         places = utils.jload(index)["weight_map"]
         names = sorted(set(places.values()))
@@ -213,20 +215,20 @@ def _open_sharded(folder, index):
         raise UserError(f"{index}: not an index of weights; {AGAIN}") from None
     if outside:
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; refused")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
-    found = {name: WeightFile(folder / name).tensors for name in names}
+    if absent := [name for name in names if not (path / name).is_file()]:
+        raise UserError(f"{path}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
+    found = {name: WeightFile(path / name).tensors for name in names}
     for name, tensors in found.items():
         wanted = {tensor for tensor, file in places.items() if file == name}
         if wrong := sorted(wanted ^ set(tensors)):
             what = "lacks" if wrong[0] in wanted else "holds, against its index,"
-            raise UserError(f"{folder / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
+            raise UserError(f"{path / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
     return {tensor: found[name][tensor] for tensor, name in places.items()}
 
 
 @contextlib.contextmanager
 def checksums(tensors):
-    """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
+    """While the block runs, threads compare every CRC-32 in the files of StoredTensors, once. Raises UserError."""
     files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
         checks = {file: threads.submit(file.damage) for file in files}

@@ -107,6 +107,14 @@ def test_a_record_that_no_tensor_reads_is_checked_too(source):
     assert refusal(source).startswith(f"{path}: damaged: the CRC-32 of what describes its tensors is ")
 
 
+def test_a_header_that_is_not_the_one_of_the_table_of_contents(source):
+    path = source / "consolidated.00.pth"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"/version")] = 0xFF  # in the record's own header, no UTF-8 any more
+    path.write_bytes(data)
+    assert refusal(source) == (f"{path}: damaged: a record has another header than the table of contents says; {COPY}")
+
+
 def test_a_file_without_checksums_is_no_false_alarm(source, tmp_path, capsys):
     torch.serialization.set_crc32_options(False)
     try:
