@@ -440,13 +440,13 @@ def check_delta_record(record, delta, folder):
 def check_base(parts, record, folder):
     """Refuse a base other than the one that the delta was made from; it is read as the delta sees it."""
     found = Fingerprint()
-    with weights.Meter("checking the base", sum(part.base.nbytes for part in parts)) as meter:
+    with weights.meter("checking the base", sum(part.base.nbytes for part in parts)) as meter:
         for part in parts:
             seen = part.change.dtype if is_float(part.change.dtype) else part.dtype
             working = getattr(torch, working_dtype(seen, seen) if is_float(part.change.dtype) else seen)
             for start, stop in row_blocks(part.base.shape, part.base.dtype):
                 found.add(part.name, read_tensor(part.base, start, stop, working))
-            meter.add(part.base.nbytes)
+            meter.update(part.base.nbytes)
     if found.hexdigest() != record["base"]["sha256"]:
         way = "give that one" if record["format"] == "exact" else "give that one, or for any base --any_base"
         path, sha256 = record["base"]["path"], record["base"]["sha256"][:12]
@@ -580,12 +580,11 @@ def write_weights(folder, parts, rows_of, what, sources):
     """
     plan = plan_of(parts)
     with weights.checksums(sources), weights.WeightWriter(folder, plan) as writer:
-        with weights.Meter(what, weights.plan_size(plan)) as meter:
+        with weights.meter(what, weights.plan_size(plan)) as meter:
             for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
                 check_rows(rows, part, start, stop)
                 writer.append(part.name, array(rows))
-                meter.add(rows.nbytes)
-    weights.check_unchanged(sources)
+                meter.update(rows.nbytes)
 
 
 def plan_of(parts):

@@ -298,15 +298,15 @@ def check_values(tensors, dtype=None):
                 cast(block, tensor.dtype, dtype, where)
         return tensor.nbytes
 
-    meter = weights.Meter("check", sum(tensor.nbytes for tensor in tensors))
-    with weights.checksums(tensors), meter, concurrent.futures.ThreadPoolExecutor(2) as threads:
+    total, threads = sum(tensor.nbytes for tensor in tensors), concurrent.futures.ThreadPoolExecutor(2)
+    with weights.checksums(tensors), weights.meter("check", total) as meter, threads:
         for size in threads.map(check, tensors):
-            meter.add(size)
+            meter.update(size)
 
 
 def are_equal(one, other):
     """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
-    if (one.file, one.offset, one.strides) == (other.file, other.offset, other.strides):
+    if (one.file, one.offset, one.bits.strides) == (other.file, other.offset, other.bits.strides):
         return True
     blocks = weights.row_blocks(one.shape, one.dtype)
     return all((one.read(start, stop) == other.read(start, stop)).all() for start, stop in blocks)
@@ -368,12 +368,12 @@ def converted_blocks(llama, table, shards, dtype=None):
 
 def write_blocks(blocks, writer, size, sums=None):
     """Let a BlockWriter take (key, block) after block, `size` bytes; `sums`, {key: 0}, collects the CRC-32 of each."""
-    with writer, weights.Meter("weights", size) as meter:
+    with writer, weights.meter("weights", size) as meter:
         for key, block in weights.ahead(blocks):
             writer.append(key, block)
             if sums is not None:
                 sums[key] = zlib.crc32(block, sums[key])
-            meter.add(block.nbytes)
+            meter.update(block.nbytes)
 
 
 def context_length(llama, chosen=None):

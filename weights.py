@@ -1,29 +1,20 @@
 """Tensors from file to file, in blocks: what convert_llama_weights.py and apply_delta.py share.
 
-safetensors, torch and zipfile say what a file holds and whether it is whole; blocks are read here, and written here,
-since no library writes safetensors in a stream. So memory does not depend on the model. A copy of a model:
-
-    tensors = open_weights(find_model(source))           # {name: StoredTensor}; nothing is loaded
-    plan = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-    with new_folder(target, plan_size(plan), inputs=[source]) as folder:      # hidden until the block ends well
-        with checksums(tensors.values()), WeightWriter(folder, plan) as writer:
-            for name, tensor in tensors.items():
-                for start, stop in row_blocks(tensor.shape, tensor.dtype):
-                    writer.append(name, tensor.read(start, stop))     # in order of rows; tensors in any order
-        check_unchanged(tensors.values())
+safetensors, torch and zipfile say what a file holds and whether it is whole; a tensor is a view of the mapped file, of
+which blocks of rows are copied, so memory does not depend on the model. No library writes safetensors in a stream.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
+import mmap
+import operator
 import os
 import re
 import shutil
 import signal
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -44,214 +35,178 @@ MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 AGAIN = "copy or download it again"
 SAVE_ANEW = "torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')"
+STAMP = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes when somebody writes to a file
 REWRITE = f'rewrite it with python -c "import torch; {SAVE_ANEW}"'
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoredTensor:
-    """A tensor in a WeightFile: `offset` in bytes from the start of the file, `strides` in elements."""
+    """A tensor in a WeightFile: `bits` are unsigned integers in the mapped file, `offset` bytes from its start."""
 
     file: "WeightFile"
     name: str
     dtype: str
-    shape: tuple
-    strides: tuple
     offset: int
+    bits: np.ndarray
+
+    shape = property(lambda self: self.bits.shape)
+    nbytes = property(lambda self: self.bits.nbytes)
 
     def __len__(self):
         """The rows; a number counts as one."""
-        return self.shape[0] if self.shape else 1
-
-    @property
-    def nbytes(self):
-        return math.prod(self.shape) * DTYPES[self.dtype][1]
+        return len(np.atleast_1d(self.bits))
 
     def read(self, start=0, stop=None):
-        """Rows `start` to `stop` as unsigned integers, (stop - start, *shape[1:]): the tensor's bits.
-
-        `torch.from_numpy(block).view(torch.float16)` sees them as numbers, without a copy.
-        """
-        size, strides, path = DTYPES[self.dtype][1], self.strides or (1,), self.file.path
-        shape, offset = ((len(self) if stop is None else stop) - start, *self.shape[1:]), self.offset
-        if not all(shape):
-            return np.empty(shape, f"<u{size}")
-        span, offset = 1 + sum((n - 1) * step for n, step in zip(shape, strides)), offset + start * strides[0] * size
-        if span <= 2 * math.prod(shape):
-            # Not through a map of memory, as the libraries read: when somebody cuts such a file, the process dies.
-            data = np.fromfile(path, f"<u{size}", span, offset=offset)
-        else:  # rows that lie apart, as a transposed matrix has them
-            data = (
-                np.memmap(path, f"<u{size}", "r", offset, span) if path.stat().st_size >= offset + span * size else ()
-            )
-        if len(data) < span:
-            raise UserError(f"{path}: ends within tensor {self.name}; damaged, or cut while it was read")
-        array = np.lib.stride_tricks.as_strided(data, shape, [stride * size for stride in strides])
-        return np.ascontiguousarray(array.view(np.ndarray)).reshape(shape)
+        """Rows `start` to `stop` as unsigned integers, copied; torch.from_numpy(block).view(dtype) sees numbers."""
+        self.file.check_unchanged()  # to read what somebody has cut off a mapped file ends the process
+        rows = np.atleast_1d(self.bits)[start:stop]
+        block = np.array(rows, order="C")
+        if block.size:  # the file's pages leave our memory, not the page cache
+            first = (self.offset + start * rows.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
+            self.file.map.madvise(mmap.MADV_DONTNEED, first, len(rows) * rows.strides[0] + mmap.PAGESIZE)
+        return block
 
 
 class WeightFile:
     """One .safetensors file, or one zip of torch.save (.pth, .bin): `tensors` is {name: StoredTensor}.
 
-    Raises UserError for a file that is truncated, damaged or of another kind, and for a pickle that asks for more than
-    tensors: torch's `weights_only` runs nothing else.
+    Raises UserError for what is truncated, damaged, of another kind, or a pickle that asks for more than tensors.
     """
 
     def __init__(self, path):
-        self.path, self.tensors = Path(path), {}
-        self.records = {}  # of a zip: {first byte of its data: ZipInfo}
+        self.path, self.tensors, self.records = Path(path), {}, {}  # of a zip: {first byte of its data: ZipInfo}
         try:
-            with open(path, "rb") as file:
-                head = file.read(64)
+            self.file = open(path, "rb")
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        self.stamp = self.current_stamp()
-        if head.startswith(b"PK"):
-            self._list_zip()
-        elif self.path.suffix == ".safetensors" and head[8:9] == b"{":
-            self._list_safetensors()
-        else:
-            raise UserError(f"{self.path}: {_kind_of_file(head, self.path)}")
+        self.stamp, head = STAMP(os.stat(path)), self.file.read(64)
+        is_zip, is_safetensors = head.startswith(b"PK"), self.path.suffix == ".safetensors" and head[8:9] == b"{"
+        if not is_zip and not is_safetensors:
+            is_old, is_page = head.startswith(b"\x80\x02\x8a\n"), head.lstrip()[:1] in (b"<", b"{", b"A")
+            kinds = {
+                f"the file is empty; {AGAIN}": not head,
+                "a git-lfs pointer, not the file itself; run git lfs pull in its folder": head[:13] == b"version https",
+                "a web page or an error message, not weights; download it again": is_page,
+                f"no safetensors file; {AGAIN}": self.path.suffix == ".safetensors",
+                f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}": is_old,
+                f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}": True,
+            }
+            raise self.error(next(kind for kind, fits in kinds.items() if fits))
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        for name, dtype, offset, shape, *strides in self._list_zip() if is_zip else self._list_safetensors():
+            if dtype not in DTYPES:
+                raise self.error(f"tensor {name} is {dtype}, which is not supported")
+            bits = np.ndarray(shape, f"<u{DTYPES[dtype][1]}", self.map, offset, *strides)
+            self.tensors[name] = StoredTensor(self, name, dtype, offset, bits)
+        self.has_checksums = any(entry.CRC for entry in self.records.values())  # torch can be told to write zeros
+        if is_zip and not self.has_checksums:
+            say(f"{path}: it was written without checksums; damage cannot be noticed")
 
-    def current_stamp(self):
-        """What changes when somebody writes to the file, or puts another one in its place."""
-        status = os.stat(self.path)
-        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    def error(self, what):
+        return UserError(f"{self.path}: {what}")
 
-    def _add(self, name, dtype, shape, strides, offset):
-        if dtype not in DTYPES:
-            raise UserError(f"{self.path}: tensor {name} is {dtype}, which is not supported")
-        self.tensors[name] = StoredTensor(self, name, dtype, tuple(shape), tuple(strides), offset)
+    def check_unchanged(self):
+        if STAMP(os.stat(self.path)) != self.stamp:
+            raise self.error("somebody wrote to it while it was read; try again when it is whole")
 
     def _list_safetensors(self):
-        # Format: https://huggingface.co/docs/safetensors - 8 bytes of length, JSON, then the tensors.
+        """(name, dtype, first byte, shape) of each tensor: https://huggingface.co/docs/safetensors."""
         from safetensors import SafetensorError, safe_open
 
-        def unique(pairs):  # safetensors would take the last
-            names = sorted(name for name, _ in pairs)
-            if twice := [name for name, other in itertools.pairwise(names) if name == other]:
-                raise UserError(f"{self.path}: damaged: {twice[0]} stands twice in its header; {AGAIN}")
-            return dict(pairs)
-
         try:
-            with safe_open(self.path, "numpy"), open(self.path, "rb") as file:  # it describes every byte once
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length), object_pairs_hook=unique)
+            with safe_open(self.path, "numpy"):  # it refuses a header that does not describe every byte once
+                end = 8 + int.from_bytes(self.map[:8], "little")
         except SafetensorError as error:
             what = utils.first_line(error).removeprefix("Error while deserializing header: ")
-            raise UserError(f"{self.path}: truncated or damaged: {what}; {AGAIN}") from None
-        names = {entry[0]: dtype for dtype, entry in DTYPES.items()}
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            strides = [math.prod(entry["shape"][i + 1 :]) for i in range(len(entry["shape"]))]
-            dtype, offset = names.get(entry["dtype"], entry["dtype"]), 8 + length + entry["data_offsets"][0]
-            self._add(name, dtype, entry["shape"], strides, offset)
+            raise self.error(f"truncated or damaged: {what}; {AGAIN}") from None
+        names = {theirs: dtype for dtype, (theirs, *_) in DTYPES.items()}
+        for name, entry in json.loads(self.map[8:end], object_pairs_hook=list):
+            if name in self.tensors:  # safetensors would take the last
+                raise self.error(f"damaged: {name} stands twice in its header; {AGAIN}")
+            if name != "__metadata__":
+                entry = dict(entry)
+                yield name, names.get(entry["dtype"], entry["dtype"]), end + entry["data_offsets"][0], entry["shape"]
 
     def _list_zip(self):
-        size = self.path.stat().st_size
+        """(name, dtype, first byte, shape, strides in bytes) of each tensor."""
         try:
-            file = open(self.path, "rb")  # a path zipfile would open itself, and count, not safely, the threads at it
-            self.archive = zipfile.ZipFile(file)
-            for entry in self.archive.infolist():
-                file.seek(entry.header_offset + 26)  # of its local header: the lengths of name and extra field
-                start = entry.header_offset + 30 + sum(np.frombuffer(file.read(4), "<u2").tolist())
-                if entry.compress_type != zipfile.ZIP_STORED or start + entry.file_size > size:
-                    raise UserError(f"{self.path}: damaged: record {entry.filename}; {AGAIN}")
-                self.records[start] = entry
+            self.archive = zipfile.ZipFile(self.file)  # a path it would open itself, and not safely count its threads
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
-            what = f"truncated: it has {size:,} bytes and lacks the table of contents that ends such a file"
-            raise UserError(f"{self.path}: {what}; {AGAIN}") from None
+            what = f"truncated: it has {len(self.map):,} bytes and lacks the table of contents that ends such a file"
+            raise self.error(f"{what}; {AGAIN}") from None
+        for entry in self.archive.infolist():
+            start = entry.header_offset + 30  # and the lengths of the name and the extra field, which end its header
+            start += sum(int.from_bytes(self.map[i : i + 2], "little") for i in (start - 4, start - 2))
+            if entry.compress_type or entry.flag_bits & 0x61 or start + entry.file_size > len(self.map):
+                raise self.error(f"damaged: record {entry.filename}; {AGAIN}")
+            self.records[start] = entry
         places = {entry.filename.partition("/")[2]: start for start, entry in self.records.items()}
         if "data.pkl" not in places or self.records[places["data.pkl"]].file_size > MAX_PICKLE:
-            raise UserError(f"{self.path}: a zip, but none of torch.save: {REWRITE}")
-        if "byteorder" in places and np.fromfile(self.path, "S6", 1, offset=places["byteorder"]) != b"little":
-            raise UserError(f"{self.path}: its numbers are big-endian: {REWRITE}")
-        if not self.has_checksums():
-            say(f"{self.path}: it was written without checksums; damage cannot be noticed")
-        for name, tensor in _load_meta(self.path).items():
-            dtype, storage = tensor.dtype, tensor.untyped_storage()
+            raise self.error(f"a zip, but none of torch.save: {REWRITE}")
+        if (at := places.get("byteorder")) and self.map[at : at + 6] != b"little":
+            raise self.error(f"its numbers are big-endian: {REWRITE}")
+        for name, tensor in self._load_meta().items():
+            storage, size = tensor.untyped_storage(), tensor.itemsize
             start = getattr(storage, "_checkpoint_offset", None)  # of its data in the file, as torch reckons it
             if start not in self.records:
-                raise UserError(f"{self.path}: tensor {name} has no record where torch looks for it; {REWRITE}")
+                raise self.error(f"tensor {name} has no record where torch looks for it; {REWRITE}")
             if storage.nbytes() > self.records[start].file_size:
-                what = f"tensor {name} {list(tensor.shape)} reaches past its record"
-                raise UserError(f"{self.path}: damaged: {what}; {AGAIN}")
-            offset = start + tensor.storage_offset() * dtype.itemsize
-            self._add(name, str(dtype)[6:], tensor.shape, tensor.stride(), offset)
+                raise self.error(f"damaged: tensor {name} {list(tensor.shape)} reaches past its record; {AGAIN}")
+            offset, strides = start + tensor.storage_offset() * size, [stride * size for stride in tensor.stride()]
+            yield name, str(tensor.dtype)[6:], offset, tensor.shape, strides
 
-    def has_checksums(self):
-        """Whether it is a zip with checksums; torch.serialization.set_crc32_options(False) writes zeros."""
-        return any(entry.CRC for entry in self.records.values())
+    def _load_meta(self):
+        """{name: tensor on the meta device} of a state dict of torch.save, whose data are not read."""
+        import torch
 
-    def check(self, start, stop):
-        """Read a record of a zip, whose CRC-32 zipfile compares; gives up when the event `stop` is set."""
-        entry = self.records[start]
         try:
-            with self.archive.open(entry) as record:
-                while not stop.is_set() and record.read(BLOCK):
-                    pass
-        except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError):
-            inside = range(start, start + entry.file_size)
+            found = torch.load(self.path, map_location="meta", weights_only=True)  # which runs no code of the pickle
+        except Exception as error:  # a damaged pickle can fail in any way
+            what = f"damaged: its list of tensors cannot be read; {AGAIN}"
+            if asked := re.search(r"GLOBAL (\S+)", str(error)):
+                what = f"its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the weights "
+                what += "as safetensors, or from somebody you trust"
+            raise self.error(what) from None
+        if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
+            found = next(iter(found.values()))  # {"model": {...}}
+        if not isinstance(found, dict) or not found:
+            raise self.error(f"holds no dict of tensors; {REWRITE}")
+        for name, tensor in found.items():
+            if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
+                raise self.error(f"entry {name!r} is no tensor, so this is no file of weights")
+        return found
+
+    def damage(self):
+        """What is wrong where the CRC-32 of a record is, as words; None where all are right."""
+        try:
+            bad = self.archive.testzip()
+        except (ValueError, EOFError, RuntimeError):  # of a header, or because `checksums` has given up
+            return f"damaged: a record has another header than the table of contents says; {AGAIN}"
+        if bad:
+            start = next(start for start, entry in self.records.items() if entry.filename == bad)
+            inside = range(start, start + self.records[start].file_size)
             names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
             what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
-            raise UserError(f"{self.path}: damaged: the CRC-32 of {what} is wrong; {AGAIN}") from None
-
-
-def _kind_of_file(head, path):
-    """What a file is that holds no weights, by its first bytes, and what to do."""
-    kinds = {
-        f"the file is empty; {AGAIN}": not head,
-        "a git-lfs pointer, not the file itself; run git lfs pull in its folder": head.startswith(b"version https://"),
-        "a web page or an error message, not weights; download it again": head.lstrip()[:1] in (b"<", b"{", b"A"),
-        f"no safetensors file; {AGAIN}": path.suffix == ".safetensors",
-        f"the format of torch before 1.6, which cannot be read in parts; {REWRITE}": head[:4] == b"\x80\x02\x8a\n",
-        f"no zip of torch.save (damaged, or of another program); if torch can load it, {REWRITE}": True,
-    }
-    return next(text for text, fits in kinds.items() if fits)
-
-
-def _load_meta(path):
-    """{name: tensor on the meta device} of a state dict of torch.save, whose data are not read."""
-    import torch
-
-    try:
-        with open(path, "rb") as file:
-            found = torch.load(file, map_location="meta", weights_only=True)
-    except Exception as error:  # a damaged pickle can fail in any way
-        what = f"damaged: its list of tensors cannot be read; {AGAIN}"
-        if asked := re.search(r"GLOBAL (\S+)", str(error)):
-            what = f"its pickle asks for {asked[1]}, which no weights need; nothing of it was run; get the weights as "
-            what += "safetensors, or from somebody you trust"
-        raise UserError(f"{path}: {what}") from None
-    if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
-        found = next(iter(found.values()))  # {"model": {...}}
-    if not isinstance(found, dict) or not found:
-        raise UserError(f"{path}: holds no dict of tensors; {REWRITE}")
-    for name, tensor in found.items():
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
-            raise UserError(f"{path}: entry {name!r} is no tensor, so this is no file of weights")
-    return found
+            return f"damaged: the CRC-32 of {what} is wrong; {AGAIN}"
 
 
 def open_weights(path):
-    """The tensors of a model folder or of one file, {name: StoredTensor}, none of them loaded.
+    """The tensors of a model folder or of one file, {name: StoredTensor}, none of them loaded. Raises UserError.
 
-    A folder's safetensors go before its .bin files, as in transformers. Raises UserError for a folder without weights,
-    for an index that names files outside the folder or does not agree with them, and for what WeightFile refuses.
+    A folder's safetensors go before its .bin files, as in transformers.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return WeightFile(path).tensors
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if (path / single).is_file():
-            return WeightFile(path / single).tensors
-        if (path / f"{single}.index.json").is_file():
-            return _open_sharded(path, path / f"{single}.index.json")
-    stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
-    hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
-    raise UserError(f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index{hint}")
-
-
-def _open_sharded(folder, index):
+    path = index = Path(path)
+    if path.is_dir():
+        kinds = ("model.safetensors", "pytorch_model.bin")
+        files = [path / f"{kind}{suffix}" for kind in kinds for suffix in ("", ".index.json")]
+        index = next((file for file in files if file.is_file()), None)
+    if index is None:
+        stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
+        hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
+        what = "no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
+        raise UserError(f"{path}: {what}{hint}")
+    if index.suffix != ".json":
+        return WeightFile(index).tensors
     try:
         places = utils.jload(index)["weight_map"]
         names = sorted(set(places.values()))
@@ -260,39 +215,39 @@ def _open_sharded(folder, index):
         raise UserError(f"{index}: not an index of weights; {AGAIN}") from None
     if outside:
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; refused")
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise UserError(f"{folder}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
-    found = {}
-    for name in names:
-        here = WeightFile(folder / name).tensors
+    if absent := [name for name in names if not (path / name).is_file()]:
+        raise UserError(f"{path}: {len(absent)} of {len(names)} files of weights are missing, first {absent[0]}")
+    found = {name: WeightFile(path / name).tensors for name in names}
+    for name, tensors in found.items():
         wanted = {tensor for tensor, file in places.items() if file == name}
-        if wrong := sorted(wanted ^ set(here)):
+        if wrong := sorted(wanted ^ set(tensors)):
             what = "lacks" if wrong[0] in wanted else "holds, against its index,"
-            raise UserError(f"{folder / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
-        found |= here
-    return {name: found[name] for name in places}
+            raise UserError(f"{path / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
+    return {tensor: found[name][tensor] for tensor, name in places.items()}
 
 
 @contextlib.contextmanager
 def checksums(tensors):
-    """While the block runs, threads compare every CRC-32 in the files of StoredTensors. Raises UserError."""
-    stop = threading.Event()
-    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums()]
+    """While the block runs, threads compare every CRC-32 in the files of StoredTensors, once. Raises UserError."""
+    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        checks = [threads.submit(file.check, start, stop) for file in files for start in file.records]
+        checks = {file: threads.submit(file.damage) for file in files}
         try:
             yield
-            for check in checks:
-                check.result()
+            concurrent.futures.wait(checks.values())
+            check_unchanged(tensors)
+            for file, check in checks.items():
+                if what := check.result():
+                    raise file.error(what)
         finally:
-            stop.set()
+            for file in files:
+                file.file.close()  # so that a thread at it gives up
 
 
 def check_unchanged(tensors):
     """Refuse files of StoredTensors that somebody has written to since they were opened."""
     for file in dict.fromkeys(tensor.file for tensor in tensors):
-        if file.current_stamp() != file.stamp:
-            raise UserError(f"{file.path}: somebody wrote to it while it was read; try again when it is whole")
+        file.check_unchanged()
 
 
 def plan_size(plan):
@@ -301,9 +256,9 @@ def plan_size(plan):
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
-    """Borders (start, stop) of blocks of rows, each at most `block` bytes but at least `multiple` rows.
+    """Borders (start, stop) of blocks of at most `block` bytes, but of `multiple` rows, or a multiple of these but at last.
 
-    All blocks but the last have a number of rows that `multiple` divides; a number counts as one row.
+    A number counts as one row.
     """
     rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]
     step = max((block or BLOCK) // max(row_bytes, 1) // multiple, 1) * multiple
@@ -312,24 +267,20 @@ def row_blocks(shape, dtype, multiple=1, block=None):
 
 def check_finite(block, dtype, where, advice="the weights are damaged"):
     """Raise UserError, naming `where`, for bits that stand for an infinite value or for no number (NaN)."""
-    exponent, sign = DTYPES[dtype][2], 1 << 8 * block.itemsize - 1
+    exponent, size = DTYPES[dtype][2], block.itemsize
     # As integers with a sign the numbers above 0 are ordered like themselves, those below 0 without one: two maxima
     # tell, in a third of the time of a mask and without its memory.
-    if (
-        exponent
-        and block.size
-        and max(int(block.view(f"i{block.itemsize}").max()), int(block.max()) - sign) >= exponent
-    ):
+    sides = (int(block.view(f"i{size}").max()), int(block.max()) - 2 ** (8 * size - 1)) if block.size else (-1,)
+    if exponent and max(sides) >= exponent:
         raise UserError(f"{where}: holds values that are not finite (infinite or NaN); {advice}")
 
 
 def ahead(items):
     """The items of a generator, the next of which a thread computes while the caller works on one."""
-    end = object()
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        pending = thread.submit(next, items, end)
-        while (item := pending.result()) is not end:
-            pending = thread.submit(next, items, end)
+        pending = thread.submit(next, items, None)
+        while (item := pending.result()) is not None:
+            pending = thread.submit(next, items, None)
             yield item
 
 
@@ -351,68 +302,55 @@ def weight_file_names(plan, max_shard_size=SHARD_SIZE):
     return files + ["model.safetensors.index.json"] * (len(files) > 1)
 
 
-def _sync_and_forget(handle):
-    """Put what was written on the disk, and give its memory in the page cache back."""
-    os.fdatasync(handle.fileno())
-    os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-class BlockWriter:
+class BlockWriter(contextlib.AbstractContextManager):
     """Writes tensors where files have room for them: `places` is {key: (path, first byte, end)}.
 
-    Tensors may come in any order and by turns; the rows of one tensor come in order. Leaving the block without an
-    error checks that all is there and puts it on the disk.
+    Tensors may come by turns, the rows of each in order. What is not on the disk at the end, `new_folder` puts there.
     """
 
     def __init__(self, places):
-        self.handles = {path: open(path, "r+b", buffering=0) for path in {path for path, _, _ in places.values()}}
-        self.places = {key: [self.handles[path], first, end] for key, (path, first, end) in places.items()}
-        self.syncer, self.syncing, self.unsynced = concurrent.futures.ThreadPoolExecutor(1), None, 0
+        self.files = {path: open(path, "r+b", buffering=0) for path in {path for path, _, _ in places.values()}}
+        self.places = {key: [self.files[path], first, end] for key, (path, first, end) in places.items()}
+        self.syncer, self.unsynced = concurrent.futures.ThreadPoolExecutor(1), 0
+        self.syncing = self.syncer.submit(int)  # nothing yet
 
     def append(self, key, block):
         """Write the next rows of a tensor, an array of its bits or anything else of the right bytes."""
-        handle, position, end = self.places[key]
+        file, position, end = self.places[key]
         data = memoryview(block).cast("B") if getattr(block, "size", 1) else b""
         assert position + len(data) <= end, f"{key}: more bytes than planned"
         self.places[key][1] += len(data)
         self.unsynced += len(data)
         while len(data):
-            written = os.pwrite(handle.fileno(), data, position)
+            written = os.pwrite(file.fileno(), data, position)
             data, position = data[written:], position + written
         if self.unsynced >= SYNC:  # the disk works while the next blocks come, and the page cache stays small
-            if self.syncing:
-                self.syncing.result()  # the system tells a failed write once: no later fsync would hear of it
-            self.syncing, self.unsynced = self.syncer.submit(_sync_and_forget, handle), 0
+            self.syncing.result()  # the system tells a failed write once: no later fsync would hear of it
+            self.syncing, self.unsynced = self.syncer.submit(self._sync_and_forget, file.fileno()), 0
 
-    def __enter__(self):
-        return self
+    def _sync_and_forget(self, number):
+        os.fdatasync(number)
+        os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def __exit__(self, kind, error, trace):
         self.syncer.shutdown()
         if kind is None:
             short = [key for key, (_, position, end) in self.places.items() if position != end]
             assert not short, f"{short[0]}: fewer bytes than planned"
-            if self.syncing:
-                self.syncing.result()
-            for handle in self.handles.values():
-                os.fsync(handle.fileno())
-        for handle in self.handles.values():
-            handle.close()
+            self.syncing.result()
+        for file in self.files.values():
+            file.close()
 
 
 class WeightWriter(BlockWriter):
-    """Writes safetensors: one file, or shards of at most `max_shard_size` bytes with their index.
-
-    `plan` is {name: (dtype, shape)}; no tensor is split between files.
-    """
+    """Writes a plan {name: (dtype, shape)} as safetensors: one file, or shards with their index."""
 
     def __init__(self, folder, plan, max_shard_size=SHARD_SIZE):
         shards, places = split_plan(plan, max_shard_size), {}
         for file, shard in shards.items():
-            # Wide elements go first, so that every tensor starts at a multiple of its element's size.
-            order = sorted(shard.items(), key=lambda item: -DTYPES[item[1][0]][1])
             header, end = {"__metadata__": {"format": "pt"}}, 0
-            for name, (dtype, shape) in order:
+            # Wide elements go first, so that every tensor starts at a multiple of its element's size.
+            for name, (dtype, shape) in sorted(shard.items(), key=lambda item: -DTYPES[item[1][0]][1]):
                 first, end = end, end + plan_size({name: (dtype, shape)})
                 header[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [first, end]}
             text = json.dumps(header, separators=(",", ":")).encode("utf-8")
@@ -427,30 +365,20 @@ class WeightWriter(BlockWriter):
         super().__init__(places)
 
 
-class Meter(tqdm):
+@contextlib.contextmanager
+def meter(what, total):
     """tqdm's bar on a terminal; when the block has ended well one line, with GB/s."""
-
-    def __init__(self, what, total):
-        super().__init__(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None)
-        self.what, self.size, self.begin = what, total, time.monotonic()
-
-    add = tqdm.update
-
-    def __exit__(self, kind, error, trace):
-        super().__exit__(kind, error, trace)
-        if kind is None:
-            seconds = max(time.monotonic() - self.begin, 1e-6)
-            say(f"{self.what}: {self.size / 1e9:.2f} GB, {self.size / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
+    begin = time.monotonic()
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        yield bar
+    seconds = max(time.monotonic() - begin, 1e-6)
+    say(f"{what}: {total / 1e9:.2f} GB, {total / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
 
 
 def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
-    """The folder (or file) of a path, or of a name on the hub, whose files that match `patterns` are downloaded.
-
-    Where the hub has safetensors, .bin files stay there. Raises UserError for what is neither.
-    """
-    path = Path(name)
-    if path.exists():
-        return path
+    """The folder or file of that name, or one on the hub: files that match `patterns`, no .bin beside safetensors."""
+    if Path(name).exists():
+        return Path(name)
     if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
         raise UserError(f"{option} {name}: no such folder")
     import huggingface_hub
@@ -458,13 +386,12 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
     try:
         there = ()
         with contextlib.suppress(Exception):  # without network, what is in the cache is taken
-            there = huggingface_hub.list_repo_files(str(name))
+            there = huggingface_hub.list_repo_files(name)
         unwanted = ["*.bin"] if any(file.endswith(".safetensors") for file in there) else []
-        found = huggingface_hub.snapshot_download(str(name), allow_patterns=list(patterns), ignore_patterns=unwanted)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=unwanted))
     except Exception as error:  # no network, no such name, no permission: the library has a dozen exceptions
         what = f"no such folder here, and from the hub it cannot be had ({utils.first_line(error)})"
         raise UserError(f"{option} {name}: {what}") from None
-    return Path(found)
 
 
 def same_place(one, other):
@@ -484,7 +411,6 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
     kinds = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", "consolidated.*.pth")
     stale = sorted(path.name for kind in kinds for path in target.glob(kind) if path.name not in writes)
-    beside = "which would stay beside the new weights and might be loaded instead"
     way = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
     problems = [
         (same, f"the same place as {same[:1] and same[0]}; choose another folder"),
@@ -492,20 +418,17 @@ def check_output(target, inputs=(), overwrite=False, writes=(), option="--output
         (target.exists() and not target.is_dir(), "a file of that name exists; choose another folder"),
         (os.path.ismount(target), "where a disk is mounted, which cannot be renamed; give a folder inside it"),
         (there and not overwrite, f"exists and holds {', '.join(there[:3])}{', ...' * (len(there) > 3)}; {way}"),
-        (stale, f"holds {', '.join(stale[:1])}, {beside}; remove it, or choose another folder"),
+        (stale, f"holds {', '.join(stale[:1])}, which might be loaded instead of the new weights; remove it"),
     ]
-    for is_so, problem in problems:
-        if is_so:
-            raise UserError(f"{option} {target}: {problem}")
+    if problem := next((problem for is_so, problem in problems if is_so), None):
+        raise UserError(f"{option} {target}: {problem}")
 
 
 @contextlib.contextmanager
 def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--output_dir"):
     """Yield a hidden folder beside `target` that takes its name, synced, when the block ends well; else it is removed.
 
-    `size` is what will be written, in bytes; `inputs` are paths that must not be the target, `writes` the names of the
-    weight files to come; see `check_output` and `utils.hidden_folder`. What a killed run left behind is named and
-    removed. SIGTERM and SIGHUP end the block like Ctrl-C. Raises UserError.
+    `size` bytes will be written; for the others see `check_output`. What a killed run left behind is named and removed.
     """
 
     def stop(number, frame):

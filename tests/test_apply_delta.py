@@ -933,7 +933,7 @@ def test_target_that_exists_is_refused(tmp_path, base, delta):
     assert (target / "notes.txt").read_text() == "mine" and read(target / "config.json")["model_type"] == "llama"
     (target / "pytorch_model.bin").write_text("of an older model")
     message = refused(base, target, delta, overwrite=True)
-    assert "holds pytorch_model.bin, which would stay beside the new weights" in message
+    assert "holds pytorch_model.bin, which might be loaded instead of the new weights; remove it" in message
     assert not list(tmp_path.glob(".*"))
 
 

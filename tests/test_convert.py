@@ -698,7 +698,7 @@ def test_row_blocks_cover_every_row_once_in_whole_heads():
     assert list(weights.row_blocks((), "float32")) == [(0, 1)] and list(weights.row_blocks((0, 3), "float32")) == []
 
 
-def test_rows_that_lie_apart_are_read_in_order(tmp_path):
+def test_blocks_of_a_tensor_whose_rows_lie_apart(tmp_path):
     matrix = torch.arange(64 * 48, dtype=torch.float32).reshape(64, 48)
     views = {"turned": matrix.T, "cube": matrix.reshape(8, 8, 48).permute(2, 0, 1)}
     torch.save(views, tmp_path / "x.bin")
@@ -720,9 +720,9 @@ def test_a_plan_is_split_where_transformers_would():
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_progress_on_a_terminal_and_elsewhere(is_terminal, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
-    with weights.Meter("weights", 4 * 10**9) as meter:
-        meter.add(10**9)
-        meter.add(3 * 10**9)
+    with weights.meter("weights", 4 * 10**9) as meter:
+        meter.update(10**9)
+        meter.update(3 * 10**9)
     *bar, last = capsys.readouterr().err.split("\r")
     assert re.search(r"weights: 4\.00 GB, [\d.]+ GB/s, 0 s\n$", last) and bool(bar) == is_terminal
     assert not is_terminal or ("weights" in bar[1] and "4.00G" in bar[1])
