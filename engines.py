@@ -64,8 +64,8 @@ def configure_fsdp(args):
     if not {"full_shard", "shard_grad_op", "auto_wrap", "offload", "true"}.issuperset(words):
         raise UserError(f"--fsdp {args.fsdp}: choose from full_shard, shard_grad_op, auto_wrap, offload")
     if isinstance(config, str):
-        is_text = config.lstrip().startswith("{")
-        config = read_json("--fsdp_config", config) if is_text else read_json(config)
+        name, text = ("--fsdp_config", config) if config.lstrip().startswith("{") else (config, None)
+        config = read_json(name, text, "; --fsdp_config takes JSON or its file")
     config = {FSDP_NAMES.get(key.removeprefix("fsdp_"), key.removeprefix("fsdp_")): config[key] for key in config}
     if unknown := sorted(config.keys() - FSDP_KEYS - FSDP1_KEYS):
         raise UserError(f"--fsdp_config: unknown key {unknown[0]}; those that exist: {', '.join(sorted(FSDP_KEYS))}")
@@ -97,9 +97,9 @@ def configure_deepspeed(args):
     except ImportError:
         raise UserError("--deepspeed needs the package: pip install deepspeed; or use --fsdp") from None
     deepspeed.utils.logger.setLevel("ERROR")
-    given = args.deepspeed
-    path = given if isinstance(given, str) else "DeepSpeed configuration"
-    config, notices = complete_ds_config(read_json(given) if isinstance(given, str) else given)
+    given, is_file = args.deepspeed, isinstance(args.deepspeed, str)
+    path, config = given if is_file else "DeepSpeed configuration", read_json(given) if is_file else given
+    config, notices = complete_ds_config(config)
     for notice in notices:
         say(f"{path}: {notice}")
     if config["zero_optimization"].get("stage") not in (1, 2, 3):

@@ -92,8 +92,8 @@ def translate_old_options(words):
             notices.append(f"{name} gives way to --warmup_steps {steps}, as it did")
         else:
             today = OLD_OPTIONS[key] if key in OLD_OPTIONS else OLD_VALUES[old]
-            if "{value}" not in today and value.lower() in ("false", "0", "no", "n", "f"):  # a switch that is off
-                today = ""
+            is_switch = key in OLD_OPTIONS and "{value}" not in today
+            today = "" if is_switch and value.lower() not in ("", "true", "1", "yes", "y", "t") else today
             new = [word for word in today.format(value=value).split(" ", 1) if word]
             (late if key == "warmup_ratio" and steps else result).extend(new)  # 0 steps counted as not given
             shown = " ".join(word for word in new if word != value)
@@ -762,11 +762,11 @@ def open_output(args, settings, model):
     folder = Path(args.output_dir).resolve()
     for path in (Path(name).resolve() for name in (model, wanted) if overwrite and os.path.isdir(str(name))):
         if path == folder or (path.parent == folder and path.name.startswith("checkpoint-")):
-            what = f"--overwrite_output_dir would delete {path}, which this run reads"
-            raise UserError(f"{what}; choose another --output_dir")
+            raise UserError(f"--overwrite_output_dir would delete {path}, which it reads; choose another --output_dir")
+    decision = resume_point(args.output_dir, settings, wanted, overwrite, anyway)
     for hidden in (".saving", ".rehearsal"):  # of a run that was killed
         shutil.rmtree(folder / hidden, ignore_errors=True)
-    return resume_point(args.output_dir, settings, wanted, overwrite, anyway)
+    return decision
 
 
 def from_first_process(function, *arguments):

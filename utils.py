@@ -279,7 +279,8 @@ def read_records(sources, needs_answer=True):
         except (OSError, UnicodeDecodeError) as error:
             raise unreadable(source, error, "; --data_path takes JSON or JSON Lines files") from None
         if not text.strip():
-            raise UserError(f"{source}: the file is empty; it should hold a JSON list or JSON Lines")
+            where = name if isinstance(source, tuple) else source
+            raise UserError(f"{where}: the file is empty; it should hold a JSON list or JSON Lines")
         rows, broken = [], []  # rows: (source, value)
         if text.lstrip().startswith("["):
             try:
@@ -833,16 +834,9 @@ class OpenAIDecodingArguments:
 
 
 def openai_completion(
-    prompts,
-    decoding_args,
-    model_name=None,
-    sleep_time=2,
-    batch_size=1,
-    max_instances=sys.maxsize,
-    max_batches=sys.maxsize,
-    return_text=False,
-    **decoding_kwargs,
-):
+    prompts, decoding_args, model_name=None, sleep_time=2, batch_size=1,
+    max_instances=sys.maxsize, max_batches=sys.maxsize, return_text=False, **decoding_kwargs,
+):  # fmt: skip
     """Complete one prompt, or a list of them, through the server of OPENAI_BASE_URL, `batch_size` at a time.
 
     A prompt is a text or a chat message {role, content}. Returns for each {text, finish_reason, model, total_tokens},
@@ -866,6 +860,8 @@ def openai_completion(
         found = []
         for choice in response.choices:
             text = choice.text if is_text else choice.message.content
+            if text is None:
+                raise ValueError(f"an answer without text, finish_reason {choice.finish_reason}")
             found.append(text if return_text else Completion(text=text, finish_reason=choice.finish_reason, **facts))
         return found if decoding_args.n > 1 else found[0]
 
@@ -889,5 +885,7 @@ def openai_completion(
             results = list(pool.map(ask, prompts))
     except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
         said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
-        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
+        raise UserError(
+            f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL, the model's name and what is asked of it"
+        ) from None
     return results[0] if single else results

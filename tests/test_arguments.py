@@ -417,7 +417,7 @@ def test_overwriting_what_the_run_reads_is_refused(reads, tmp_path):
     path = tmp_path / reads.removeprefix("named ")
     named = ["--resume_from_checkpoint", path] if reads.startswith("named") else []
     args = parse("--output_dir", tmp_path / "out", "--overwrite_output_dir", "True", *named)[2]
-    message = f"--overwrite_output_dir would delete {path}, which this run reads; choose another --output_dir"
+    message = f"--overwrite_output_dir would delete {path}, which it reads; choose another --output_dir"
     with pytest.raises(UserError) as caught:
         trainer.open_output(args, {}, tmp_path if named else path)
     assert str(caught.value) == message

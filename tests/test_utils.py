@@ -991,6 +991,16 @@ def test_a_run_without_a_whole_checkpoint_starts_from_the_first_step(tmp_path, c
     assert capsys.readouterr().err == line
 
 
+def test_a_folder_of_somebody_else_is_left_as_it_is(tmp_path):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "mine").touch()
+    (tmp_path / "config.json").write_text("{}")
+    names = ("resume_from_checkpoint", "overwrite_output_dir", "resume_anyway")
+    args = SimpleNamespace(output_dir=str(tmp_path), **dict.fromkeys(names))
+    assert "config.json, which is not of a run of ours" in refusal(train.open_output, args, SETTINGS, "some/model")
+    assert (tmp_path / ".saving" / "mine").exists()
+
+
 def test_nothing_outside_of_the_folder_is_deleted(tmp_path):
     (tmp_path / "precious").mkdir()
     make_run(tmp_path / "out", "finished", files=["../precious", "config.json"])
