@@ -60,10 +60,14 @@ class StoredTensor:
         """Rows `start` to `stop` as unsigned integers, copied; torch.from_numpy(block).view(dtype) sees numbers."""
         self.file.check_unchanged()  # to read what somebody has cut off a mapped file ends the process
         rows = np.atleast_1d(self.bits)[start:stop]
-        block = np.array(rows, order="C")
-        if block.size:  # the file's pages leave our memory, not the page cache
-            first = (self.offset + start * rows.strides[0]) // mmap.PAGESIZE * mmap.PAGESIZE
-            self.file.map.madvise(mmap.MADV_DONTNEED, first, len(rows) * rows.strides[0] + mmap.PAGESIZE)
+        if not rows.flags.c_contiguous or not rows.size:  # rows that lie apart, as a transposed matrix has them
+            return np.array(rows, order="C")
+        block, place = np.empty(rows.shape, rows.dtype), self.offset + start * rows.strides[0]
+        rest = memoryview(block).cast("B")
+        while count := len(rest) and os.preadv(self.file.file.fileno(), [rest], place):
+            rest, place = rest[count:], place + count
+        if len(rest):
+            raise self.file.error(f"ends within tensor {self.name}; damaged, or cut while it was read")
         return block
 
 
@@ -130,11 +134,11 @@ class WeightFile:
     def _list_zip(self):
         """(name, dtype, first byte, shape, strides in bytes) of each tensor."""
         try:
-            self.archive = zipfile.ZipFile(self.file)  # a path it would open itself, and not safely count its threads
+            entries = zipfile.ZipFile(self.file).infolist()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
             what = f"truncated: it has {len(self.map):,} bytes and lacks the table of contents that ends such a file"
             raise self.error(f"{what}; {AGAIN}") from None
-        for entry in self.archive.infolist():
+        for entry in entries:
             start = entry.header_offset + 30  # and the lengths of the name and the extra field, which end its header
             start += sum(int.from_bytes(self.map[i : i + 2], "little") for i in (start - 4, start - 2))
             if entry.compress_type or entry.flag_bits & 0x61 or start + entry.file_size > len(self.map):
@@ -176,10 +180,10 @@ class WeightFile:
                 raise self.error(f"entry {name!r} is no tensor, so this is no file of weights")
         return found
 
-    def damage(self):
+    def damage(self, archive):
         """What is wrong where the CRC-32 of a record is, as words; None where all are right."""
         try:
-            bad = self.archive.testzip()
+            bad = archive.testzip()
         except (ValueError, EOFError, RuntimeError):  # of a header, or because `checksums` has given up
             return f"damaged: a record has another header than the table of contents says; {AGAIN}"
         if bad:
@@ -229,19 +233,23 @@ def open_weights(path):
 @contextlib.contextmanager
 def checksums(tensors):
     """While the block runs, threads compare every CRC-32 in the files of StoredTensors, once. Raises UserError."""
-    files = [file for file in dict.fromkeys(tensor.file for tensor in tensors) if file.has_checksums]
+    parts = []  # two of each file
+    for file in dict.fromkeys(tensor.file for tensor in tensors if tensor.file.has_checksums):
+        for half in range(2):
+            parts.append((file, zipfile.ZipFile(open(file.path, "rb"))))
+            parts[-1][1].filelist = parts[-1][1].filelist[half::2]
     with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        checks = {file: threads.submit(file.damage) for file in files}
+        checks = [(file, threads.submit(file.damage, archive)) for file, archive in parts]
         try:
             yield
-            concurrent.futures.wait(checks.values())
+            concurrent.futures.wait([check for _, check in checks])
             check_unchanged(tensors)
-            for file, check in checks.items():
+            for file, check in checks:
                 if what := check.result():
                     raise file.error(what)
         finally:
-            for file in files:
-                file.file.close()  # so that a thread at it gives up
+            for _, archive in parts:
+                archive.fp.close()  # so that a thread at it gives up
 
 
 def check_unchanged(tensors):
