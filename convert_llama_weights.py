@@ -825,7 +825,7 @@ def convert(args):
     dropped += ["output.weight, tied"] if llama.tied and "output.weight" in shards[0] else []
     reasons = f" ({'; '.join(dropped[:3])}{'; ...' if dropped[3:] else ''})" if dropped else ""
     counts = f"{len(plan)} tensors written + {len(dropped)} dropped{reasons} = {len(shards[0])} in each shard"
-    num_files = len(weights.split_plan(plan, args.max_shard_size))
+    num_files = sum(name.endswith(".safetensors") for name in files)
     say(f"{args.output_dir}: {counts}; {size / 1e9:.2f} GB of {dtype} in {num_files} files")
     say(f"next: python train.py --model_name_or_path {args.output_dir} --data_path DATA.json --output_dir TUNED")
 

@@ -294,10 +294,12 @@ def ahead(items):
 
 def split_plan(plan, max_shard_size=SHARD_SIZE):
     """A plan as files of at most `max_shard_size` bytes: {file name: plan}; a larger tensor has a file of its own."""
-    shards = [{}]
+    shards, size = [{}], 0
     for name, entry in plan.items():
-        if shards[-1] and plan_size(shards[-1] | {name: entry}) > max_shard_size:
+        size += (own := plan_size({name: entry}))
+        if shards[-1] and size > max_shard_size:
             shards.append({})
+            size = own
         shards[-1][name] = entry
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
