@@ -1024,8 +1024,7 @@ def generate_instruction_following_data(*positional, **options):
     try:
         go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
     finally:
-        utils.HELD_LOCKS.remove(lock)
-        lock.close()
+        utils.release_folder(lock)
 
 
 # To fire, and to whoever asks for the signature, it is a function of the options.

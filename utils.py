@@ -660,7 +660,7 @@ HELD_LOCKS = []  # a lock lasts as long as its file is open
 
 
 def claim_folder(folder, name=None):
-    """Make `folder` and lock it until the open file that is returned is closed, or this process ends, however it ends.
+    """Make `folder` and lock it until `release_folder` takes what is returned, or this process ends, however it ends.
 
     Raises UserError, which speaks of `name`, where another process holds it.
     """
@@ -679,6 +679,12 @@ def claim_folder(folder, name=None):
         raise UserError(f"{name or folder}: another run is writing here; wait for it, or choose another folder")
     HELD_LOCKS.append(lock)
     return lock
+
+
+def release_folder(lock):
+    """Give back what `claim_folder` has locked; a run that ends with its process need not."""
+    HELD_LOCKS.remove(lock)
+    lock.close()
 
 
 def sync(path):

@@ -470,5 +470,4 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
         raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
     finally:
-        utils.HELD_LOCKS.remove(lock)
-        lock.close()
+        utils.release_folder(lock)

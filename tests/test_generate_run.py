@@ -298,8 +298,7 @@ def test_a_second_process_is_refused(server, tmp_path):
     done = run_script(["--output_dir", tmp_path, "--base_url", server.url], code=2)
     assert done.stderr == (f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n")
     assert server.requests == []
-    utils.HELD_LOCKS.remove(lock)
-    lock.close()
+    utils.release_folder(lock)
 
 
 def test_the_folder_is_free_again_after_a_run_in_the_same_process(server, tmp_path):
