@@ -1020,11 +1020,8 @@ def generate_instruction_following_data(*positional, **options):
         print(preview(args, Collection(args, seeds, [])))
         return
     client = None if args.replay else ChatClient(args)
-    lock = utils.claim_folder(args.output_dir)
-    try:
+    with utils.claim_folder(args.output_dir):
         go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
-    finally:
-        utils.release_folder(lock)
 
 
 # To fire, and to whoever asks for the signature, it is a function of the options.

@@ -23,11 +23,18 @@ import sys
 import threading
 from pathlib import Path
 
+GIB = 2**30  # bytes
+
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
 
 
 class UserError(Exception):
     """Something the user can mend: the text says what is wrong, where, and what to do, on one line."""
+
+
+def first_line(error):
+    """The first line of an error's text, shortened: for quoting another library's message inside ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def rank():
@@ -323,23 +330,13 @@ PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna
 
 # What Vicuna was trained with, a wire format byte for byte: FastChat's docs/vicuna_weights_version.md; for v0 as its
 # train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {} is a message, or the answer to it.
+VICUNA_SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
 VICUNA_TURNS = {
-    "vicuna_v0": (
-        (
-            "A chat between a curious human and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the human's questions.\n\n"
-        ),
-        "### Human: {}\n### Assistant:",
-        " {}\n",
-    ),
-    "vicuna_v1.1": (
-        (
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
-        "USER: {} ASSISTANT:",
-        " {}</s>",
-    ),
+    "vicuna_v0": (VICUNA_SYSTEM.format("human") + "\n\n", "### Human: {}\n### Assistant:", " {}\n"),
+    "vicuna_v1.1": (VICUNA_SYSTEM.format("user") + " ", "USER: {} ASSISTANT:", " {}</s>"),
 }
 
 
@@ -380,13 +377,13 @@ def unknown_options(words, known):
     return UserError(f"unknown option: {', '.join(hints)}; --help lists those that exist")
 
 
-def _refuse(message):
-    raise UserError(message)
-
-
 def parse_options(parser, words):
     """Parse `words` with an argparse parser. Raises UserError for whatever it refuses, unknown options included."""
-    parser.error = _refuse  # one line, without the usage
+
+    def refuse(message):  # in one line, without the usage
+        raise UserError(message)
+
+    parser.error = refuse
     args, rest = parser.parse_known_args(words)
     if rest:
         raise unknown_options(rest, [name for action in parser._actions for name in action.option_strings])
@@ -477,8 +474,7 @@ def build_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False
     special = {piece.piece for piece in pieces if piece.type not in (piece.NORMAL, piece.BYTE, piece.USER_DEFINED)}
     unk = next(piece.piece for piece in pieces if piece.type == piece.UNKNOWN)
     merges = generate_merges(vocab, normal, skip_tokens=set(vocab) - set(normal))
-    bpe = models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=True)
-    built = Tokenizer(bpe)
+    built = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     prefix = [normalizers.Prepend("▁")] if proto.normalizer_spec.add_dummy_prefix else []
     built.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
@@ -490,12 +486,9 @@ def build_from_sentencepiece(model_path, add_bos_token=True, add_eos_token=False
     head = [bos] if add_bos_token and bos else []
     tail = [eos] if add_eos_token and eos else []
     if head or tail:
-        second = [f"{token}:1" for token in (*head, "$B", *tail)]
-        built.post_processor = processors.TemplateProcessing(
-            single=[*head, "$A", *tail],
-            pair=[*head, "$A", *tail, *second],
-            special_tokens=[(token, vocab[token]) for token in {*head, *tail}],
-        )
+        first, second = ([f"{token}:{i}" for token in (*head, f"${'AB'[i]}", *tail)] for i in range(2))
+        ids = [(token, vocab[token]) for token in {*head, *tail}]
+        built.post_processor = processors.TemplateProcessing(single=first, pair=first + second, special_tokens=ids)
     return built, {"bos_token": bos, "eos_token": eos, "unk_token": unk, "clean_up_tokenization_spaces": False}
 
 
@@ -506,11 +499,9 @@ def find_sentencepiece(name_or_path, cache_dir=None):
         return path if path.is_file() else None
     import huggingface_hub
 
-    try:
+    with contextlib.suppress(huggingface_hub.errors.HFValidationError):  # no name on the hub can be like that
         cached = huggingface_hub.try_to_load_from_cache(str(name_or_path), path.name, cache_dir=cache_dir)
-    except huggingface_hub.errors.HFValidationError:  # no name on the hub can be like that
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+        return Path(cached) if isinstance(cached, str) else None
 
 
 def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
@@ -547,8 +538,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
         config = read_json(config) if config.is_file() else {}
         added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
         tokenizer = tokenizer_from_sentencepiece(model_path, **added, **options)
-        text = differs_from_sentencepiece(tokenizer, model_path)
-        if text is not None:
+        if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
             what = f"{problem}, and one built from {model_path.name} reads {text!r} differently too"
             raise UserError(f"{name_or_path}: {what}; put a right tokenizer.json into the folder")
         say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
@@ -616,27 +606,19 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
     import transformers
 
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name_or_path,
-            config=config,
-            cache_dir=cache_dir,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are named, below
-        )
+        options = {"config": config, "cache_dir": cache_dir, "dtype": dtype, "device_map": device_map}
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are named, below
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except Exception as error:  # from half a download to a damaged shard: each library has its own exception
         what = first_line(error)
         raise UserError(f"{name_or_path}: cannot load its weights ({what}); copy the folder again") from error
     for key, found, wanted in info["mismatched_keys"]:
         what = f"{key} is {list(found)} in its files and {list(wanted)} by its config"
         raise UserError(f"{name_or_path}: {what}; copy the folder again")
-    missing = sorted(info["missing_keys"])
-    if missing:
+    if missing := sorted(info["missing_keys"]):
         what = f"its files lack {len(missing)} tensors, first {missing[0]}"
         raise UserError(f"{name_or_path}: {what}; copy the folder again")
-    unused = sorted(info["unexpected_keys"])
-    if unused:
+    if unused := sorted(info["unexpected_keys"]):
         say(f"{name_or_path}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
     return model
 
@@ -644,23 +626,15 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
 # --- Folders that are written whole, or claimed ----------------------------------------------------------------------
 
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
-
-
-def first_line(error):
-    """The first line of an error's text, shortened: for quoting another library's message inside ours."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]
-
-
 LOCK = ".lock"  # in a folder that a run has claimed
 LAST_FILES = (  # without these a folder does not load
     "model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json",
 )  # fmt: skip
-HELD_LOCKS = []  # a lock lasts as long as its file is open
+HELD_LOCKS = []  # a lock lasts as long as its file is open, also where nobody keeps it
 
 
 def claim_folder(folder, name=None):
-    """Make `folder` and lock it until `release_folder` takes what is returned, or this process ends, however it ends.
+    """Make `folder` and lock it until the file that is returned is closed, or this process ends, however it ends.
 
     Raises UserError, which speaks of `name`, where another process holds it.
     """
@@ -679,12 +653,6 @@ def claim_folder(folder, name=None):
         raise UserError(f"{name or folder}: another run is writing here; wait for it, or choose another folder")
     HELD_LOCKS.append(lock)
     return lock
-
-
-def release_folder(lock):
-    """Give back what `claim_folder` has locked; a run that ends with its process need not."""
-    HELD_LOCKS.remove(lock)
-    lock.close()
 
 
 def sync(path):
@@ -707,8 +675,7 @@ def hidden_folder(hidden, final):
     hidden.mkdir(parents=True, exist_ok=True)
     for path in (path for path in hidden.iterdir() if path.name != LOCK):  # of a run that was killed
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    umask = os.umask(0)
-    os.umask(umask)
+    os.umask(umask := os.umask(0))
     try:
         yield hidden
         files = [path for path in hidden.iterdir() if path.name != LOCK]
@@ -781,15 +748,12 @@ def git_commit():
 
 def read_run(folder):
     """The run.json of a folder as a dict; None where there is none. Raises UserError where it is no run of ours."""
-    path = Path(folder, "run.json")
-    if not path.is_file():
+    if not (path := Path(folder, "run.json")).is_file():
         return None
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["made_by"] == "cria":
             return run
-    except (ValueError, KeyError, TypeError):
-        pass
     raise UserError(f"{path}: not a run.json of these scripts; choose another folder")
 
 
@@ -803,9 +767,6 @@ def find_checkpoints(folder):
             if all((path / name).stat().st_size == size for name, size in marker["files"].items()):
                 whole[path] = marker
     return whole, [path for path in found if path not in whole]
-
-
-GIB = 2**30
 
 
 def free_host_memory():
@@ -843,7 +804,7 @@ def openai_completion(
     prompts, decoding_args, model_name=None, sleep_time=2, batch_size=1,
     max_instances=sys.maxsize, max_batches=sys.maxsize, return_text=False, **decoding_kwargs,
 ):  # fmt: skip
-    """Complete one prompt, or a list of them, through the server of OPENAI_BASE_URL, `batch_size` at a time.
+    """Answer one prompt, or a list of them, through the chat server of OPENAI_BASE_URL, `batch_size` at a time.
 
     A prompt is a text or a chat message {role, content}. Returns for each {text, finish_reason, model, total_tokens},
     as keys and as attributes, or the text alone with `return_text`; a list of them where decoding_args.n is above 1.
@@ -855,20 +816,13 @@ def openai_completion(
         __getattr__ = dict.__getitem__
 
     def ask(prompt):
-        if is_text:
-            response = client.completions.create(model=model, prompt=prompt, **parameters)
-        else:
-            message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
-            response = client.chat.completions.create(model=model, messages=[message], **parameters)
+        message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
+        response = client.chat.completions.create(model=model, messages=[message], **sent)
         if not getattr(response, "choices", None):  # an HTML page, for example, is handed through as a str
             raise ValueError(f"no completion, but {str(response)[:60]!r}")
         facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
-        found = []
-        for choice in response.choices:
-            text = choice.text if is_text else choice.message.content
-            if text is None:
-                raise ValueError(f"an answer without text, finish_reason {choice.finish_reason}")
-            found.append(text if return_text else Completion(text=text, finish_reason=choice.finish_reason, **facts))
+        found = [Completion(text=c.message.content, finish_reason=c.finish_reason, **facts) for c in response.choices]
+        found = [completion.text if return_text else completion for completion in found]
         return found if decoding_args.n > 1 else found[0]
 
     url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
@@ -876,13 +830,12 @@ def openai_completion(
     if model == "text-davinci-003" and not url:
         model = "gpt-4o-mini"
         say(f"text-davinci-003 was withdrawn in 2024; using {model}")
-    is_text = model.startswith(("davinci-", "babbage-", "gpt-3.5-turbo-instruct"))  # OpenAI serves them as completions
-    parameters = {**dataclasses.asdict(decoding_args), **decoding_kwargs}
-    for name in ["stream"] if is_text else ["stream", "suffix", "logprobs", "echo"]:
-        if parameters.pop(name, None):
+    usual = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # not sent: some servers refuse them
+    asked = {**dataclasses.asdict(decoding_args), **decoding_kwargs}
+    for name in ("stream", "suffix", "logprobs", "echo"):
+        if asked.pop(name, None):
             say(f"{name} has no meaning here; ignored")
-    usual = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "echo": False}  # not sent: some refuse them
-    parameters = {name: value for name, value in parameters.items() if value not in (None, usual.get(name))}
+    sent = {name: value for name, value in asked.items() if value not in (None, usual.get(name))}
     single = isinstance(prompts, (str, dict))
     prompts = ([prompts] if single else list(prompts))[: min(max_instances, max_batches * batch_size)]
     try:
@@ -890,8 +843,6 @@ def openai_completion(
         with concurrent.futures.ThreadPoolExecutor(batch_size) as pool:
             results = list(pool.map(ask, prompts))
     except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
-        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
-        raise UserError(
-            f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL, the model's name and what is asked of it"
-        ) from None
+        said = first_line(error).replace(key or "\n", "[key]")
+        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
     return results[0] if single else results

@@ -400,8 +400,8 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
         unwanted = ["*.bin"] if any(file.endswith(".safetensors") for file in there) else []
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=unwanted))
     except Exception as error:  # no network, no such name, no permission: the library has a dozen exceptions
-        what = f"no such folder here, and from the hub it cannot be had ({utils.first_line(error)})"
-        raise UserError(f"{option} {name}: {what}") from None
+        why = utils.first_line(error)
+        raise UserError(f"{option} {name}: no such folder here, and from the hub it cannot be had ({why})") from None
 
 
 def same_place(one, other):
@@ -459,7 +459,7 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
         gigabytes = sum(path.stat().st_size for path in left) / 1e9
         say(f"{hidden}: left by a run that did not finish ({len(left)} files, {gigabytes:.2f} GB); removed")
     try:
-        with utils.on_signals(stop), utils.hidden_folder(hidden, final):
+        with lock, utils.on_signals(stop), utils.hidden_folder(hidden, final):
             if size > (free := shutil.disk_usage(hidden).free):
                 what = f"{size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free"
                 raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")
@@ -469,5 +469,3 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
             raise
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
         raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
-    finally:
-        utils.release_folder(lock)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, environment
-from scripted_server import Server, completion, refusal, usual_answer
+from scripted_server import Server, completion, refusal
 
 import generate_instruction
 import utils
@@ -298,7 +298,7 @@ def test_a_second_process_is_refused(server, tmp_path):
     done = run_script(["--output_dir", tmp_path, "--base_url", server.url], code=2)
     assert done.stderr == (f"error: {tmp_path}: another run is writing here; wait for it, or choose another folder\n")
     assert server.requests == []
-    utils.release_folder(lock)
+    lock.close()
 
 
 def test_the_folder_is_free_again_after_a_run_in_the_same_process(server, tmp_path):
@@ -818,16 +818,6 @@ def test_openai_completion_returns_what_was_asked_for(monkeypatch, capsys):
         assert ask(["p"] * 5, one, max_instances=2, return_text=True) == ["a", "a"]
         assert ask(["p"] * 5, one, max_batches=1, batch_size=3, return_text=True) == ["a"] * 3
         assert ask([], one) == []
-
-
-def test_openai_completion_asks_the_models_of_text_completions_so(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    arguments = utils.OpenAIDecodingArguments(suffix="end", temperature=0.0)
-    for model in ("davinci-002", "babbage-002", "gpt-3.5-turbo-instruct"):
-        result = utils.openai_completion("4. Instruction:", arguments, model)
-        assert result.text == usual_answer("4. Instruction:") and result["model"] == "scripted"
-    assert [request["endpoint"] for request in server.requests] == ["text"] * 3
-    assert (server.requests[0]["suffix"], server.requests[0]["temperature"]) == ("end", 0.0)
 
 
 def test_openai_completion_keeps_the_order_and_sends_a_batch_at_a_time(monkeypatch):
