@@ -276,7 +276,7 @@ def check_rows(rows, part, start, stop):
 def open_inputs(output, option, **paths):
     """The folders of two inputs, {option: path or name on the hub}; `output` must be outside of both, they apart."""
     folders = [weights.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
-    if weights.same_place(*folders):
+    if utils.same_place(*folders):
         (one, first), (two, second) = paths.items()
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
@@ -654,7 +654,7 @@ def apply_delta(
         parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
     is_recorded = bool(record) and not any_base and dtype is None and rule == record["new_rows"]
     size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
-    weights.check_output(target_model_path, inputs, overwrite, files, "--target")
+    utils.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:
         check_base(parts, record, base_path)
 
@@ -666,7 +666,7 @@ def apply_delta(
                 total[0] += rows.double().sum().item()
             yield start, stop, rows
 
-    with weights.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
+    with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
         write_weights(folder, parts, rows_of, "applying", [*base.values(), *delta.values()])
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
@@ -721,7 +721,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
             yield start, stop, rows
 
     size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
-    with weights.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
+    with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
         write_weights(folder, parts, rows_of, "making", [*base.values(), *target.values()])
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {

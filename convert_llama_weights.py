@@ -734,7 +734,7 @@ def reverse(args):
     plan["rope.freqs"] = (dtype, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(count)]
     size = weights.plan_size(plan) * count
-    with weights.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
+    with utils.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
         check_values(list(sources.values()))
         places = {}
         for i, name in enumerate(names):
@@ -806,7 +806,7 @@ def convert(args):
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
-    with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
+    with utils.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
         check_values([shard[raw] for raw in table for shard in shards], args.dtype)
         check_copies(llama, shards, folder)
         if loaded:
