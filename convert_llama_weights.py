@@ -596,7 +596,7 @@ def model_logits(folder, ids):
     with init_empty_weights():  # tables such as the rotary one are computed, weights are not there
         model = transformers.LlamaForCausalLM(config)
     model.eval()
-    files = [safe_open(path, framework="pt") for path in utils.weight_files(folder)]
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("*.safetensors"))]
     places = {name: file for file in files for name in file.keys()}
 
     def fill(module, name):

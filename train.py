@@ -791,7 +791,7 @@ def from_first_process(function, *arguments):
 def check_weights(folder, expected):
     """Read the weights of `folder` back; raise UserError for a tensor that is not bit for bit that of `expected`."""
     missing = set(expected)
-    for path in utils.weight_files(folder):
+    for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():
                 found, wanted = file.get_tensor(name), expected.get(name)
@@ -834,7 +834,7 @@ def rehearse_save(trainer):
     start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
     safe_save_model_for_hf_trainer(trainer, folder)
     if trainer.args.should_save:
-        size = sum(path.stat().st_size for path in utils.weight_files(folder)) / GIB
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / GIB
         shutil.rmtree(folder)
         say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
 
@@ -861,8 +861,8 @@ def finish(trainer, run):
     results |= {"engine": engines.engine_name(args), "processes": args.world_size, "dtypes": trainer.dtypes}
     run |= {"status": "finished", "results": results, "files": [*names, "loss.csv"]}
     utils.write_json(run, folder / "run.json")
-    size, dtype = sum(path.stat().st_size for path in utils.weight_files(folder)), str(engines.save_dtype(args))[6:]
-    print(f"{folder}: model saved ({size / GIB:.2f} GiB {dtype}), last loss {losses[-1]:.4f}", flush=True)
+    sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
+    print(f"{folder}: model saved ({sum(sizes) / GIB:.2f} GiB {dtype}), last loss {losses[-1]:.4f}", flush=True)
 
 
 # --- The story -------------------------------------------------------------------------------------------------------

@@ -1,13 +1,13 @@
 """What Cria's scripts share and must agree on: errors, files, records, prompts, options, tokenizers, run.json.
 
-Nothing here trains, downloads or prints on import; torch, transformers and sentencepiece are imported inside the
-functions that need them, so that every script starts with only what it uses.
+Importing it does nothing: torch, transformers and sentencepiece are imported inside the functions that need them.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import fcntl
 import hashlib
@@ -22,8 +22,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-
-GIB = 2**30  # bytes
 
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
 
@@ -87,10 +85,8 @@ def is_first_to_fail():
     if dist is None:
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
     try:
-        from datetime import timedelta
-
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=5)
+        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
         return store.add(f"cria/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except Exception:  # the store went down with the process that held it: then somebody has failed before
         return rank() == 0
@@ -198,10 +194,8 @@ def unreadable(path, error, hint=""):
         return UserError(f"{path}: {error.strerror}{hint}")
     data, offset = error.object, error.start
     line, encoding = data.count(b"\n", 0, offset) + 1, "UTF-16" if data[:1] in (b"\xff", b"\xfe") else "GB18030"
-    return UserError(
-        f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8; "
-        f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
-    )
+    cure = f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
+    return UserError(f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8; {cure}")
 
 
 def read_json(path, text=None, hint=""):
@@ -392,10 +386,9 @@ def parse_options(parser, words):
 
 def truth(word):
     """The value of an option that is True or False."""
-    known = {"true": True, "1": True, "false": False, "0": False}
-    if word.lower() not in known:
+    if word.lower() not in ("true", "1", "false", "0"):
         raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
-    return known[word.lower()]
+    return word.lower() in ("true", "1")
 
 
 TRUTH = {"type": truth, "nargs": "?", "const": True}  # of add_argument; the bare option is True
@@ -419,9 +412,7 @@ def sentencepiece_proto(model_path):
     """The parsed `tokenizer.model`: pieces with scores and types, and how it was trained."""
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(Path(model_path).read_bytes())
-    return proto
+    return sentencepiece_model_pb2.ModelProto.FromString(Path(model_path).read_bytes())
 
 
 def sentencepiece_ids(model_path, texts):
@@ -625,11 +616,11 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
 
 # --- Folders that are written whole, or claimed ----------------------------------------------------------------------
 
+GIB = 2**30
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
 LOCK = ".lock"  # in a folder that a run has claimed
-LAST_FILES = (  # without these a folder does not load
-    "model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json",
-)  # fmt: skip
+# Without these a folder does not load.
+LAST_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json")
 HELD_LOCKS = []  # a lock lasts as long as its file is open, also where nobody keeps it
 
 
@@ -754,9 +745,8 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
         lock = claim_folder(hidden, target)
     except OSError as error:
         raise UserError(f"{option} {target}: {error.strerror}; choose another folder") from None
-    if left := [path for path in hidden.rglob("*") if path.is_file() and path.name != LOCK]:
-        gigabytes = sum(path.stat().st_size for path in left) / 1e9
-        say(f"{hidden}: left by a run that did not finish ({len(left)} files, {gigabytes:.2f} GB); removed")
+    if sizes := [path.stat().st_size for path in hidden.rglob("*") if path.is_file() and path.name != LOCK]:
+        say(f"{hidden}: left by a run that did not finish ({len(sizes)} files, {sum(sizes) / 1e9:.2f} GB); removed")
     try:
         with lock, on_signals(stop), hidden_folder(hidden, final):
             if size > (free := shutil.disk_usage(hidden).free):
@@ -768,11 +758,6 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
             raise
         what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
         raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
-
-
-def weight_files(folder):
-    """The .safetensors files of a model folder, in order."""
-    return sorted(Path(folder).glob("*.safetensors"))
 
 
 def is_disk_full(error):

@@ -296,8 +296,7 @@ def split_plan(plan, max_shard_size=SHARD_SIZE):
     for name, entry in plan.items():
         size += (own := plan_size({name: entry}))
         if shards[-1] and size > max_shard_size:
-            shards.append({})
-            size = own
+            shards, size = [*shards, {}], own
         shards[-1][name] = entry
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
@@ -392,10 +391,9 @@ def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*")
     import huggingface_hub
 
     try:
-        there = ()
+        unwanted = []
         with contextlib.suppress(Exception):  # without network, what is in the cache is taken
-            there = huggingface_hub.list_repo_files(name)
-        unwanted = ["*.bin"] if any(file.endswith(".safetensors") for file in there) else []
+            unwanted = ["*.bin"] * any(file.endswith(".safetensors") for file in huggingface_hub.list_repo_files(name))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=unwanted))
     except Exception as error:  # no network, no such name, no permission: the library has a dozen exceptions
         why = utils.first_line(error)
