@@ -1148,3 +1148,23 @@ def test_names_on_the_hub(tmp_path, base, delta, monkeypatch):
     change = tensors_in(delta)
     assert_bits(tensors_in(tmp_path / "out"), {name: old + change[name] for name, old in tensors_in(base).items()})
     assert read(tmp_path / "out" / "run.json")["arguments"]["base"] == "huggyllama/llama-7b"
+
+
+@pytest.mark.parametrize(
+    ("there", "unwanted"),
+    [(["model.safetensors", "pytorch_model.bin"], ["*.bin"]), (["pytorch_model.bin"], []), (OSError("no network"), [])],
+)
+def test_a_model_on_the_hub_is_not_fetched_twice(there, unwanted, tmp_path, monkeypatch):
+    def list_repo_files(name):
+        if isinstance(there, OSError):
+            raise there
+        return there
+
+    def snapshot_download(name, **options):
+        ignored.append(options["ignore_patterns"])
+        return str(tmp_path)
+
+    ignored = []
+    monkeypatch.setattr("huggingface_hub.list_repo_files", list_repo_files)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert weights.find_model("nobody/model") == tmp_path and ignored == [unwanted]
