@@ -870,16 +870,16 @@ def openai_completion(
     def ask(prompt):
         message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
         response = client.chat.completions.create(model=model, messages=[message], **sent)
-        if not getattr(response, "choices", None):  # an HTML page, for example, is handed through as a str
+        choices = getattr(response, "choices", None)  # an HTML page, for example, is handed through as a str
+        if not choices or any(choice.message.content is None for choice in choices):
             raise ValueError(f"no completion, but {str(response)[:60]!r}")
         facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
-        found = [Completion(text=c.message.content, finish_reason=c.finish_reason, **facts) for c in response.choices]
-        found = [completion.text if return_text else completion for completion in found]
+        found = [Completion(text=c.message.content, finish_reason=c.finish_reason, **facts) for c in choices]
+        found = [completion.text for completion in found] if return_text else found
         return found if decoding_args.n > 1 else found[0]
 
     url, key = os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY", "").strip()
-    model = model_name or "gpt-4o-mini"
-    if model == "text-davinci-003" and not url:
+    if (model := model_name or "gpt-4o-mini") == "text-davinci-003" and not url:
         model = "gpt-4o-mini"
         say(f"text-davinci-003 was withdrawn in 2024; using {model}")
     usual = {"n": 1, "presence_penalty": 0.0, "frequency_penalty": 0.0}  # not sent: some servers refuse them

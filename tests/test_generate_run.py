@@ -854,6 +854,7 @@ def test_openai_completion_tries_again_what_passes(monkeypatch):
         ({"headers": {"Content-Type": "text/html"}, "raw": b"<html>\n"}, "<html>"),
         ({"raw": b"{"}, "m: "),
         ({"body": completion("x", choices=None)}, "choices=None"),
+        ({"body": completion(None)}, "no completion"),
     ],
 )
 def test_openai_completion_refuses_in_one_line_what_the_user_can_mend(step, problem, monkeypatch):
