@@ -864,15 +864,15 @@ def openai_completion(
     """
     import openai
 
-    class Completion(dict):
-        __getattr__ = dict.__getitem__
+    Completion = type("Completion", (dict,), {"__getattr__": dict.__getitem__})
 
     def ask(prompt):
         message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
         response = client.chat.completions.create(model=model, messages=[message], **sent)
         choices = getattr(response, "choices", None)  # an HTML page, for example, is handed through as a str
-        if not choices or any(choice.message.content is None for choice in choices):
-            raise ValueError(f"no completion, but {str(response)[:60]!r}")
+        empty = [f"no text, finish_reason {c.finish_reason}" for c in choices or [] if c.message.content is None]
+        if not choices or empty:
+            raise ValueError((empty or [f"no completion, but {str(response)[:60]!r}"])[0])
         facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
         found = [Completion(text=c.message.content, finish_reason=c.finish_reason, **facts) for c in choices]
         found = [completion.text for completion in found] if return_text else found
@@ -888,13 +888,13 @@ def openai_completion(
         if asked.pop(name, None):
             say(f"{name} has no meaning here; ignored")
     sent = {name: value for name, value in asked.items() if value not in (None, usual.get(name))}
-    single = isinstance(prompts, (str, dict))
-    prompts = ([prompts] if single else list(prompts))[: min(max_instances, max_batches * batch_size)]
+    prompts = [prompts] if (single := isinstance(prompts, (str, dict))) else list(prompts)
+    prompts = prompts[: min(max_instances, max_batches * batch_size)]
     try:
         client = openai.OpenAI(api_key=key or ("none" if url else None), max_retries=5)
         with concurrent.futures.ThreadPoolExecutor(batch_size) as pool:
             results = list(pool.map(ask, prompts))
     except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
-        said = first_line(error).replace(key or "\n", "[key]")
-        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and the model's name") from None
+        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
+        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and what is asked of it") from None
     return results[0] if single else results

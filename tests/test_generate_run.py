@@ -854,7 +854,7 @@ def test_openai_completion_tries_again_what_passes(monkeypatch):
         ({"headers": {"Content-Type": "text/html"}, "raw": b"<html>\n"}, "<html>"),
         ({"raw": b"{"}, "m: "),
         ({"body": completion("x", choices=None)}, "choices=None"),
-        ({"body": completion(None)}, "no completion"),
+        ({"body": completion(None)}, "finish_reason stop"),
     ],
 )
 def test_openai_completion_refuses_in_one_line_what_the_user_can_mend(step, problem, monkeypatch):
@@ -865,6 +865,15 @@ def test_openai_completion_refuses_in_one_line_what_the_user_can_mend(step, prob
         assert len(server.requests) <= 2
     assert problem in said and "\n" not in said and "sk-secret" not in said
     assert "OPENAI_API_KEY" in said and "OPENAI_BASE_URL" in said
+
+
+def test_openai_completion_says_why_no_server_answers(monkeypatch):
+    import openai
+
+    real = openai.OpenAI
+    monkeypatch.setattr(openai, "OpenAI", lambda **options: real(**options | {"max_retries": 0}))
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")  # where nobody listens
+    assert "refused" in refused(utils.openai_completion, "p", utils.OpenAIDecodingArguments())
 
 
 def test_openai_completion_against_openai_needs_a_key_and_a_model_that_lives(monkeypatch, capsys):
