@@ -895,6 +895,6 @@ def openai_completion(
         with concurrent.futures.ThreadPoolExecutor(batch_size) as pool:
             results = list(pool.map(ask, prompts))
     except (openai.OpenAIError, ValueError) as error:  # ValueError: a body that is not JSON
-        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]")
-        raise UserError(f"{model}: {said}; check OPENAI_API_KEY, OPENAI_BASE_URL and what is asked of it") from None
+        said = first_line(error.__cause__ or error).replace(key or "\n", "[key]") + "; check OPENAI_API_KEY"
+        raise UserError(f"{model}: {said}, OPENAI_BASE_URL, the model's name and what is asked of it") from None
     return results[0] if single else results

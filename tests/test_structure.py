@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "generate_instruction", "convert_llama_weights", "apply_delta", "chat")
 HELPERS = {"utils": SCRIPTS, "engines": ("train",), "weights": ("convert_llama_weights", "apply_delta")}
 MOST_LINES = {
-    "train": 950,
+    "train": 1050,
     "engines": 420,
     "weights": 400,
     "utils": 900,
