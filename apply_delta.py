@@ -274,15 +274,21 @@ def check_rows(rows, part, start, stop):
 
 
 def open_inputs(output, option, **paths):
-    """The folders of two inputs, {option: path or name on the hub}; `output` must be outside of both, they apart."""
+    """The folders of two inputs, {option: path or name on the hub}, and what the second is; see utils.check_model.
+
+    A delta may be a delta, an adapter, or a model that `check_is_delta` looks at. `output` must be outside of both,
+    they apart. Raises UserError for anything else.
+    """
     folders = [weights.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
+    (one, first), (two, second) = paths.items()
     if utils.same_place(*folders):
-        (one, first), (two, second) = paths.items()
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
         if folder.resolve() in Path(output).resolve().parents:
             raise UserError(f"{option} {output}: inside {folder}, which is read; choose a folder elsewhere")
-    return folders
+    utils.check_model(folders[0], f"--{one}", ("not causal",), second, output)
+    changes = ("not causal", "a delta", "a LoRA adapter") if two == "delta" else ("not causal",)
+    return folders, utils.check_model(folders[1], f"--{two}", changes, first, output)
 
 
 def config_of(folder, name="config.json"):
@@ -294,13 +300,6 @@ def config_of(folder, name="config.json"):
         if isinstance(config, dict):
             return config
     raise UserError(f"{folder / name}: not a JSON object; copy or download it again")
-
-
-def record_of(folder):
-    """The run.json that a script of ours left in a folder; {} where there is none, or somebody else's."""
-    with contextlib.suppress(UserError):
-        return utils.read_run(folder) or {}
-    return {}
 
 
 def open_model(path):
@@ -317,17 +316,6 @@ def is_float(dtype):
 def dtypes_of(tensors):
     """The dtypes of stored tensors, sorted."""
     return sorted({tensor.dtype for tensor in tensors.values()})
-
-
-def is_adapter(folder):
-    """Whether a delta folder holds a LoRA adapter, not weights. Raises UserError where it may be either."""
-    if not (folder / "adapter_config.json").is_file():
-        return False
-    kinds = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    if there := [name for name in kinds if (folder / name).is_file()]:
-        what = f"adapter_config.json says that it is an adapter and {there[0]} that it is a model"
-        raise UserError(f"{folder}: {what}; move the files of one of them elsewhere")
-    return True
 
 
 def compare(base, other, base_config, other_config, names=("base", "delta"), exact=False):
@@ -642,8 +630,9 @@ def apply_delta(
     the inputs do not fit together, the target exists, or the result is not the one that the delta's record names.
     """
     delta_name = delta_path
-    base_path, delta_path = inputs = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
-    lora, run, configs = is_adapter(delta_path), record_of(delta_path), [config_of(base_path), config_of(delta_path)]
+    inputs, kind = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
+    (base_path, delta_path), lora = inputs, kind == "a LoRA adapter"
+    run, configs = utils.record_of(delta_path), [config_of(base_path), config_of(delta_path)]
     record, rule, found, total = run.get("delta", {}), None, Fingerprint(), [0.0]
     if lora and (new_rows or any_base):
         raise UserError(f"{delta_path}: a LoRA adapter; leave --new_rows and --any_base out")
@@ -688,7 +677,7 @@ apply_delta_low_cpu_mem = apply_delta  # FastChat's other name
 
 def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtype=None, new_rows=None, overwrite=False):
     """Write target - base to `delta_path`, in FastChat's format or an exact one, with a record. Raises UserError."""
-    base_path, target_path = open_inputs(delta_path, "--delta", base=base_model_path, target=target_model_path)
+    (base_path, target_path), _ = open_inputs(delta_path, "--delta", base=base_model_path, target=target_model_path)
     if exact and (dtype or new_rows):
         raise UserError("--exact has the target's dtype, and new rows do not matter to it; leave both options out")
     base, target = open_model(base_path), open_model(target_path)
@@ -732,7 +721,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
             "tensors": of_result.shapes(),
             "tokenizer": {path.name: utils.sha256_of(path) for path in tokenizer_files(folder)},
         }
-        write_run(folder, prompt_style=record_of(target_path).get("prompt_style"), delta=record)
+        write_run(folder, prompt_style=utils.record_of(target_path).get("prompt_style"), delta=record)
     count = sum(math.prod(part.shape) for part in parts)
     hint = "" if exact else "; --exact gives every bit back"
     say(f"applying it gives {differing[0]:,} of {count:,} numbers rounded otherwise ({differing[0] / count:.2%}){hint}")

@@ -243,20 +243,6 @@ def prompt_style(asked, name_or_path):
     return "alpaca", "no run.json names one; --prompt_style chooses another"
 
 
-def check_folder(name_or_path):
-    """Refuse a folder that holds something else than a model, where it is known what."""
-    folder = Path(name_or_path)
-    if (folder / "config.json").is_file() or not folder.is_dir():
-        return
-    if (folder / "adapter_config.json").is_file():
-        base = utils.read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "BASE"
-        command = f"python -m apply_delta --base {base} --delta {folder} --target MERGED"
-        raise UserError(f"{folder}: a LoRA adapter, not a whole model; make one of it first: {command}")
-    whole = [path for path in utils.find_checkpoints(folder)[0] if (path / "config.json").is_file()]
-    if whole:
-        raise UserError(f"{folder}: its training has not ended; give it its time, or try the checkpoint {whole[-1]}")
-
-
 def choose_dtype(asked, stored, num_params, free_memory=None):
     """The dtype to compute in, with the reason. `free_memory` is the host's in bytes, None with a GPU."""
     if asked:
@@ -531,7 +517,6 @@ def main():
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parse_arguments(sys.argv[1:])
-    check_folder(args.model_name_or_path)
     path = args.data_path or (None if args.instruction is not None or sys.stdin.isatty() else "-")
     records, problems = read_questions(path) if path else ([], [])
     for problem in problems:

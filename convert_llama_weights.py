@@ -121,6 +121,7 @@ def find_folder(input_dir, model_size=None):
     if len(inside) > 1:
         raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     if not inside:
+        utils.check_model(input_dir, "--input_dir", ("not causal",))
         is_model = (input_dir / "config.json").is_file()
         hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
@@ -724,6 +725,7 @@ def raw_blocks(llama, sources, plan):
 def reverse(args):
     """Write Meta's layout from a model folder of transformers; see `main`."""
     folder, count = weights.find_model(args.input_dir, option="--input_dir"), args.num_shards or 1
+    utils.check_model(folder, "--input_dir")
     llama = read_llama(folder, count)
     sources = find_sources(folder, llama)
     plan = {

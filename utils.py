@@ -59,6 +59,18 @@ def show_progress(line, is_due=False, is_last=False):
 
 
 @contextlib.contextmanager
+def say_if_slow(message, seconds=10):
+    """Say what is being waited for where the block takes longer."""
+    timer = threading.Timer(seconds, say, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
 def on_signals(handler, *numbers):
     """Within the block the signals `numbers`, SIGTERM and SIGHUP where none is given, call handler(number, frame).
 
@@ -566,20 +578,147 @@ def layout_hint(name_or_path, for_tokenizer=False):
     if any((path / "params.json").is_file() for path in (folder, *inside)):
         command = f"python convert_llama_weights.py --input_dir {shlex.quote(str(folder))} --output_dir NEW"
         return f"it holds raw weights; convert them first: {command}"
-    return "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    where = "or a name on the hub (HF_ENDPOINT names a mirror of it)"
+    return f"--model_name_or_path takes a folder with config.json, weights and tokenizer, {where}"
+
+
+OTHER_HEADS = re.compile("For(MaskedLM|[A-Z][A-Za-z]+Classification|QuestionAnswering|MultipleChoice|PreTraining)$")
+QUANTISED = re.compile(r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)\b")
+ZERO_CENTRED = re.compile("gemma|nemotron|qwen3_next|qwen3_5")  # they add 1 to the weights of their norms
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+CURES = {  # by what stands in place of a model; {command} is apply_delta's for {path}
+    "a LoRA adapter": "merge it first: {command}",
+    "a folder around a LoRA adapter": "merge that first: {command}",
+    "a delta": "apply it first: {command}",
+    "an adapter beside a whole model": "move the files of one of them elsewhere",
+    "quantised": "give the 16-bit model that it was made from",
+    "not causal": "give a model that continues text, one of those whose architecture ends in ForCausalLM",
+    "custom code": "code out of model folders is never run; give a model that transformers itself knows",
+    "a file": "give its folder: {path.parent}",
+    "empty": "copy or download the model into it",
+    "unfinished": "{whole}",
+    "the state of a run": "give the model that the run writes when it ends; {whole}",
+}
+
+
+def stored_tensors(folder):
+    """(name, dtype, a function that reads it) of every tensor in the files of a model folder."""
+    import torch
+    from safetensors import safe_open
+
+    for path in sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]):
+        if path.suffix == ".bin":
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            yield from ((name, str(tensor.dtype)[6:], tensor.clone) for name, tensor in found.items())
+        else:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    yield name, file.get_slice(name).get_dtype(), lambda name=name: file.get_tensor(name)
+
+
+def what_tensors_say(folder, config):
+    """What `what_it_is` says of a folder by its tensors: an exact delta has integers, a delta norms of nearly 0."""
+    norms = []
+    with contextlib.suppress(Exception):  # what is damaged is told by those who load it
+        for name, dtype, read in stored_tensors(folder):
+            if QUANTISED.search(name):
+                return "quantised", f"by its tensor {name}"
+            if dtype[0] in "IUiu" and name.endswith(".weight"):
+                return "a delta", f"an exact one: {name} is {dtype}"
+            norms += [read().float().mean().item()] if re.search(r"(norm|ln_\w+)\.weight$", name) else []
+    is_delta = norms and max(map(abs, norms)) < 0.01 and not ZERO_CENTRED.search(str(config.get("model_type")))
+    return ("a delta", f"the weights of all {len(norms)} norms are near 0") if is_delta else ("", "")
+
+
+def what_config_says(config):
+    """What `what_it_is` says of a model by its config, a dict."""
+    head, how = (config.get("architectures") or [""])[0], config.get("quantization_config")
+    if how:
+        return "quantised", f"by its config: {how.get('quant_method', 'quantization_config')}"
+    is_encoder = config.get("is_decoder") is False and "add_cross_attention" in config
+    is_other = config.get("is_encoder_decoder") or OTHER_HEADS.search(head) or is_encoder
+    return ("not causal", head or str(config.get("model_type"))) if is_other else ("", "")
+
+
+def adapter_inside(folder):
+    """The last checkpoint, or else the last subfolder, with an adapter; None where there is none."""
+    found = [path.parent for path in folder.glob("*/adapter_config.json")]
+    return max(
+        found, key=lambda path: (int(path.name[11:]) if path.name[11:].isdigit() else -1, path.name), default=None
+    )
+
+
+def what_it_is(path):
+    """(what lies at `path` in place of a model, how that is seen): a key of CURES, or "" for a model, or for no path.
+
+    Files alone decide; "no model" is what `layout_hint` knows more about.
+    """
+    if not path.is_dir():
+        return ("quantised", "GGUF") if path.suffix == ".gguf" else ("a file", path.name) if path.exists() else ("", "")
+    names, run = {entry.name for entry in path.iterdir()} - {LOCK}, record_of(path)
+    weights = [name for name in WEIGHTS if name in names]
+    if not names:
+        return "empty", "nothing in it"
+    if "adapter_config.json" in names:
+        return "an adapter beside a whole model" if weights else "a LoRA adapter", "adapter_config.json"
+    if "delta" in run:
+        return "a delta", "by its run.json"
+    if path.name.startswith("checkpoint-") and record_of(path.parent) and COMPLETE not in names:
+        return "unfinished", f"a checkpoint without {COMPLETE}"
+    if "config.json" not in names:
+        state = next((n for n in names if n.startswith(("global_step", "pytorch_model_fsdp", "bf16_zero"))), "")
+        gguf = next((n for n in names if n.endswith(".gguf")), "")
+        begun = "run.json" * (run.get("status") == "started") or "".join(
+            path.name for path in find_checkpoints(path)[0]
+        )
+        inner = adapter_inside(path)
+        kinds = {"unfinished": begun, "the state of a run": state, "quantised": gguf}
+        kinds |= {"a folder around a LoRA adapter": inner and inner.name}
+        return next(((kind, why) for kind, why in kinds.items() if why), ("no model", "no config.json"))
+    config = read_json(path / "config.json")
+    if not weights:
+        return "unfinished", f"neither {WEIGHTS[0]} nor {WEIGHTS[2]} nor their index"
+    parts = read_json(path / weights[0]).get("weight_map", {}).values() if weights[0].endswith(".json") else ()
+    if lost := sorted(name for name in {*parts} - names if Path(name).name == name):
+        return "unfinished", f"{lost[0]} is missing"
+    kind, why = what_config_says(config)
+    return (kind, why) if kind else what_tensors_say(path, config)
+
+
+def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", target="MODEL"):
+    """Refuse what is no model, with the command that was probably meant; returns what it is where that is `allowed`."""
+    path = Path(path)
+    kind, why = what_it_is(path)
+    if kind in ("", "no model", *allowed):
+        return kind
+    known = read_json(path / "adapter_config.json") if kind == "a LoRA adapter" else record_of(path).get("delta", {})
+    base = known.get("base_model_name_or_path") or known.get("base", {}).get("path") or base
+    adapter = str(adapter_inside(path) or path) if "around" in kind else str(path)
+    words = ["python", "-m", "apply_delta", "--base", str(base), "--delta", adapter, "--target", str(target)]
+    runs = path.parent if path.name.startswith("checkpoint-") else path
+    whole = [one for one in find_checkpoints(runs)[0] if (one / "config.json").is_file()]
+    more = {"command": shlex.join(words), "whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again"}
+    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(path=path, **more)}")
 
 
 def load_config(name_or_path, cache_dir=None):
     """The config of a causal language model. Raises UserError for a path or name that is none."""
     import transformers
 
+    check_model(name_or_path)
     hint = layout_hint(name_or_path)
     try:
-        config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir)
+        with say_if_slow(f"{name_or_path}: asking the hub for it; HF_HUB_OFFLINE=1 takes what the cache holds"):
+            config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # whatever the library and its checks raise
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{name_or_path}: its model needs custom code; {CURES['custom code']}") from None
         raise UserError(f"{name_or_path}: cannot be read as a model ({first_line(error)}); {hint}") from None
+    kind, why = what_config_says(config.to_dict())
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{name_or_path}: model type {config.model_type} is not a causal language model; {hint}")
+        kind, why = "not causal", f"model type {config.model_type}"
+    if kind:
+        raise UserError(f"{name_or_path} is {kind} ({why}); {CURES[kind]}")
     return config
 
 
@@ -598,8 +737,10 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
 
     try:
         options = {"config": config, "cache_dir": cache_dir, "dtype": dtype, "device_map": device_map}
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # so that they are named, below
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
+        options |= {"trust_remote_code": False, "output_loading_info": True}
+        options |= {"ignore_mismatched_sizes": True}  # so that they are named, below
+        with say_if_slow(f"{name_or_path}: loading its weights"):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(name_or_path, **options)
     except Exception as error:  # from half a download to a damaged shard: each library has its own exception
         what = first_line(error)
         raise UserError(f"{name_or_path}: cannot load its weights ({what}); copy the folder again") from error
@@ -608,7 +749,11 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
         raise UserError(f"{name_or_path}: {what}; copy the folder again")
     if missing := sorted(info["missing_keys"]):
         what = f"its files lack {len(missing)} tensors, first {missing[0]}"
-        raise UserError(f"{name_or_path}: {what}; copy the folder again")
+        has_no_head = all(name.rpartition(".")[0] in ("lm_head", "embed_out", "output") for name in missing)
+        cure = "it is no causal language model, but one without an output layer" if has_no_head else "copy it again"
+        raise UserError(f"{name_or_path}: {what}; {cure}")
+    if not os.path.isdir(name_or_path):  # of the hub: its files are here now
+        check_model(Path(transformers.utils.cached_file(name_or_path, "config.json", cache_dir=cache_dir)).parent)
     if unused := sorted(info["unexpected_keys"]):
         say(f"{name_or_path}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
     return model
@@ -807,6 +952,13 @@ def read_run(folder):
         if run["made_by"] == "cria":
             return run
     raise UserError(f"{path}: not a run.json of these scripts; choose another folder")
+
+
+def record_of(folder):
+    """The run.json that a script of ours left in a folder; {} where there is none, or somebody else's."""
+    with contextlib.suppress(UserError):
+        return read_run(folder) or {}
+    return {}
 
 
 def find_checkpoints(folder):

@@ -440,7 +440,7 @@ def test_a_missing_shard_is_refused(tmp_path, base, delta):
     (base / "model.safetensors").unlink()
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     message = refused(base, tmp_path / "out", delta)
-    assert message == f"{base}: 1 of 2 files of weights are missing, first model-00002-of-00002.safetensors"
+    assert f"{base} is unfinished (model-00002-of-00002.safetensors is missing)" in message
 
 
 def test_an_index_cannot_lead_out_of_its_folder(tmp_path, base, delta):
@@ -463,12 +463,10 @@ def test_a_malicious_pickle_does_not_run(tmp_path, base, delta):
 
 def test_folders_without_a_model(tmp_path, base, delta):
     (tmp_path / "empty").mkdir()
-    assert refused(base, tmp_path / "out", tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: no weights there")
+    assert f"{tmp_path / 'empty'} is empty" in refused(base, tmp_path / "out", tmp_path / "empty")
     assert refused(tmp_path / "none", tmp_path / "out", delta) == f"--base {tmp_path / 'none'}: no such folder"
     (delta / "config.json").write_text("<html>")
-    assert refused(base, tmp_path / "out", delta) == (
-        f"{delta / 'config.json'}: not a JSON object; copy or download it again"
-    )
+    assert f"{delta / 'config.json'}:1: not valid JSON" in refused(base, tmp_path / "out", delta)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -855,8 +853,8 @@ def test_adapter_folders_that_are_none(tmp_path, base):
     folder = tmp_path / "lora"
     adapter(folder)
     model(folder, numbers(seed=1))
-    what = "adapter_config.json says that it is an adapter and model.safetensors that it is a model"
-    assert refused(base, tmp_path / "out", folder) == f"{folder}: {what}; move the files of one of them elsewhere"
+    what = f"{folder} is an adapter beside a whole model (adapter_config.json); move the files of one of them elsewhere"
+    assert what in refused(base, tmp_path / "out", folder)
     (folder / "model.safetensors").unlink()
     assert "a LoRA adapter; leave --new_rows and --any_base out" in refused(base, tmp_path / "o", folder, any_base=True)
     save_file({}, folder / "adapter_model.safetensors")  # what 443 bytes of alpaca-lora were

@@ -303,7 +303,7 @@ def test_a_folder_without_a_tokenizer_is_refused(names, base, tmp_path):
         utils.load_tokenizer(make_folder(base, tmp_path, *names), 512)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}: it holds no tokenizer")
-    hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a hub name"
+    hint = "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a name on the hub (HF_ENDPOINT names a mirror of it)"
     assert message.endswith(f"; {hint}")
     assert "\n" not in message
 
