@@ -4,8 +4,6 @@ import contextlib
 import io
 import math
 import os
-import shutil
-from pathlib import Path
 
 import accelerate
 import torch
@@ -185,7 +183,7 @@ ENGINE_OPTIONS = {
 }  # fmt: skip
 
 
-def check_model(args, model, longest):
+def check_layers(args, model, longest):
     """Refuse an FSDP layer class that the model lacks (case aside), and rows longer than its table of positions."""
     wanted = (args.fsdp_config or {}).get("transformer_layer_cls_to_wrap") or []
     classes = {type(module).__name__.lower(): type(module).__name__ for module in model.modules()}
@@ -205,6 +203,9 @@ def check_model(args, model, longest):
             what = f"rows of up to {longest} tokens, but this model has {rows} positions"
             if longest > rows:
                 raise UserError(f"{what}; give --model_max_length {rows}")
+    trained = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+    if longest > trained:
+        say(f"warning: rows of up to {longest} tokens, where this model was made for {trained} positions")
 
 
 def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
@@ -242,31 +243,20 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
     return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
 
 
-def check_needs(args, dtype, num_params, steps):
-    """Refuse a run whose weights, gradients, optimizer or files alone do not fit; `dtype` is of the masters."""
-    if not args.memory_check:
-        return
+def needs_here(args, dtype, num_params):
+    """`memory_needs` of this run, whose masters are of `dtype`, and how many processes a host has."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
-    needs = memory_needs(num_params, getattr(torch, dtype).itemsize, half, adam, args.world_size, local)
+    return memory_needs(num_params, getattr(torch, dtype).itemsize, half, adam, args.world_size, local), local
+
+
+def check_memory(args, dtype, num_params):
+    """Refuse a run whose weights, gradients and optimizer alone do not fit; `dtype` is of the masters."""
+    needs, local = needs_here(args, dtype, num_params)
     device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
-    problem = memory_problem(engine_name(args), needs, local, free_host_memory(), device_free)
-    anyway = "to try all the same: --memory_check False"
-    if problem:
+    if problem := memory_problem(engine_name(args), needs, local, free_host_memory(), device_free):
+        anyway = "to try all the same: --memory_check False"
         raise UserError(f"{num_params / 1e9:.2f} billion parameters: {problem}; {anyway}")
-    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
-    by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
-    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
-    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
-    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))  # masters, AdamW's moments
-    os.makedirs(args.output_dir, exist_ok=True)
-    free = shutil.disk_usage(args.output_dir).free
-    if args.overwrite_output_dir:  # what there is goes before the first step
-        free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
-    if disk > free:
-        what = f"the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
-        cure = "use --save_total_limit 1, --save_only_model True or --save_strategy no"
-        raise UserError(f"{args.output_dir}: {what}; {cure}; {anyway}")
 
 
 # --- The model on its engine: loading, proofs, resuming, saving -------------------------------------------------------
@@ -311,29 +301,38 @@ def gathered(parameters):
 
 
 @torch.no_grad()
-def flat_rows_problem(trainer):
-    """Flatten two examples and change the first: the second one's logits must not move by a bit.
+def flat_rows_problem(trainer, longest):
+    """Prove on the wrapped model, at the width of the widest micro-batch, that flat rows keep their examples apart.
 
-    Runs on the wrapped model. Returns (why it cannot take flat rows, or "", dtype that its output layer computed in).
+    `longest` is the length of the longest row in tokens. Flat examples are changed but for the last one, whose logits
+    must not move by a bit. Returns (why it cannot take flat rows, or "", dtype that its output layer computed in).
+    Raises UserError for a model in which a later token moves the logits of an earlier one.
     """
     model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
     device, seen, training = trainer.args.device, [], model.training
     head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
     hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    one = (torch.arange(3, 27, device=device) % vocab_size)[None]  # two examples, of 8 and of 16 tokens
-    other = torch.cat([(one[:, :8] + 5) % vocab_size, one[:, 8:]], dim=1)
-    positions = torch.cat([torch.arange(8), torch.arange(16)])[None].to(device)
-    flat = {"position_ids": positions, "logits_to_keep": torch.arange(8, 24, device=device), "use_cache": False}
+    count, width = max(trainer.args.per_device_train_batch_size, 2), trainer.args.per_device_train_batch_size * longest
+    length = max(width // count, 8)
+    one = (torch.arange(3, 3 + count * length, device=device) % vocab_size)[None]
+    other = torch.cat([(one[:, :-length] + 5) % vocab_size, one[:, -length:]], dim=1)
+    later = torch.cat([one[:, :4], (one[:, 4:8] + 5) % vocab_size], dim=1)
+    flat = {"position_ids": (torch.arange(count * length, device=device) % length)[None], "use_cache": False}
+    flat["logits_to_keep"] = torch.arange((count - 1) * length, count * length, device=device)
     model.eval()
     try:
+        early, moved = (model(input_ids=ids, use_cache=False).logits[:, :4].float() for ids in (one[:, :8], later))
+        if not torch.equal(early, moved) and (early - moved).abs().max() > 0.02 * early.std():
+            raise UserError("in this model earlier tokens see later ones: it is no causal language model; give one")
         logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
-        if logits[0].shape[1] != 16:
+        if logits[0].shape[1] != length:
             return "it does not compute selected logits", seen[-1]
         is_apart = torch.allclose(*logits, rtol=0, atol=0, equal_nan=True)
         return "" if is_apart else "in a flat row its examples see each other", seen[-1]
-    except TypeError as error:
-        model(input_ids=one, use_cache=False)
-        return f"its forward takes no flat rows ({first_line(error)})", seen[-1]
+    except (TypeError, RuntimeError, IndexError) as error:  # of a forward that knows no flat rows, or none so wide
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"its forward takes no flat rows of {count * length} tokens ({first_line(error)})", seen[-1]
     finally:
         hook.remove()
         model.train(training)
@@ -368,6 +367,8 @@ def check_engine(args, model, compute, layout, max_steps):
         f"{here:,} of {total:,} parameters here, {dtypes}, "
         f"micro-batch {args.per_device_train_batch_size} {layout} x accumulation {args.gradient_accumulation_steps} "
         f"x processes {count} = global batch {global_batch(args)}, {max_steps:,} steps"
+        + f"; a process that is lost is noticed within {args.ddp_timeout / 60:g} min (--ddp_timeout)"
+        * (count > 1)
     )
 
 
@@ -387,17 +388,6 @@ def replay_cpu_adam(trainer):
         optimizer.step()
     optimizer.param_groups = groups
     optimizer.state.pop(stand_in, None)
-
-
-def use_learning_rate(trainer):
-    """Let schedule and optimizer, which come from a checkpoint, go on from the learning rate of the arguments."""
-    schedule = trainer.lr_scheduler
-    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        rates = [trainer.args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
-        base = {"base_lrs": [trainer.args.learning_rate] * len(rates), "_last_lr": rates}
-        schedule.load_state_dict(schedule.state_dict() | base)
-        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
 
 def gather_weights(trainer, dtype):

@@ -20,9 +20,12 @@ import json
 import logging
 import math
 import os
+import re
+import select
 import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -132,6 +135,7 @@ class TrainingArguments(transformers.TrainingArguments):
     dry_run: int = option(0, "Check the data, show this many examples and stop; no weights.")
     tensorboard_dir: str | None = option(None, "Where --report_to tensorboard writes.")
     logging_steps: float = option(1, "Print a line every so many steps (off a terminal).")
+    ddp_timeout: int = option(900, "Seconds after which a process that does not answer counts as lost.")
 
     def __post_init__(self):
         """Check the numbers, then fit everything to this machine: here, and in what is called here of engines.py."""
@@ -191,9 +195,27 @@ def parse_arguments(words):
     except torch.distributed.DistError as error:
         hint = f"if port {os.environ.get('MASTER_PORT')} is in use, choose another with --master_port"
         raise UserError(f"the processes cannot meet ({first_line(error)}); {hint}") from None
-    if args.eval_strategy != "no":
-        raise UserError(f"--eval_strategy {args.eval_strategy.value}: there is no data to evaluate on; leave it out")
+    refuse_options(args)
     return model_args, data_args, args, given
+
+
+def refuse_options(args):
+    """Refuse options of the library that would do nothing here, or something else than the engine line says."""
+    no_data = "there is no data to evaluate on; leave it out"
+    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None)
+    upload = "it would upload checkpoints and not the final model; leave it out, and when the run has ended: hf upload"
+    wrong = {
+        f"--eval_strategy: {no_data}": args.eval_strategy != "no",
+        f"--save_strategy best: {no_data}": args.save_strategy == "best",
+        f"--load_best_model_at_end: {no_data}": args.load_best_model_at_end,
+        f"--push_to_hub: {upload} NAME {args.output_dir}": args.push_to_hub,
+        "--auto_find_batch_size: it would change the batch in mid-run; give a --per_device_train_batch_size that fits, "
+        "and --gradient_accumulation_steps": args.auto_find_batch_size,
+        f"--accelerator_config: gradient_accumulation_kwargs {accumulation} would change what a step is; give "
+        "--gradient_accumulation_steps": accumulation,
+    }
+    if problems := [text for text, is_so in wrong.items() if is_so]:
+        raise UserError("; ".join(problems))
 
 
 # --- Records to rows, rows to micro-batches --------------------------------------------------------------------------
@@ -393,6 +415,147 @@ def make_supervised_data_module(tokenizer, data_args):
     return {"train_dataset": dataset, "eval_dataset": None, "data_collator": collator}
 
 
+# --- What makes a run wait, and what ends it from outside ------------------------------------------------------------
+
+
+def watch_compiler():
+    """Say what DeepSpeed compiles at its first use, and what lock of another process, perhaps a killed one, it awaits."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    began, told = time.time(), set()
+
+    def look():
+        while True:
+            for lock in {*root.glob("*/lock"), *root.glob("*/*/lock")} - told:
+                with contextlib.suppress(OSError):  # it has just gone
+                    age, name = time.time() - lock.stat().st_mtime, lock.parent.name
+                    if time.time() - age < began - 2:
+                        told.add(lock)
+                        what = f"another process compiles {name} there, or was killed; if no compiler runs, remove it"
+                        say(f"DeepSpeed waits for {lock}, which is {age / 60:.0f} min old: {what}: rm {lock}")
+                    elif age > 2:  # else it is there already, and only looked at
+                        told.add(lock)
+                        say(f"DeepSpeed compiles {name} once, which takes a minute or more ({lock.parent})")
+            time.sleep(1)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+class Watch(threading.Thread):
+    """Hears signals and times steps, also while the main thread waits for a process that is lost.
+
+    Python runs its handlers between two steps of the main thread, which gloo or NCCL may hold for ever. So signals are
+    read from a pipe too: the first is to be answered by a checkpoint at the end of a step, the second ends the run at
+    once, and so does the first where no step ends in time. torchrun sends on what the terminal has sent to all: under
+    a launcher a signal within two seconds is the first again.
+    """
+
+    def __init__(self, args, step):
+        super().__init__(daemon=True)
+        self.arguments, self.longest, self.heard, self.heard_at, self.number = args, 0.0, 0, 0.0, 0
+        self.begin(f"step {step + 1}")
+        self.reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.start()
+
+    def begin(self, doing):
+        self.doing, self.since, self.named = doing, time.monotonic(), max(60.0, 10 * self.longest)
+
+    def step_ended(self):
+        self.longest = max(self.longest, time.monotonic() - self.since)
+
+    def run(self):
+        while True:
+            if select.select([self.reader], [], [], 1.0)[0]:
+                self.hear([number for number in os.read(self.reader, 64) if number in STOPPING])
+            now, patience = time.monotonic(), shutdown_patience(self.longest)
+            if self.heard and self.doing.startswith("step") and min(now - self.heard_at, now - self.since) > patience:
+                self.end(f"no step has ended within {patience:.0f} s")
+            if now - self.since > self.named:
+                self.named *= 2
+                peers = "waiting for another process, which may be lost; " * (self.arguments.world_size > 1)
+                before = f", the longest step before {self.longest:.1f} s" * bool(self.longest)
+                bound = f"--ddp_timeout ends that after {self.arguments.ddp_timeout} s; " * bool(peers)
+                say(
+                    f"{self.doing} has taken {now - self.since:.0f} s{before}; {peers}{bound}{last_checkpoint(self.arguments)}"
+                )
+
+    def hear(self, numbers):
+        for self.number in numbers:
+            now, is_launched = time.monotonic(), "LOCAL_RANK" in os.environ
+            if self.heard and not (is_launched and now - self.heard_at < 2):
+                self.end("asked twice")
+            self.heard, self.heard_at = self.heard + 1, now
+
+    def end(self, why):
+        """Leave at once; nothing that takes part in a step may be waited for."""
+        name = signal.Signals(self.number).name
+        line = f"{name}: ended at once, {why}; {last_checkpoint(self.arguments)}; the same command goes on"
+        utils.leave(line, 128 + self.number)
+
+
+def shutdown_patience(longest):
+    """Seconds that a signal waits for the end of a step; `longest` is that of a step so far. torchrun kills after 30."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return max(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 3, 1)
+    return max(30, 3 * longest)
+
+
+def relief(args, dtype, num_params):
+    """What to do about a run that has run out of memory: options that lower it, then engines that need less."""
+    batch, needs = args.per_device_train_batch_size, engines.needs_here(args, dtype, num_params)[0]
+    more = f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps"
+    cures = [f"{more} {args.gradient_accumulation_steps * batch // (batch // 2)}"] if batch > 1 else []
+    is_saving = args.gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing")
+    cures += [] if is_saving else ["--gradient_checkpointing True"]
+    used = needs.get(engines.engine_name(args), (0, 0))[0]
+    others = [
+        option for name, option in engines.ENGINE_OPTIONS.items() if needs[name][0] < used / 2 and not args.use_cpu
+    ]
+    return ", or ".join([*cures, *others, "a lower --model_max_length"])
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FP16_CURE = "use --bf16 True, a lower initial_scale_power in DeepSpeed's fp16 block,"
+LOST = re.compile(
+    "connection (was )?(closed|reset)|timed out|timeout|broken pipe|remote process|NCCL|gloo", re.IGNORECASE
+)
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def told_in_a_line(args, model_args, num_params, progress):
+    """Within the block, what ends a run from outside becomes a UserError: no memory, no disk, a lost process.
+
+    So does what libraries say of options that they do not take, before `progress` has a "step"; its "longest" is that
+    of the rows, in tokens.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        said, step = first_line(error), progress.get("step")
+        where = f"step {step + 1}" if step is not None else "before the first step"
+        kept = f"{last_checkpoint(args)}; the same command goes on"
+        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+            what = f"{where}: the memory is full ({said}); micro-batch {args.per_device_train_batch_size}, "
+            what += f"rows of up to {progress['longest']} tokens; give {relief(args, model_args.dtype, num_params)}"
+        elif utils.is_disk_full(error):
+            what, kept = f"{args.output_dir}: cannot be written ({said}); make room", last_checkpoint(args)
+        elif args.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            time.sleep(2)  # a process that knows more speaks first
+            what = f"{where}: another process is lost or stuck ({said}); see what it has said, or its node's log"
+        elif isinstance(error, LIBRARY_ERRORS) and step is None:
+            what, kept = " ".join(str(error).split()), ""
+            what += "; an operator is half built: give the same command again" * ("shared object file" in what)
+        else:
+            raise
+        raise UserError(f"{what}; {kept}" if kept else what) from None
+
+
 # --- The model, and its Trainer: every step looked at, every checkpoint whole, signals heard -------------------------
 
 
@@ -451,8 +614,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
     `get_batch_samples` and ends in `end_step`. The Trainer would delete an old checkpoint before the new one is whole.
     """
 
-    def __init__(self, *arguments, run=None, num_kept=None, **keywords):
-        self.run, self.num_kept, self.began, self.signals = run, num_kept, False, contextlib.ExitStack()
+    def __init__(self, *arguments, run=None, num_kept=None, progress=None, **keywords):
+        self.run, self.num_kept, self.progress, self.signals = run, num_kept, progress, contextlib.ExitStack()
         self.step_rows, self.step_targets, self.step_skipped, self.dtypes = [], 0, False, ""
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         super().__init__(*arguments, **keywords)
@@ -465,8 +628,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
             engines.enable_fsdp2_on_cpu(self)
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self.began = True
-        reason, compute = engines.flat_rows_problem(self)
+        self.progress["step"] = state.global_step
+        reason, compute = engines.flat_rows_problem(self, self.progress["longest"])
         if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
             reason = reason or "label smoothing and Liger kernels need all logits"
         if reason and self.layout == "flat":
@@ -483,9 +646,10 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
             utils.write_json(self.run, Path(args.output_dir, "run.json"))
         if args.should_save:  # not before: where the rehearsal fails, no step is trained anew
             unmark_checkpoints_after(state.global_step, args.output_dir)
-        self.signals.enter_context(utils.on_signals(self.note_signal))
+        self.signals.enter_context(utils.on_signals(self.note_signal, *STOPPING))
+        self.watch = Watch(args, state.global_step)
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
-            engines.use_learning_rate(self)
+            use_learning_rate(self)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
@@ -507,8 +671,12 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, **keywords):
         if self.state.global_step > self._globalstep_last_logged:  # it is called at the end of an epoch as well
+            self.watch.step_ended()
+            self.progress["step"] = self.state.global_step
             self.end_step(tr_loss, None if grad_norm is None else float(grad_norm))
+        self.watch.begin("saving a checkpoint")
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, **keywords)
+        self.watch.begin(f"step {self.state.global_step + 1}")
 
     def end_step(self, own_loss, norm):
         """Look at a step before it is logged or saved: is it sound, and has any process heard a signal?
@@ -525,7 +693,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         in_a_row = 1 + skips_of(self.state)[1] if self.step_skipped else 0
         if in_a_row >= MAX_SKIPPED_STEPS:
             what = f"step {self.state.global_step}: {in_a_row} steps in a row overflowed in fp16 and were skipped"
-            raise UserError(f"{what}; use --bf16 True or a lower --learning_rate; {last_checkpoint(self.args)}")
+            raise UserError(f"{what}; {FP16_CURE} or a lower --learning_rate; {last_checkpoint(self.args)}")
         has_bad_norm = norm is not None and not math.isfinite(norm)  # by which fp16 knows that it must skip
         is_dead = loss == 0 and (norm == 0 or has_bad_norm)
         if math.isfinite(loss) and (self.step_skipped or not has_bad_norm) and not is_dead:
@@ -557,7 +725,19 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
     def note_signal(self, number, frame):
         self.signal = number
         if utils.rank() == 0:  # not print(): the signal may have come in the middle of one
-            os.write(2, f"{signal.Signals(number).name}: saving a checkpoint after this step, then exit 143\n".encode())
+            text = f"saving a checkpoint after this step, then exit {128 + number}; once more ends it at once"
+            os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
+
+
+def use_learning_rate(trainer):
+    """Let schedule and optimizer, which come from a checkpoint, go on from the learning rate of the arguments."""
+    schedule = trainer.lr_scheduler
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        rates = [trainer.args.learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        base = {"base_lrs": [trainer.args.learning_rate] * len(rates), "_last_lr": rates}
+        schedule.load_state_dict(schedule.state_dict() | base)
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def skips_of(state):
@@ -567,6 +747,7 @@ def skips_of(state):
 
 
 def last_checkpoint(args):
+    """Words for the newest whole checkpoint."""
     whole = list(find_checkpoints(args.output_dir)[0])
     return f"last good checkpoint: {whole[-1]}" if whole else "no checkpoint was written yet"
 
@@ -610,6 +791,24 @@ class ProgressLine(transformers.TrainerCallback):
 RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
 
 
+def check_disk(args, num_params, steps):
+    """Refuse a run whose checkpoints and model do not fit on the disk."""
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
+    by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
+    kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    half = args.fp16 or args.bf16
+    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))  # masters, AdamW's moments
+    os.makedirs(args.output_dir, exist_ok=True)
+    free = shutil.disk_usage(args.output_dir).free
+    if args.overwrite_output_dir:  # what there is goes before the first step
+        free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
+    if disk > free:
+        what = f"the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        cure = "use --save_total_limit 1, --save_only_model True or --save_strategy no"
+        raise UserError(f"{args.output_dir}: {what}; {cure}; to try all the same: --memory_check False")
+
+
 def settings_of(args, model_args, hashes):
     """The settings that decide what a run computes, which a resumed run must share; `hashes` are of the data files."""
     names = (
@@ -650,6 +849,9 @@ def started_run(args, given, settings, hashes, dataset):
 def mark_checkpoint(folder, step, args):
     """Write the marker that makes a checkpoint count: its files with their sizes, and whether it can be resumed."""
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE]
+    os.umask(umask := os.umask(0))
+    for path in paths:
+        path.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
     files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
     utils.write_json({"step": step, "resumable": not args.save_only_model, "files": files}, folder / COMPLETE)
 
@@ -747,7 +949,8 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
 def check_settings(place, runs, settings, anyway):
     """What of `settings` any of `runs` had otherwise, as words; raises UserError for it unless `anyway`."""
     olds = [run["settings"] for run in runs if run and "settings" in run]
-    changed = [f"{k} was {old.get(k)} and is {v}" for old in olds for k, v in settings.items() if old.get(k) != v]
+    now = [(old, k, v) for old in olds for k, v in settings.items() if old.get(k) != v]
+    changed = [f"{k} was {old[k]} and is {v}" if k in old else f"{k} is {v}" for old, k, v in now]
     if changed and not anyway:
         cure = "start afresh with --overwrite_output_dir, or go on all the same with --resume_anyway True"
         what = f"its run had other settings: {'; '.join(dict.fromkeys(changed))}"
@@ -815,9 +1018,12 @@ def write_model(trainer, weights, folder):
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
-        config = utils.read_json(staging / "config.json") | {"dtype": str(engines.save_dtype(trainer.args))[6:]}
-        utils.jdump(config, staging / "config.json", indent=2)  # the library writes the dtype of the masters
+        changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": trainer.progress["use_cache"]}
+        config = utils.read_json(staging / "config.json") | changes
+        utils.jdump(config, staging / "config.json", indent=2)  # of the masters, and of training, the library's are
         trainer.processing_class.save_pretrained(staging)
+        if source := utils.find_sentencepiece(model.name_or_path, trainer.args.cache_dir):  # llama.cpp wants it
+            shutil.copyfile(source, staging / source.name)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         check_weights(staging, weights)
         return sorted(path.name for path in staging.iterdir())
@@ -868,39 +1074,30 @@ def finish(trainer, run):
 # --- The story -------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(model, args, dataset, tokenizer, run):
+def make_trainer(model, args, dataset, tokenizer, run, progress):
     """The Trainer of the run, which takes over the deletion of old checkpoints."""
     num_kept, args.save_total_limit = args.save_total_limit, None
     config, words = model.config, {"train_dataset": dataset.rows, "processing_class": tokenizer}
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flatten
-    try:
-        trainer = SFTTrainer(model, args, collator, run=run, num_kept=num_kept, **words)
-    except LIBRARY_ERRORS as error:  # options that the Trainer refuses, in its own words
-        raise UserError(" ".join(str(error).split())) from None
+    trainer = SFTTrainer(model, args, collator, run=run, num_kept=num_kept, progress=progress, **words)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(ProgressLine())
     return trainer
 
 
 def run_steps(trainer, checkpoint):
-    """Train to the last step, or to the first after a signal and exit 143; raises UserError for what can be mended."""
-    try:
-        with contextlib.suppress(AlreadyTrained):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    except Exception as error:  # of the libraries that make optimizer and schedule, or write checkpoints
-        if isinstance(error, LIBRARY_ERRORS) and not trainer.began:
-            raise UserError(" ".join(str(error).split())) from None
-        if isinstance(error, UserError) or not utils.is_disk_full(error):
-            raise
-        what = f"{trainer.args.output_dir}: cannot be written ({first_line(error)}); make room"
-        raise UserError(f"{what}; {last_checkpoint(trainer.args)}") from None
-    if trainer.stopped_by:
-        say(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
-        sys.exit(128 + signal.SIGTERM)
-    if (skipped := skips_of(trainer.state)[0]) == trainer.state.global_step:
-        raise UserError(f"none of {skipped} steps was applied, all overflowed in fp16; use --bf16 True")
+    """Train to the last step, or to the first after a signal. Raises UserError for that end, and for fp16's overflow."""
+    with contextlib.suppress(AlreadyTrained):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    step, number = trainer.state.global_step, trainer.stopped_by
+    if number:
+        what = f"{signal.Signals(number).name}: stopped at step {step}, checkpoint saved"
+        raise UserError(f"{what}; the same command goes on from there", 128 + number)
+    if (skipped := skips_of(trainer.state)[0]) == step:
+        raise UserError(f"none of {skipped} steps was applied, all overflowed in fp16; {FP16_CURE} or more steps")
+    trainer.watch.begin("writing the model")
 
 
 def train():
@@ -928,22 +1125,31 @@ def train():
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
-    bones = utils.skeleton(config)
-    engines.check_model(args, bones, max(map(len, dataset.input_ids)))
+    bones, longest = utils.skeleton(config), max(map(len, dataset.input_ids))
+    engines.check_layers(args, bones, longest)
     num_params, steps = sum(p.numel() for p in bones.parameters()), engines.num_steps(len(dataset), args)
-    engines.check_needs(args, model_args.dtype, num_params, steps)
-    say(f"data: {dataset.num_filled} rows without targets fill the last global batch of {batch}")
+    if args.memory_check:
+        engines.check_memory(args, model_args.dtype, num_params)
+        check_disk(args, num_params, steps)
+    if args.warmup_steps > steps:
+        say(f"warning: --warmup_steps {args.warmup_steps:g} of {steps} steps: {args.learning_rate} is never reached")
+    if dataset.num_filled:
+        say(f"data: {dataset.num_filled} rows without targets fill the last global batch of {batch}")
     run = started_run(args, given, settings, hashes, dataset)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
 
-    model = load_model(model_args, args, config, tokenizer)
-    trainer = make_trainer(model, args, dataset, tokenizer, run)
-    del model  # the engine shards it: a name for the whole would keep its memory
-    gc.collect()
-    with trainer.signals:  # heard, and noted, from step 1 on until the model is saved
-        run_steps(trainer, checkpoint)
-        finish(trainer, run)
+    progress = {"longest": longest, "use_cache": getattr(config, "use_cache", True)}
+    if args.deepspeed:
+        watch_compiler()
+    with told_in_a_line(args, model_args, num_params, progress):
+        model = load_model(model_args, args, config, tokenizer)
+        trainer = make_trainer(model, args, dataset, tokenizer, run, progress)
+        del model  # the engine shards it: a name for the whole would keep its memory
+        gc.collect()
+        with trainer.signals:  # heard, and noted, from step 1 on until the model is saved
+            run_steps(trainer, checkpoint)
+            finish(trainer, run)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
-import datetime
 import difflib
 import fcntl
 import hashlib
@@ -18,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,9 +25,18 @@ from pathlib import Path
 
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
 
+HELD = []  # files and sockets that are locks: these last as long as they are open, also where nobody keeps them
+
 
 class UserError(Exception):
-    """Something the user can mend: the text says what is wrong, where, and what to do, on one line."""
+    """Something the user can mend: the text says what is wrong, where, and what to do, on one line.
+
+    `code` is the exit code; with another than 2 it is no error but an end, as by a signal (128 + its number).
+    """
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
 
 
 def first_line(error):
@@ -89,19 +98,40 @@ def on_signals(handler, *numbers):
 
 
 def is_first_to_fail():
-    """True in one process of the run, the first that asks; needs no cooperation from the others.
+    """True in one process of the run on each machine: the first that asks, as the name of a socket is given once.
 
-    Without a process group the first of each node speaks; with one a counter in the launcher's key-value store decides.
+    Without a process group all processes meet the same error, and the first speaks.
     """
-    dist = process_group()
-    if dist is None:
+    if process_group() is None:
         return int(os.environ.get("LOCAL_RANK", 0)) == 0
-    try:
-        address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=5)
-        store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
-        return store.add(f"cria/failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except Exception:  # the store went down with the process that held it: then somebody has failed before
-        return rank() == 0
+    claim = socket.socket(socket.AF_UNIX)
+    HELD.append(claim)  # until this process ends, and the one of `speak_last` that waits for the launcher's end
+    with contextlib.suppress(OSError):
+        claim.bind(f"\0cria-failed-{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        return True
+    return False
+
+
+def speak_last(message):
+    """Print a line on stderr, and again when the launcher has ended, whose own report of 30 lines would bury it."""
+    print(message, file=sys.stderr, flush=True)
+    if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # of torchrun, of deepspeed
+        wait = 'i=0; while kill -0 "$1" 2>/dev/null && [ $i -lt 400 ]; do i=$((i+1)); sleep 0.1; done; sleep 0.2'
+        words = ["sh", "-c", f'{wait}; printf "%s\\n" "$2" >&2', "sh", str(os.getppid()), message]
+        kept = [lock.fileno() for lock in HELD if isinstance(lock, socket.socket)]
+        subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=kept
+        )
+
+
+def leave(message, code):
+    """End this process at once, without what libraries do at exit; the line is said by the first that asks."""
+    if message and is_first_to_fail():
+        speak_last(" ".join(message.split("\n")))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def process_group():
@@ -113,27 +143,33 @@ def process_group():
 def run_main(main):
     """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback."""
     message, code = "", 0
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while the libraries were loaded
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        sys.stdout.flush()
     except SystemExit as stop:
         code = stop.code or 0
     except UserError as error:
-        message, code = f"error: {error}", 2
+        message, code = f"{'error: ' * (error.code == 2)}{error}", error.code
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
+        message, code = "interrupted; the same command begins again", 130
+    except BrokenPipeError:  # its reader has what it wanted, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"error: {where}{error.strerror or error}", 2
-    if message and is_first_to_fail():
-        print(" ".join(message.split("\n")), file=sys.stderr, flush=True)
-    if process_group():
-        if not message:  # in step with the others; after an error they may be waiting for this process for ever
-            process_group().barrier()
-            process_group().destroy_process_group()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # threads of DeepSpeed at times abort the interpreter's own way out, when all is saved
+    if process_group() and not message:  # in step with the others; after an error they may wait for this one for ever
+        process_group().barrier()
+        process_group().destroy_process_group()
+    if process_group() or message:  # threads of DeepSpeed at times abort the interpreter's own way out
+        leave(message, code)
     sys.exit(code)
 
 
@@ -766,7 +802,6 @@ COMPLETE = "complete.json"  # written into a checkpoint folder last, by one proc
 LOCK = ".lock"  # in a folder that a run has claimed
 # Without these a folder does not load.
 LAST_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json")
-HELD_LOCKS = []  # a lock lasts as long as its file is open, also where nobody keeps it
 
 
 def claim_folder(folder, name=None):
@@ -787,7 +822,7 @@ def claim_folder(folder, name=None):
     if not is_free:
         lock.close()
         raise UserError(f"{name or folder}: another run is writing here; wait for it, or choose another folder")
-    HELD_LOCKS.append(lock)
+    HELD.append(lock)
     return lock
 
 
@@ -893,7 +928,7 @@ def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--ou
     if sizes := [path.stat().st_size for path in hidden.rglob("*") if path.is_file() and path.name != LOCK]:
         say(f"{hidden}: left by a run that did not finish ({len(sizes)} files, {sum(sizes) / 1e9:.2f} GB); removed")
     try:
-        with lock, on_signals(stop), hidden_folder(hidden, final):
+        with lock, on_signals(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP), hidden_folder(hidden, final):
             if size > (free := shutil.disk_usage(hidden).free):
                 what = f"{size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free"
                 raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")

@@ -322,14 +322,12 @@ def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, t
     args = parse("--output_dir", tmp_path)[2]
     monkeypatch.setattr(trainer.engines, "free_host_memory", lambda: 64 * 2**30)
     with pytest.raises(UserError) as caught:
-        engines.check_needs(args, "float32", 6_738_415_616, 10)
+        engines.check_memory(args, "float32", 6_738_415_616)
     assert str(caught.value) == (
         "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
         "gradients and optimizer; no engine fits here: more devices, or a smaller model; "
         "to try all the same: --memory_check False"
     )
-    args.memory_check = False
-    assert engines.check_needs(args, "float32", 6_738_415_616, 10) is None
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, 2), (3, 4), (9, 5)])
@@ -341,7 +339,7 @@ def test_the_new_checkpoint_is_written_before_the_oldest_goes(limit, kept, monke
     with pytest.raises(
         UserError, match=f"the model and {kept} checkpoints need {(4 + 12 * kept) / 10.73741824:.1f} GiB"
     ):
-        engines.check_needs(args, "float32", 100_000_000, 10)
+        trainer.check_disk(args, 100_000_000, 10)
 
 
 def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
@@ -349,13 +347,13 @@ def test_full_disk_is_refused_before_loading(monkeypatch, tmp_path):
     usage = trainer.shutil._ntuple_diskusage(0, 0, 2**30)
     monkeypatch.setattr(trainer.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError) as caught:
-        engines.check_needs(args, "float32", 100_000_000, 10)
+        trainer.check_disk(args, 100_000_000, 10)
     assert str(caught.value) == (
         f"{tmp_path}: the model and 2 checkpoints need 2.6 GiB, 1.0 GiB are free; use --save_total_limit 1, "
         "--save_only_model True or --save_strategy no; to try all the same: --memory_check False"
     )
     args = parse("--output_dir", tmp_path, "--save_strategy", "no")[2]
-    assert engines.check_needs(args, "float32", 100_000_000, 10) is None
+    assert trainer.check_disk(args, 100_000_000, 10) is None
 
 
 def test_help_lists_the_commands_and_every_own_option(capsys):
@@ -543,11 +541,11 @@ def test_rows_longer_than_the_table_of_positions_are_refused():
     gpt2 = transformers.GPT2Config(n_positions=64, **small)
     for config in (opt, gpt2):
         model = utils.skeleton(config)
-        engines.check_model(SimpleNamespace(fsdp_config=None), model, 64)
+        engines.check_layers(SimpleNamespace(fsdp_config=None), model, 64)
         with pytest.raises(UserError) as caught:
-            engines.check_model(SimpleNamespace(fsdp_config=None), model, 65)
+            engines.check_layers(SimpleNamespace(fsdp_config=None), model, 65)
         assert str(caught.value) == (
             "rows of up to 65 tokens, but this model has 64 positions; give --model_max_length 64"
         )
     llama = utils.skeleton(transformers.LlamaConfig(max_position_embeddings=64, **small))
-    engines.check_model(SimpleNamespace(fsdp_config=None), llama, 65)
+    engines.check_layers(SimpleNamespace(fsdp_config=None), llama, 65)

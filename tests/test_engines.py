@@ -19,7 +19,14 @@ import utils
 
 COUNT, BATCH, STEPS, SEED, RATE = 70, 8, 18, 42, 1e-3
 ALL, HALF = "227,136", "113,568"  # the tiny model's parameters, and what one of two processes holds of them
-MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+MODEL_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+}
 RUN_FILES = MODEL_FILES | {"loss.csv", "trainer_state.json"}
 HALF_PRECISION = {"bf16": True}
 TORN = {"save_rehearsal": False}
@@ -234,6 +241,7 @@ def test_the_engine_that_was_asked_for_runs_and_says_how(runs, name):
         f"engine: {engine}, {count} on cpu, {here} of {ALL} parameters here, {dtypes}, "
         f"micro-batch {batch} x processes {processes} = global batch 8, 18 steps"
     )
+    line += "; a process that is lost is noticed within 15 min (--ddp_timeout)" * (processes > 1)
     assert [found for found in runs(name).finished().err.splitlines() if found.startswith("engine: ")] == [line]
 
 

@@ -507,7 +507,7 @@ def test_an_unknown_option_is_named_with_the_nearest_that_exists():
     [
         ("pass", 0, ""),
         ("raise utils.UserError('bad\\nvalue')", 2, "error: bad value\n"),
-        ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        ("raise KeyboardInterrupt", 130, "interrupted; the same command begins again\n"),
         ("open('missing.json')", 2, "error: missing.json: No such file or directory\n"),
         ("raise OSError(28, 'No space left on device')", 2, "error: No space left on device\n"),
         ("sys.exit(143)", 143, ""),
@@ -943,7 +943,7 @@ def test_changed_settings_are_refused_and_named(tmp_path, capsys):
     make_run(tmp_path, settings=SETTINGS | {"gone": 1})
     changed = {"learning_rate": 0.2, "seed": 42, "bf16": True}
     assert refusal(train.resume_point, tmp_path, changed) == (
-        f"{tmp_path}: its run had other settings: learning_rate was 0.1 and is 0.2; bf16 was None and is True; "
+        f"{tmp_path}: its run had other settings: learning_rate was 0.1 and is 0.2; bf16 is True; "
         "choose another --output_dir, start afresh with --overwrite_output_dir, "
         "or go on all the same with --resume_anyway True"
     )
