@@ -18,10 +18,14 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import zipfile
 import zlib
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
 
 import numpy as np
 

@@ -31,6 +31,9 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
+
 import torch
 import transformers
 from safetensors import safe_open
@@ -207,7 +210,6 @@ def refuse_options(args):
     wrong = {
         f"--eval_strategy: {no_data}": args.eval_strategy != "no",
         f"--save_strategy best: {no_data}": args.save_strategy == "best",
-        f"--load_best_model_at_end: {no_data}": args.load_best_model_at_end,
         f"--push_to_hub: {upload} NAME {args.output_dir}": args.push_to_hub,
         "--auto_find_batch_size: it would change the batch in mid-run; give a --per_device_train_batch_size that fits, "
         "and --gradient_accumulation_steps": args.auto_find_batch_size,
@@ -461,7 +463,7 @@ class Watch(threading.Thread):
         self.start()
 
     def begin(self, doing):
-        self.doing, self.since, self.named = doing, time.monotonic(), max(60.0, 10 * self.longest)
+        self.doing, self.since, self.named = doing, time.monotonic(), max(SLOW_STEP, 10 * self.longest)
 
     def step_ended(self):
         self.longest = max(self.longest, time.monotonic() - self.since)
@@ -487,6 +489,9 @@ class Watch(threading.Thread):
             now, is_launched = time.monotonic(), "LOCAL_RANK" in os.environ
             if self.heard and not (is_launched and now - self.heard_at < 2):
                 self.end("asked twice")
+            if not self.heard:
+                text = f"saving a checkpoint after this step, then exit {128 + self.number}; once more ends it at once"
+                say(f"{signal.Signals(self.number).name}: {text}")
             self.heard, self.heard_at = self.heard + 1, now
 
     def end(self, why):
@@ -517,6 +522,7 @@ def relief(args, dtype, num_params):
     return ", or ".join([*cures, *others, "a lower --model_max_length"])
 
 
+SLOW_STEP = 60.0  # seconds from which a step that takes ten times as long as any before it is named
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FP16_CURE = "use --bf16 True, a lower initial_scale_power in DeepSpeed's fp16 block,"
 LOST = re.compile(
@@ -546,6 +552,7 @@ def told_in_a_line(args, model_args, num_params, progress):
         elif utils.is_disk_full(error):
             what, kept = f"{args.output_dir}: cannot be written ({said}); make room", last_checkpoint(args)
         elif args.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which torchrun ends those that are left
             time.sleep(2)  # a process that knows more speaks first
             what = f"{where}: another process is lost or stuck ({said}); see what it has said, or its node's log"
         elif isinstance(error, LIBRARY_ERRORS) and step is None:
@@ -724,9 +731,6 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def note_signal(self, number, frame):
         self.signal = number
-        if utils.rank() == 0:  # not print(): the signal may have come in the middle of one
-            text = f"saving a checkpoint after this step, then exit {128 + number}; once more ends it at once"
-            os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
 
 
 def use_learning_rate(trainer):
@@ -1110,7 +1114,7 @@ def train():
     model_args, data_args, args, given = parse_arguments(sys.argv[1:])
     base, batch = model_args.model_name_or_path, engines.global_batch(args)
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
-    config = utils.load_config(base, args.cache_dir)
+    config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
     tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
     dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
     if args.dry_run:

@@ -107,7 +107,8 @@ def is_first_to_fail():
     claim = socket.socket(socket.AF_UNIX)
     HELD.append(claim)  # until this process ends, and the one of `speak_last` that waits for the launcher's end
     with contextlib.suppress(OSError):
-        claim.bind(f"\0cria-failed-{os.getppid()}-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}")
+        run = [str(os.getppid()), *(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))]
+        claim.bind(f"\0cria-failed-{'-'.join(run)}")
         return True
     return False
 
@@ -737,11 +738,11 @@ def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", ta
     raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(path=path, **more)}")
 
 
-def load_config(name_or_path, cache_dir=None):
-    """The config of a causal language model. Raises UserError for a path or name that is none."""
+def load_config(name_or_path, cache_dir=None, allowed=()):
+    """The config of a causal language model. Raises UserError for a path or name that is none; see `check_model`."""
     import transformers
 
-    check_model(name_or_path)
+    check_model(name_or_path, allowed=allowed)
     hint = layout_hint(name_or_path)
     try:
         with say_if_slow(f"{name_or_path}: asking the hub for it; HF_HUB_OFFLINE=1 takes what the cache holds"):
