@@ -1026,7 +1026,8 @@ def write_model(trainer, weights, folder):
         config = utils.read_json(staging / "config.json") | changes
         utils.jdump(config, staging / "config.json", indent=2)  # of the masters, and of training, the library's are
         trainer.processing_class.save_pretrained(staging)
-        if source := utils.find_sentencepiece(model.name_or_path, trainer.args.cache_dir):  # llama.cpp wants it
+        base = model.name_or_path
+        if base and (source := utils.find_sentencepiece(base, trainer.args.cache_dir)):  # llama.cpp wants it
             shutil.copyfile(source, staging / source.name)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
         check_weights(staging, weights)
@@ -1042,7 +1043,8 @@ def safe_save_model_for_hf_trainer(trainer, output_dir):
 def rehearse_save(trainer):
     """Save the untrained model through the real engine and remove it: a save that fails must fail now."""
     start, folder = time.perf_counter(), Path(trainer.args.output_dir, ".rehearsal")
-    safe_save_model_for_hf_trainer(trainer, folder)
+    with utils.say_if_slow("save rehearsal: writing the untrained model and reading it back; it is removed again"):
+        safe_save_model_for_hf_trainer(trainer, folder)
     if trainer.args.should_save:
         size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / GIB
         shutil.rmtree(folder)
@@ -1116,7 +1118,8 @@ def train():
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
     config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
     tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
-    dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
+    with utils.say_if_slow("data: still reading and tokenizing the records"):
+        dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
     if args.dry_run:
         if utils.rank() == 0:
             print(dry_run(dataset, tokenizer, args, args.dry_run, sys.stdout.isatty()))

@@ -415,6 +415,8 @@ def spans(style, messages, tokenizer=None):
 def unknown_options(words, known):
     """The error for options that a script does not have, each with the nearest name that exists."""
     names = [word.split("=")[0] for word in words if word.startswith("--")] or words
+    if "--trust_remote_code" in {name.replace("-", "_").replace("__", "--", 1) for name in names}:
+        return UserError(f"--trust_remote_code: {CURES['custom code']}")
     near = {name: difflib.get_close_matches(name, known, n=1) for name in names}
     hints = [f"{name} (did you mean {match[0]}?)" if match else name for name, match in near.items()]
     return UserError(f"unknown option: {', '.join(hints)}; --help lists those that exist")
@@ -428,6 +430,12 @@ def parse_options(parser, words):
 
     parser.error = refuse
     args, rest = parser.parse_known_args(words)
+    if rest and not rest[0].startswith("-"):
+        option = [word for word in words[: words.index(rest[0])] if word.startswith("--")][-1:]
+        more = "quote a value with spaces; where it is a regular expression, join several as '.*(one|other).*'"
+        raise UserError(
+            f"unexpected word {rest[0]!r}: {f'{option[0]} takes one value' if option else 'no option'}; {more}"
+        )
     if rest:
         raise unknown_options(rest, [name for action in parser._actions for name in action.option_strings])
     return args

@@ -11,6 +11,7 @@ from conftest import FSDP, ZERO3, basic_options, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
+import engines
 import train as script
 import utils
 
@@ -243,7 +244,8 @@ def test_a_model_is_saved_with_the_names_of_its_published_files(name, published,
         model_wrapped=model,
         processing_class=tokenizer,
         state=transformers.TrainerState(),
-        args=SimpleNamespace(bf16=False, fp16=False),
+        args=SimpleNamespace(bf16=False, fp16=False, cache_dir=None),
+        progress={"use_cache": True},
     )
     assert "model.safetensors" in script.write_model(trainer, dict(model.state_dict()), tmp_path)
     before, after = load_file(published[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
@@ -261,3 +263,41 @@ def test_a_model_whose_names_the_library_changes_is_trained_and_saved(name, opti
     run = train([*words, *options], 2 if options else 1).finished()
     before, after = load_file(published[name] / "model.safetensors"), run.weights()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def probe(model, batch, longest):
+    """engines.flat_rows_problem on a model without an engine around it."""
+    trainer = SimpleNamespace(model_wrapped=model, model=model, accelerator=SimpleNamespace(unwrap_model=lambda m: m))
+    trainer.args = SimpleNamespace(device="cpu", per_device_train_batch_size=batch)
+    return engines.flat_rows_problem(trainer, longest)
+
+
+def test_flat_rows_are_proven_at_the_width_that_is_used():
+    config = transformers.GPTNeoConfig(
+        vocab_size=100, hidden_size=32, num_layers=2, num_heads=2, max_position_embeddings=64, window_size=16,
+        attention_types=[[["global", "local"], 1]],
+    )  # fmt: skip
+    model = transformers.GPTNeoForCausalLM(config)
+    assert "takes no flat rows of 160 tokens" in probe(model, 4, 40)[0]  # its mask is a buffer of 64 x 64
+    llama = transformers.LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                     num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    assert probe(transformers.LlamaForCausalLM(llama), 4, 40) == ("", torch.float32)
+    assert probe(transformers.LlamaForCausalLM(llama), 1, 40) == ("", torch.float32)
+
+
+def test_a_model_whose_tokens_see_later_ones_is_refused():
+    config = transformers.BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                     intermediate_size=32, initializer_range=0.5)  # fmt: skip
+    with pytest.raises(utils.UserError, match="earlier tokens see later ones"):
+        probe(transformers.BertLMHeadModel(config), 4, 40)
+    config.is_decoder = True
+    assert probe(transformers.BertLMHeadModel(config), 4, 40)[0]  # causal, but no flat rows
+
+
+def test_rows_longer_than_a_rotary_model_knows_are_named(capsys):
+    config = transformers.LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    for longest, lines in ((64, 0), (65, 1)):
+        engines.check_layers(SimpleNamespace(fsdp_config=None), utils.skeleton(config), longest)
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines and ("65 tokens" in said and "64 positions" in said) == bool(lines)
