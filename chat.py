@@ -367,8 +367,10 @@ def generate(chat, prompts, answers):
             generation_config=config,
             stopping_criteria=transformers.StoppingCriteriaList([watch]),
         )
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full; use a smaller --batch_size or a shorter --max_new_tokens") from None
+    except (RuntimeError, MemoryError) as error:
+        if not utils.is_memory_full(error):
+            raise
+        raise UserError("the memory is full; use a smaller --batch_size or a shorter --max_new_tokens") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -528,7 +528,6 @@ FP16_CURE = "use --bf16 True, a lower initial_scale_power in DeepSpeed's fp16 bl
 LOST = re.compile(
     "connection (was )?(closed|reset)|timed out|timeout|broken pipe|remote process|NCCL|gloo", re.IGNORECASE
 )
-NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|Cannot allocate memory", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -546,7 +545,7 @@ def told_in_a_line(args, model_args, num_params, progress):
         said, step = first_line(error), progress.get("step")
         where = f"step {step + 1}" if step is not None else "before the first step"
         kept = f"{last_checkpoint(args)}; the same command goes on"
-        if isinstance(error, MemoryError) or NO_MEMORY.search(str(error)):
+        if utils.is_memory_full(error):
             what = f"{where}: the memory is full ({said}); micro-batch {args.per_device_train_batch_size}, "
             what += f"rows of up to {progress['longest']} tokens; give {relief(args, model_args.dtype, num_params)}"
         elif utils.is_disk_full(error):

@@ -580,7 +580,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
         elif (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
             problem = f"its tokenizer.json reads {text!r} otherwise than its tokenizer.model"
     if problem and model_path is None:
-        raise UserError(f"{name_or_path}: {problem}; {layout_hint(name_or_path, for_tokenizer=True)}")
+        raise UserError(f"{name_or_path}: {problem}; {tokenizer_hint(Path(name_or_path))}")
     if problem:
         config = Path(name_or_path, "tokenizer_config.json")
         config = read_json(config) if config.is_file() else {}
@@ -605,37 +605,18 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
 # --- Model folders ---------------------------------------------------------------------------------------------------
 
 
-def layout_hint(name_or_path, for_tokenizer=False):
-    """What to do about a model that does not load, by what lies around it.
-
-    The first converters wrote OUT/llama-7b and OUT/tokenizer, and tutorials name those; today's write one flat folder.
-    """
-    folder = Path(name_or_path)
-    near = [folder.parent, folder.parent / "tokenizer"]
-    tokenizers = [path for path in near if any((path / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))]
-    if for_tokenizer and folder.is_dir() and tokenizers:
-        source, target = shlex.quote(f"{tokenizers[-1]}/"), shlex.quote(f"{folder}/")
-        return f"{tokenizers[-1]} has one: cp {source}*token* {target}"
-    inside = list(folder.iterdir()) if folder.is_dir() else []
-    models = [path for path in (folder.parent, *inside) if (path / "config.json").is_file()]
-    if not (folder / "config.json").is_file() and len(models) == 1:
-        return f"the model is in {models[0]}: give --model_name_or_path {shlex.quote(str(models[0]))}"
-    if any((path / "params.json").is_file() for path in (folder, *inside)):
-        command = f"python convert_llama_weights.py --input_dir {shlex.quote(str(folder))} --output_dir NEW"
-        return f"it holds raw weights; convert them first: {command}"
-    where = "or a name on the hub (HF_ENDPOINT names a mirror of it)"
-    return f"--model_name_or_path takes a folder with config.json, weights and tokenizer, {where}"
-
-
 OTHER_HEADS = re.compile("For(MaskedLM|[A-Z][A-Za-z]+Classification|QuestionAnswering|MultipleChoice|PreTraining)$")
 QUANTISED = re.compile(r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)\b")
 ZERO_CENTRED = re.compile("gemma|nemotron|qwen3_next|qwen3_5")  # they add 1 to the weights of their norms
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-CURES = {  # by what stands in place of a model; {command} is apply_delta's for {path}
-    "a LoRA adapter": "merge it first: {command}",
-    "a folder around a LoRA adapter": "merge that first: {command}",
-    "a delta": "apply it first: {command}",
+CURES = {  # by what lies where a model is expected; `check_model` fills in the commands
+    "a LoRA adapter": "merge it first: {apply}",
+    "a folder around a LoRA adapter": "merge that first: {apply}",
+    "a folder around a model": "give the model: {inner}",
+    "a folder beside a model": "give the model: {path.parent}",
     "an adapter beside a whole model": "move the files of one of them elsewhere",
+    "a delta": "apply it first: {apply}",
+    "raw weights of LLaMA": "convert them first: {convert}",
     "quantised": "give the 16-bit model that it was made from",
     "not causal": "give a model that continues text, one of those whose architecture ends in ForCausalLM",
     "custom code": "code out of model folders is never run; give a model that transformers itself knows",
@@ -643,7 +624,18 @@ CURES = {  # by what stands in place of a model; {command} is apply_delta's for 
     "empty": "copy or download the model into it",
     "unfinished": "{whole}",
     "the state of a run": "give the model that the run writes when it ends; {whole}",
+    "": "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a name on the hub (HF_ENDPOINT "
+    "names a mirror of it)",
 }
+
+
+def tokenizer_hint(folder):
+    """What to do about a folder without a tokenizer: the first converters wrote OUT/llama-7b beside OUT/tokenizer."""
+    near = [folder.parent, folder.parent / "tokenizer"]
+    found = [path for path in near if any((path / f"tokenizer.{kind}").is_file() for kind in ("json", "model"))]
+    if folder.is_dir() and found:
+        return f"{found[-1]} has one: cp {shlex.quote(f'{found[-1]}/')}*token* {shlex.quote(f'{folder}/')}"
+    return CURES[""]
 
 
 def stored_tensors(folder):
@@ -685,21 +677,38 @@ def what_config_says(config):
     return ("not causal", head or str(config.get("model_type"))) if is_other else ("", "")
 
 
-def adapter_inside(folder):
-    """The last checkpoint, or else the last subfolder, with an adapter; None where there is none."""
-    found = [path.parent for path in folder.glob("*/adapter_config.json")]
-    return max(
-        found, key=lambda path: (int(path.name[11:]) if path.name[11:].isdigit() else -1, path.name), default=None
-    )
+def last_inside(folder, name):
+    """The subfolder that holds a file of this name, the latest checkpoint or the last by its name; None without one."""
+    found = [path.parent for path in folder.glob(f"*/{name}")]
+    return max(found, key=lambda path: (int("0" + re.sub(r"\D", "", path.name)), path.name), default=None)
+
+
+def what_a_folder_says(path, names, run):
+    """What `what_it_is` says of a folder without a config, by the names in it."""
+    adapter, model = last_inside(path, "adapter_config.json"), last_inside(path, "config.json")
+    states = [n for n in names if n.startswith(("global_step", "pytorch_model_fsdp", "bf16_zero"))]
+    raw = [found.name for pattern in ("params.json", "*/params.json") for found in path.glob(pattern)]
+    kinds = {
+        "unfinished": ["run.json"] * (run.get("status") == "started") + [p.name for p in find_checkpoints(path)[0]],
+        "the state of a run": states,
+        "quantised": [n for n in names if n.endswith(".gguf")],
+        "raw weights of LLaMA": raw,
+        "a folder around a LoRA adapter": [adapter and adapter.name],
+        "a folder around a model": [model and model.name],
+        "a folder beside a model": ["no config.json"] * (path.parent / "config.json").is_file(),
+    }
+    return next(((kind, why[0]) for kind, why in kinds.items() if why and why[0]), ("", ""))
 
 
 def what_it_is(path):
-    """(what lies at `path` in place of a model, how that is seen): a key of CURES, or "" for a model, or for no path.
+    """(what lies at `path` in place of a model, how that is seen): a key of CURES, by files alone.
 
-    Files alone decide; "no model" is what `layout_hint` knows more about.
+    "" is a model, or nothing that is known: a name on the hub, a folder of other things.
     """
     if not path.is_dir():
-        return ("quantised", "GGUF") if path.suffix == ".gguf" else ("a file", path.name) if path.exists() else ("", "")
+        kinds = {"quantised": path.suffix == ".gguf", "a file": path.exists()}
+        kinds |= {"a folder beside a model": (path.parent / "config.json").is_file() and path.is_absolute()}
+        return next(((kind, path.name) for kind, is_so in kinds.items() if is_so), ("", ""))
     names, run = {entry.name for entry in path.iterdir()} - {LOCK}, record_of(path)
     weights = [name for name in WEIGHTS if name in names]
     if not names:
@@ -711,39 +720,37 @@ def what_it_is(path):
     if path.name.startswith("checkpoint-") and record_of(path.parent) and COMPLETE not in names:
         return "unfinished", f"a checkpoint without {COMPLETE}"
     if "config.json" not in names:
-        state = next((n for n in names if n.startswith(("global_step", "pytorch_model_fsdp", "bf16_zero"))), "")
-        gguf = next((n for n in names if n.endswith(".gguf")), "")
-        begun = "run.json" * (run.get("status") == "started") or "".join(
-            path.name for path in find_checkpoints(path)[0]
-        )
-        inner = adapter_inside(path)
-        kinds = {"unfinished": begun, "the state of a run": state, "quantised": gguf}
-        kinds |= {"a folder around a LoRA adapter": inner and inner.name}
-        return next(((kind, why) for kind, why in kinds.items() if why), ("no model", "no config.json"))
-    config = read_json(path / "config.json")
+        return what_a_folder_says(path, names, run)
     if not weights:
         return "unfinished", f"neither {WEIGHTS[0]} nor {WEIGHTS[2]} nor their index"
     parts = read_json(path / weights[0]).get("weight_map", {}).values() if weights[0].endswith(".json") else ()
     if lost := sorted(name for name in {*parts} - names if Path(name).name == name):
         return "unfinished", f"{lost[0]} is missing"
-    kind, why = what_config_says(config)
-    return (kind, why) if kind else what_tensors_say(path, config)
+    config = read_json(path / "config.json")
+    return next((said for said in (what_config_says(config), what_tensors_say(path, config)) if said[0]), ("", ""))
 
 
 def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", target="MODEL"):
     """Refuse what is no model, with the command that was probably meant; returns what it is where that is `allowed`."""
     path = Path(path)
     kind, why = what_it_is(path)
-    if kind in ("", "no model", *allowed):
+    if kind in ("", *allowed):
         return kind
     known = read_json(path / "adapter_config.json") if kind == "a LoRA adapter" else record_of(path).get("delta", {})
     base = known.get("base_model_name_or_path") or known.get("base", {}).get("path") or base
-    adapter = str(adapter_inside(path) or path) if "around" in kind else str(path)
-    words = ["python", "-m", "apply_delta", "--base", str(base), "--delta", adapter, "--target", str(target)]
-    runs = path.parent if path.name.startswith("checkpoint-") else path
-    whole = [one for one in find_checkpoints(runs)[0] if (one / "config.json").is_file()]
-    more = {"command": shlex.join(words), "whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again"}
-    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(path=path, **more)}")
+    inner = last_inside(path, "adapter_config.json" if "adapter" in kind else "config.json")
+    delta = inner if kind == "a folder around a LoRA adapter" else path
+    apply = ["python", "-m", "apply_delta", "--base", base, "--delta", delta, "--target", target]
+    convert = ["python", "convert_llama_weights.py", "--input_dir", path, "--output_dir", "NEW"]
+    run = path.parent if path.name.startswith("checkpoint-") else path
+    whole = [one for one in find_checkpoints(run)[0] if (one / "config.json").is_file()]
+    known = {
+        "path": path,
+        "inner": inner,
+        "whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again",
+    }
+    known |= {"apply": shlex.join(map(str, apply)), "convert": shlex.join(map(str, convert))}
+    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(**known)}")
 
 
 def load_config(name_or_path, cache_dir=None, allowed=()):
@@ -751,14 +758,13 @@ def load_config(name_or_path, cache_dir=None, allowed=()):
     import transformers
 
     check_model(name_or_path, allowed=allowed)
-    hint = layout_hint(name_or_path)
     try:
         with say_if_slow(f"{name_or_path}: asking the hub for it; HF_HUB_OFFLINE=1 takes what the cache holds"):
             config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # whatever the library and its checks raise
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{name_or_path}: its model needs custom code; {CURES['custom code']}") from None
-        raise UserError(f"{name_or_path}: cannot be read as a model ({first_line(error)}); {hint}") from None
+        kind = "custom code" if "trust_remote_code" in str(error) else ""
+        what = f"is {kind}" if kind else f"cannot be read as a model ({first_line(error)})"
+        raise UserError(f"{name_or_path} {what}; {CURES[kind]}") from None
     kind, why = what_config_says(config.to_dict())
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         kind, why = "not causal", f"model type {config.model_type}"
@@ -954,6 +960,12 @@ def is_disk_full(error):
     words = ("No space left on device", "File too large", "Disk quota exceeded", "file write failed")
     of_torch_save = ("iostream error", "unexpected pos")  # it counts what it wrote, and does not say why it is less
     return any(word in str(error) for word in words + of_torch_save)
+
+
+def is_memory_full(error):
+    """Whether an exception says that there was no memory, on the host or on a GPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 # --- run.json, checkpoints and memory: what a run was made of, and what it finds -------------------------------------

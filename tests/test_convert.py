@@ -637,11 +637,11 @@ def test_train_py_accepts_what_the_converter_wrote(tmp_path):
     with pytest.raises(utils.UserError) as caught:
         utils.load_config(str(tmp_path / "out" / "llama-7b"))
     out = tmp_path / "out"
-    assert str(caught.value).endswith(f"; the model is in {out}: give --model_name_or_path {out}")
+    assert str(caught.value).endswith(f"; give the model: {out}")
     with pytest.raises(utils.UserError) as caught:
         utils.load_config(str(tmp_path / "raw" / "tiny"))
     command = f"python convert_llama_weights.py --input_dir {tmp_path / 'raw' / 'tiny'} --output_dir NEW"
-    assert str(caught.value).endswith(f"; it holds raw weights; convert them first: {command}")
+    assert str(caught.value).endswith(f" (params.json); convert them first: {command}")
 
 
 def test_the_old_converters_layout_gets_the_copy_command(tmp_path):
@@ -658,7 +658,7 @@ def test_the_old_converters_layout_gets_the_copy_command(tmp_path):
     assert str(caught.value) == f"{model}: it holds no tokenizer; {tmp_path / 'X' / 'tokenizer'} has one: {command}"
     subprocess.run(command, shell=True, check=True)
     assert utils.load_tokenizer(model).eos_token_id == 2
-    with pytest.raises(utils.UserError, match=f"the model is in {model}: give --model_name_or_path {model}$"):
+    with pytest.raises(utils.UserError, match=f"; give the model: {model}$"):
         utils.load_config(tmp_path / "X")
 
 

@@ -108,7 +108,6 @@ def zoo(base, tmp_path_factory):
     }  # fmt: skip
 
 
-ADAPTER, DELTA, RAW = "--delta {path} --target", "apply_delta --base BASE --delta {path}", "convert_llama_weights.py"
 FORMAT, SHARDS, NONE = "in the format of transformers already", "no consolidated.00.pth", "takes a folder with config"
 GOOD = {"train": "", "chat": "", "base": "", "convert": FORMAT}
 CAUSAL = {"train": "is not causal", "chat": "is not causal", "base": "do not fit together", "convert": FORMAT}
@@ -130,7 +129,7 @@ TABLE = {
     "file of a model": "is a file (model.safetensors); give its folder: ",
     "GPTQ": "is quantised (by its config: gptq)", "bitsandbytes": "is quantised (by its config: ",
     "AWQ without a word": "is quantised (by its tensor model.layers.0.self_attn.q_proj.qweight)",
-    "gguf": "is quantised (model-q4_1.gguf)", "GGUF file": "is quantised (GGUF)",
+    "gguf": "is quantised (model-q4_1.gguf)", "GGUF file": "is quantised (model-q4_1.gguf)",
     "custom code": {"train": "custom code", "chat": "custom code", "base": "do not fit", "convert": FORMAT},
     "BERT": CAUSAL, "BART": CAUSAL,
     "T5": CAUSAL,
@@ -138,7 +137,7 @@ TABLE = {
     "empty": "is empty", "config alone": "is unfinished (neither model.safetensors nor ",
     "missing shard": "is unfinished (model-00002-of-00002.safetensors is missing); copy it again",
     "states": "is the state of a run (global_step8)",
-    "raw": {"train": RAW, "chat": RAW, "base": "no weights there", "convert": SHARDS},
+    "raw": "is raw weights of LLaMA (params.json); convert them first: python convert_llama_weights.py --input_dir ",
     "tokenizer alone": {"train": NONE, "chat": NONE, "base": "no weights there", "convert": SHARDS},
 }  # fmt: skip
 

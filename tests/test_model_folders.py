@@ -160,7 +160,7 @@ def test_extra_tensor_is_left_out_with_a_line(base, tmp_path, capsys):
 def test_path_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path}/empty is empty" in refusal(tmp_path / "empty", tmp_path)
-    assert refusal(tmp_path / "nothing", tmp_path).startswith(f"{tmp_path}/nothing: cannot be read as a model (")
+    assert refusal(tmp_path / "nothing", tmp_path).startswith(f"{tmp_path}/nothing cannot be read as a model (")
 
 
 def test_model_that_is_no_causal_language_model_is_refused(base, tmp_path):
