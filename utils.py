@@ -965,7 +965,8 @@ def is_disk_full(error):
 def is_memory_full(error):
     """Whether an exception says that there was no memory, on the host or on a GPU."""
     words = ("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    is_kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # of torch
+    return is_kind or any(word in str(error) for word in words)
 
 
 # --- run.json, checkpoints and memory: what a run was made of, and what it finds -------------------------------------
