@@ -118,9 +118,10 @@ def speak_last(message):
     print(message, file=sys.stderr, flush=True)
     if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # of torchrun, of deepspeed
         wait = 'i=0; while kill -0 "$1" 2>/dev/null && [ $i -lt 400 ]; do i=$((i+1)); sleep 0.1; done; sleep 0.2'
-        words = ["sh", "-c", f'{wait}; printf "%s\\n" "$2" >&2', "sh", str(os.getppid()), message]
+        script = f'({wait}; printf "%s\\n" "$2" >&2) &'  # no child of ours, which the launcher would end with us
+        words = ["sh", "-c", script, "sh", str(os.getppid()), message]
         kept = [lock.fileno() for lock in HELD if isinstance(lock, socket.socket)]
-        subprocess.Popen(
+        subprocess.run(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=kept
         )
 

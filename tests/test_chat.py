@@ -291,7 +291,7 @@ def test_a_full_gpu_is_an_error_for_people(base, monkeypatch):
     loaded = load(base)
     answer = chat.make_answer(loaded, [1, 5], 9)
     assert refusal(chat.generate, loaded, [[1, 5]], [answer]) == (
-        "the GPU's memory is full; use a smaller --batch_size or a shorter --max_new_tokens"
+        "the memory is full; use a smaller --batch_size or a shorter --max_new_tokens"
     )
 
 
