@@ -463,7 +463,9 @@ class Watch(threading.Thread):
         self.start()
 
     def begin(self, doing):
-        self.doing, self.since, self.named = doing, time.monotonic(), max(SLOW_STEP, 10 * self.longest)
+        self.doing, self.since = doing, time.monotonic()
+        self.alive = self.since  # when the main thread was last seen: here, or at the end of a micro-batch
+        self.named = max(SLOW_STEP, 10 * self.longest)
 
     def step_ended(self):
         self.longest = max(self.longest, time.monotonic() - self.since)
@@ -475,14 +477,21 @@ class Watch(threading.Thread):
             now, patience = time.monotonic(), shutdown_patience(self.longest)
             if self.heard and self.doing.startswith("step") and min(now - self.heard_at, now - self.since) > patience:
                 self.end(f"no step has ended within {patience:.0f} s")
+            is_shared = self.arguments.world_size > 1
+            if is_shared and self.doing.startswith("step") and now - self.alive > self.arguments.ddp_timeout:
+                why = f"another process has not answered for {self.arguments.ddp_timeout} s (--ddp_timeout)"
+                utils.leave(f"error: {self.doing}: {why}; {last_checkpoint(self.arguments)}; {GO_ON}", 2)
             if now - self.since > self.named:
                 self.named *= 2
-                peers = "waiting for another process, which may be lost; " * (self.arguments.world_size > 1)
+                peers = "waiting for another process, which may be lost; " * is_shared
                 before = f", the longest step before {self.longest:.1f} s" * bool(self.longest)
-                bound = f"--ddp_timeout ends that after {self.arguments.ddp_timeout} s; " * bool(peers)
-                say(
-                    f"{self.doing} has taken {now - self.since:.0f} s{before}; {peers}{bound}{last_checkpoint(self.arguments)}"
-                )
+                bound = f"--ddp_timeout ends that after {self.arguments.ddp_timeout} s; " * is_shared
+                self.tell(f"{self.doing} has taken {now - self.since:.0f} s{before}; {peers}{bound}")
+
+    def tell(self, text):
+        """Print on every machine, not on the first process's alone: it may be the lost one."""
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            print(f"{text}{last_checkpoint(self.arguments)}", file=sys.stderr, flush=True)
 
     def hear(self, numbers):
         for self.number in numbers:
@@ -497,7 +506,7 @@ class Watch(threading.Thread):
     def end(self, why):
         """Leave at once; nothing that takes part in a step may be waited for."""
         name = signal.Signals(self.number).name
-        line = f"{name}: ended at once, {why}; {last_checkpoint(self.arguments)}; the same command goes on"
+        line = f"{name}: ended at once, {why}; {last_checkpoint(self.arguments)}; {GO_ON}"
         utils.leave(line, 128 + self.number)
 
 
@@ -523,6 +532,7 @@ def relief(args, dtype, num_params):
 
 
 SLOW_STEP = 60.0  # seconds from which a step that takes ten times as long as any before it is named
+GO_ON = "the same command goes on"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FP16_CURE = "use --bf16 True, a lower initial_scale_power in DeepSpeed's fp16 block,"
 LOST = re.compile(
@@ -544,7 +554,7 @@ def told_in_a_line(args, model_args, num_params, progress):
     except Exception as error:
         said, step = first_line(error), progress.get("step")
         where = f"step {step + 1}" if step is not None else "before the first step"
-        kept = f"{last_checkpoint(args)}; the same command goes on"
+        kept = f"{last_checkpoint(args)}; {GO_ON}"
         if utils.is_memory_full(error):
             what = f"{where}: the memory is full ({said}); micro-batch {args.per_device_train_batch_size}, "
             what += f"rows of up to {progress['longest']} tokens; give {relief(args, model_args.dtype, num_params)}"
@@ -674,6 +684,11 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         # FSDP would round a float to 16 bits: 1986 targets to 1984.
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
+
+    def training_step(self, *arguments, **keywords):
+        loss = super().training_step(*arguments, **keywords)
+        self.watch.alive = time.monotonic()
+        return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, **keywords):
         if self.state.global_step > self._globalstep_last_logged:  # it is called at the end of an epoch as well

@@ -84,7 +84,7 @@ def pair(base, tmp_path):
         where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "6"}
         where |= {"TORCHELASTIC_RUN_ID": "two nodes"}
-        options = [*basic_options(base, data, tmp_path / "out", **LONG), *FSDP]
+        options = [*basic_options(base, data, tmp_path / "out", ddp_timeout=20, **LONG), *FSDP]
         processes.append(begin(options, logs[-1], [sys.executable, "-c", QUICK], **where))
     yield processes, logs
     for process in processes:
@@ -97,11 +97,22 @@ def test_a_step_that_waits_is_named_and_a_signal_ends_it(pair):
     wait_for(logs[0], "\nstep 25/", processes[0])
     processes[1].send_signal(signal.SIGSTOP)  # a node that does not answer any more
     said = wait_for(logs[0], "waiting for another process", processes[0])
-    assert "--ddp_timeout ends that after 900 s; last good checkpoint: " in said
+    assert "--ddp_timeout ends that after 20 s; last good checkpoint: " in said
     processes[0].terminate()
     assert processes[0].wait(30) == 143  # the main thread hangs in a collective call
     said = logs[0].read_text(encoding="utf-8")
     assert "SIGTERM: ended at once, no step has ended within 3 s; last good checkpoint: " in said
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_answer_ends_the_other_after_the_timeout(pair):
+    processes, logs = pair
+    wait_for(logs[0], "\nstep 25/", processes[0])
+    processes[0].send_signal(signal.SIGSTOP)  # the first one: the other must speak for itself
+    assert processes[1].wait(60) == 2
+    said = logs[1].read_text(encoding="utf-8")
+    assert "waiting for another process" in said and "error: step " in said
+    assert "another process has not answered for 20 s (--ddp_timeout); last good checkpoint: " in said
 
 
 def test_a_process_that_is_killed_leaves_one_line_in_the_other(pair):
