@@ -496,7 +496,8 @@ def read_tokenizer(path, llama, chosen=False):
         built, names = utils.build_from_sentencepiece(path)
         text = utils.differs_from_sentencepiece(built, path)
         if text is not None:
-            raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
+            way = "convert with --tokenizer none and copy it into the new folder, where train.py and chat.py read it"
+            raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; {way}")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
         named = f"if it is the right one, name it: --tokenizer {path}"

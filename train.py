@@ -204,21 +204,23 @@ def encode(conversations, tokenizer):
 
     Span i ends behind len(tokenize(text up to its end)) ids of tokenize(the whole text): with two spans the rule of
     Stanford Alpaca. A token that straddles a border, which `straddling` tells, counts as part of the span before it.
-    Returns a list of rows {input_ids, labels: LongTensor (length,), straddling: bool}, not cut.
+    Of what the tokenizer adds itself only the begin token is in a row. Returns a list of rows {input_ids, labels:
+    LongTensor (length,), straddling: bool}, not cut.
     """
     own, library = type(tokenizer), transformers.PreTrainedTokenizerFast
     steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
     is_plain = all(getattr(own, step, None) is getattr(library, step) for step in steps)
-    rows, options = [], {"return_attention_mask": False, "verbose": False}
+    rows, begin = [], utils.begin_ids(tokenizer)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(conversations), CHUNK):
         # The text up to each border, the whole of it last: [["Below ...:", "Below ...:Hello.</s>"], ...]
         texts = [list(itertools.accumulate(text for text, _ in c)) for c in conversations[start : start + CHUNK]]
         flat = list(itertools.chain.from_iterable(texts))
-        if is_plain:  # the Rust half without offsets: half the time. The call before it ends truncation and padding.
-            tokenizer("", **options)
-            ids = iter([encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(flat)])
+        if is_plain:  # the Rust half without offsets: half the time. begin_ids' call has ended truncation and padding.
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+            ids = iter([begin + encoding.ids for encoding in encodings])
         else:
-            ids = iter(tokenizer(flat, **options).input_ids)
+            ids = iter([begin + one for one in tokenizer(flat, **options).input_ids])
         for spans, upto in zip(conversations[start : start + CHUNK], texts, strict=True):
             *heads, whole = itertools.islice(ids, len(upto))
             input_ids = torch.tensor(whole, dtype=torch.long)
@@ -230,6 +232,23 @@ def encode(conversations, tokenizer):
             straddling = any(whole[: len(head)] != head for head in heads)
             rows.append({"input_ids": input_ids, "labels": labels, "straddling": straddling})
     return rows
+
+
+def compare_ids(names, conversations, rows, tokenizer, model_path):
+    """Raise UserError where a row of `encode` has other ids than the SentencePiece model at `model_path` gives its text.
+
+    Looks at 1,000 rows or more, evenly spread, of those without special tokens: SentencePiece knows none inside a text.
+    """
+    added, size = tokenizer.added_tokens_decoder.items(), tokenizer.vocab_size
+    special = [str(token) for i, token in added if token.special or i >= size]
+    texts = ["".join(text for text, _ in spans).removesuffix(tokenizer.eos_token) for spans in conversations]
+    plain = [i for i, text in enumerate(texts) if not any(token in text for token in special)]
+    sample, head = plain[:: max(len(plain) // 1000, 1)], len(utils.begin_ids(tokenizer))
+    for i, ids in zip(sample, utils.sentencepiece_ids(model_path, [texts[i] for i in sample]), strict=True):
+        if ids != (found := rows[i]["input_ids"].tolist()[head:-1]):
+            at = max(len(os.path.commonprefix([ids, found])) - 2, 0)
+            where = f"{names[i]}: {tokenizer.decode(ids[at : at + 6])!r} has other ids than {model_path} gives it"
+            raise UserError(f"{where}; move tokenizer.json away from there, or leave the record out")
 
 
 def cut(rows, window):
@@ -262,7 +281,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
     trained once per epoch on every engine. Raises UserError for data that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1):
+    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1, sentencepiece_path=None):
         super().__init__()
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
@@ -274,8 +293,11 @@ class SupervisedDataset(torch.utils.data.Dataset):
             cure = "mend them, or drop and count them with --skip_bad_records True"
             raise UserError(f"{len(problems)} of {count} records cannot be used: {shown}; {cure}")
         conversations = [utils.spans("alpaca", record["messages"], tokenizer) for record in records]
-        rows, outcomes = cut(encode(conversations, tokenizer), tokenizer.model_max_length)
-        kept, name = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"], [r["source"] for r in records]
+        rows, name = encode(conversations, tokenizer), [record["source"] for record in records]
+        if sentencepiece_path:
+            compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
+        rows, outcomes = cut(rows, tokenizer.model_max_length)
+        kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         special, fields = [token for token in tokenizer.all_special_tokens if token], ("instruction", "input", "output")
         self.report = {"read": count, "kept": len(kept), "unreadable": problems} | {
             "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
@@ -915,7 +937,11 @@ def train():
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
     config = utils.load_config(base, args.cache_dir)
     tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
-    dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
+    law = utils.find_sentencepiece(base, args.cache_dir)
+    dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, batch, law)
+    special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
+    rows = ((name, ids.tolist()) for name, ids in zip(dataset.sources, dataset.input_ids, strict=True))
+    utils.check_ids([*special, *rows], tokenizer, config)
     if args.dry_run:
         if utils.rank() == 0:
             print(dry_run(dataset, tokenizer, args, args.dry_run, sys.stdout.isatty()))

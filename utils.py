@@ -4,6 +4,7 @@ Importing it does nothing: torch, transformers and sentencepiece are imported in
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -423,12 +424,19 @@ def sentencepiece_ids(model_path, texts):
 
 
 def differs_from_sentencepiece(tokenizer, model_path):
-    """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
+    """The first text that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
 
     `tokenizer` is of transformers or of tokenizers. Pieces defined by hand split the text, so each has its own string.
+    So has each overlap of two pieces of equal score, as of 一个 and 个人 in 一个人, thousands in a merged model:
+    SentencePiece joins the left one first, merges have an order. LLaMA's own equals are only runs of spaces.
     """
     pieces = sentencepiece_proto(model_path).pieces
+    normal = [p for p in pieces if p.type == p.NORMAL and len(p.piece) > 1 and p.piece.strip("▁")]
+    count = collections.Counter(p.score for p in normal)
+    equal = [p.piece for p in normal if count[p.score] > 1]
+    begins = {piece[:k]: piece for piece in reversed(equal) for k in range(1, len(piece))}
     texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
+    texts += [left + begins[left[-k:]][k:] for left in equal for k in range(1, len(left)) if left[-k:] in begins]
     expected = sentencepiece_ids(model_path, texts)
     if hasattr(tokenizer, "encode_batch"):
         found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -495,13 +503,48 @@ def find_sentencepiece(name_or_path, cache_dir=None):
         return Path(cached) if isinstance(cached, str) else None
 
 
+def begin_ids(tokenizer):
+    """The ids that go before a text: what `tokenizer` puts there itself, once; what it puts behind one has no place."""
+    own, plain = (tokenizer(["x"], add_special_tokens=added).input_ids[0] for added in (True, False))
+    length = next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)
+    return list(dict.fromkeys(own[:length]))
+
+
+def check_ids(named, tokenizer, config):
+    """Raise UserError where one of `named`, pairs (name, ids), has an id that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", sys.maxsize)
+    for name, ids in named:
+        if (top := max(ids, default=0)) >= size:
+            what = f"{name}: token {tokenizer.convert_ids_to_tokens(top)!r} has id {top:,}, the embedding {size:,} rows"
+            raise UserError(f"{what}; put the model's own tokenizer into its folder, or do without that token")
+
+
+def rebuild_tokenizer(model_path, problem, options):
+    """A tokenizer by `tokenizer.model` and its folder's switches, through SentencePiece itself where no merges do."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    path = model_path.with_name("tokenizer_config.json")
+    config = read_json(path) if path.is_file() else {}
+    added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
+    built = tokenizer_from_sentencepiece(model_path, **added, **options)
+    if (text := differs_from_sentencepiece(built, model_path)) is None:
+        say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
+        return built
+    say(f"tokenizer: {problem}; no merges read {text!r} as {model_path.name} does, so SentencePiece itself reads")
+    options |= built.special_tokens_map | {"special_tokens_pattern": "bos" if begin_ids(built) else "none"}
+    itself = SentencePieceBackend(vocab_file=str(model_path), **options)
+    itself.init_kwargs["special_tokens_pattern"] = options["special_tokens_pattern"]  # for those who load what we save
+    itself.convert_tokens_to_string = built.backend_tokenizer.decoder.decode  # it joins bytes to characters
+    return itself
+
+
 def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
     """Load a model's tokenizer and prove it: where there is a SentencePiece model, its ids are the law.
 
     transformers 5.x reads some folders wrongly and says nothing, so the ids of `NASTY_STRINGS` are compared. A folder
     without a right tokenizer.json, or with the class and empty special tokens of early LLaMA conversions, gets a
-    tokenizer built in memory from the SentencePiece model; what was done is said in one line. Padding is on the right
-    and never the end token. Raises UserError where no right tokenizer can be had.
+    tokenizer built in memory from the SentencePiece model. Padding is on the right and never the end token. Raises
+    UserError where no right tokenizer can be had.
     """
     from transformers import AutoTokenizer
 
@@ -525,14 +568,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
     if problem and model_path is None:
         raise UserError(f"{name_or_path}: {problem}; {layout_hint(name_or_path, for_tokenizer=True)}")
     if problem:
-        config = Path(name_or_path, "tokenizer_config.json")
-        config = read_json(config) if config.is_file() else {}
-        added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
-        tokenizer = tokenizer_from_sentencepiece(model_path, **added, **options)
-        if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
-            what = f"{problem}, and one built from {model_path.name} reads {text!r} differently too"
-            raise UserError(f"{name_or_path}: {what}; put a right tokenizer.json into the folder")
-        say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
+        tokenizer = rebuild_tokenizer(model_path, problem, options)
     if not tokenizer.eos_token:
         raise UserError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
