@@ -520,22 +520,32 @@ def check_ids(named, tokenizer, config):
 
 
 def rebuild_tokenizer(model_path, problem, options):
-    """A tokenizer by `tokenizer.model` and its folder's switches, through SentencePiece itself where no merges do."""
+    """A tokenizer by `tokenizer.model` and what its folder adds; through SentencePiece itself where no merges do it."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-    path = model_path.with_name("tokenizer_config.json")
-    config = read_json(path) if path.is_file() else {}
-    added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
-    built = tokenizer_from_sentencepiece(model_path, **added, **options)
-    if (text := differs_from_sentencepiece(built, model_path)) is None:
-        say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
-        return built
-    say(f"tokenizer: {problem}; no merges read {text!r} as {model_path.name} does, so SentencePiece itself reads")
-    options |= built.special_tokens_map | {"special_tokens_pattern": "bos" if begin_ids(built) else "none"}
-    itself = SentencePieceBackend(vocab_file=str(model_path), **options)
-    itself.init_kwargs["special_tokens_pattern"] = options["special_tokens_pattern"]  # for those who load what we save
-    itself.convert_tokens_to_string = built.backend_tokenizer.decoder.decode  # it joins bytes to characters
-    return itself
+    paths = [model_path.with_name(name) for name in ("tokenizer_config.json", "added_tokens.json")]
+    config, ids = (read_json(path) if path.is_file() else {} for path in paths)
+    ids |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    switches = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
+    options |= {"chat_template": config.get("chat_template")}
+    tokenizer, how = tokenizer_from_sentencepiece(model_path, **switches, **options), "ids checked against it"
+    if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
+        how = f"SentencePiece itself reads, since no merges read {text!r} alike"
+        decoder, head = tokenizer.backend_tokenizer.decoder, "bos" if begin_ids(tokenizer) else "none"
+        options |= tokenizer.special_tokens_map | {"special_tokens_pattern": head}
+        tokenizer = SentencePieceBackend(vocab_file=str(model_path), **options)
+        tokenizer.init_kwargs["special_tokens_pattern"] = head  # for those who load what we save
+        tokenizer.convert_tokens_to_string = decoder.decode  # it joins bytes to characters
+    new = sorted((token for token in ids if ids[token] >= tokenizer.vocab_size), key=ids.get)
+    tokenizer.add_tokens(new, special_tokens=True)
+    if wrong := [token for token in new if tokenizer.convert_tokens_to_ids(token) != ids[token]]:
+        what = f"{wrong[0]!r} is said to have id {ids[wrong[0]]:,}, which leaves a gap behind {model_path.name}"
+        raise UserError(f"{model_path.parent}: {what}; put a right tokenizer.json into the folder")
+    for key in ("eos_token", "pad_token"):
+        name = config[key].get("content") if isinstance(config.get(key), dict) else config.get(key)
+        setattr(tokenizer, key, name if name in new else getattr(tokenizer, key))
+    say(f"tokenizer: {problem}; built from {model_path.name}, {how}")
+    return tokenizer
 
 
 def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):

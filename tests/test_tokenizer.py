@@ -343,6 +343,36 @@ def test_what_sentencepiece_reads_is_saved_so_that_it_loads_again(base, tmp_path
         assert loaded(texts).input_ids == sentencepiece_ids(model, texts, bos=True)
 
 
+@pytest.mark.parametrize("pieces", [(), PIECES], ids=["built", "itself"])
+@pytest.mark.parametrize("place", ["added_tokens.json", CONFIG])
+def test_tokens_that_were_added_to_the_model_keep_their_ids(place, pieces, base, tmp_path):
+    """As in ChatML fine-tunes of 2023, whose end token is none of SentencePiece's."""
+    model, size = merge(base, tmp_path / "merged" / MODEL, *pieces), 1000 + len(pieces)
+    names = {"<|im_end|>": size, "<|im_start|>": size + 1, "[PAD]": size + 2}
+    config = {"eos_token": "<|im_end|>", "pad_token": {"content": "[PAD]"}, "chat_template": "{{ messages }}"}
+    if place == CONFIG:
+        config["added_tokens_decoder"] = {str(i): {"content": token} for token, i in {"<unk>": 0, **names}.items()}
+    else:
+        (model.parent / place).write_text(json.dumps(dict(reversed(names.items()))))
+    (model.parent / CONFIG).write_text(json.dumps(config))
+    tokenizer = utils.load_tokenizer(model.parent, 512)
+    (one,) = sentencepiece_ids(model, ["一个人"])
+    assert tokenizer("<|im_start|>一个人<|im_end|>").input_ids == [1, size + 1, *one, size]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (size, size + 2, 1)
+    assert (len(tokenizer), tokenizer.chat_template) == (size + 3, "{{ messages }}")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = utils.load_tokenizer(tmp_path / "saved")
+    assert (again.eos_token_id, again.pad_token_id, len(again)) == (size, size + 2, size + 3)
+    assert again("一个人<|im_end|>").input_ids == [1, *one, size]
+
+
+def test_an_added_token_whose_id_cannot_be_is_refused(base, tmp_path):
+    folder = make_folder(base, tmp_path, MODEL)
+    (folder / "added_tokens.json").write_text('{"<|im_end|>": 1003}')
+    with pytest.raises(UserError, match="im_end.*1,003.*tokenizer.json"):
+        utils.load_tokenizer(folder)
+
+
 def test_equal_scores_of_runs_of_spaces_are_no_alarm(base, tmp_path, capsys):
     """As in LLaMA's own model, whose fast tokenizer is right."""
     proto = utils.sentencepiece_proto(base / MODEL)
