@@ -428,10 +428,10 @@ def differs_from_sentencepiece(tokenizer, model_path):
 
     `tokenizer` is of transformers or of tokenizers. Pieces defined by hand split the text, so each has its own string.
     So has each overlap of two pieces of equal score, as of 一个 and 个人 in 一个人, thousands in a merged model:
-    SentencePiece joins the left one first, merges have an order. LLaMA's own equals are only runs of spaces.
+    SentencePiece joins the left one first, merges have an order. LLaMA's own equals, runs of spaces, read alike.
     """
     pieces = sentencepiece_proto(model_path).pieces
-    normal = [p for p in pieces if p.type == p.NORMAL and len(p.piece) > 1 and p.piece.strip("▁")]
+    normal = [p for p in pieces if p.type == p.NORMAL and len(p.piece) > 1]
     count = collections.Counter(p.score for p in normal)
     equal = [p.piece for p in normal if count[p.score] > 1]
     begins = {piece[:k]: piece for piece in reversed(equal) for k in range(1, len(piece))}

@@ -464,6 +464,20 @@ def test_an_id_that_the_embedding_has_no_row_for_is_refused_by_name(name, ids, t
         assert word in str(caught.value)
 
 
+def test_a_question_with_such_a_token_is_refused(tokenizer):
+    from types import SimpleNamespace
+
+    import chat
+
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<extra>"], special_tokens=True)
+    model = SimpleNamespace(config=transformers.LlamaConfig(vocab_size=1000))
+    talk = SimpleNamespace(style="alpaca", tokenizer=grown, model=model, window=512)
+    assert max(chat.ids_of_prompt(talk, [{"instruction": "Go."}])) < 1000
+    with pytest.raises(UserError, match="the prompt: token '<extra>' has id 1,000"):
+        chat.ids_of_prompt(talk, [{"instruction": "Go <extra>."}])
+
+
 def add_token(folder, token, **names):
     """Give a model folder's tokenizer one token more than its embedding has rows."""
     grown = transformers.AutoTokenizer.from_pretrained(folder)
@@ -538,6 +552,12 @@ def test_a_row_that_the_folder_reads_otherwise_is_named(base, tmp_path, monkeypa
     with pytest.raises(UserError) as caught:
         dataset()
     message = str(caught.value)
+    shutil.copy(base / "config.json", folder)
+    words = ["--model_name_or_path", folder, "--data_path", data, "--output_dir", tmp_path / "out", "--dry_run", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    with pytest.raises(UserError) as caught:
+        train.train()
+    assert str(caught.value) == message
     assert message.startswith("d.json[2499]: ") and "bicycle" in message and str(folder / MODEL) in message
     assert "tokenizer.json" in message
     (folder / JSON).unlink()  # as the message says
