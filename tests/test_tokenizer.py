@@ -332,6 +332,24 @@ def test_pieces_of_equal_score_are_read_by_sentencepiece_itself(names, base, tmp
     assert "SentencePiece itself" in err and "ids checked" not in err
 
 
+def test_training_and_chat_run_on_sentencepiece_itself(base, tmp_path):
+    import chat
+    import train
+
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    tokenizer, outputs = utils.load_tokenizer(model.parent, 512), [text.strip() for text in random_chinese(50)]
+    data = tmp_path / "d.json"
+    data.write_text(json.dumps([{"instruction": "一个人", "output": output} for output in outputs]))
+    dataset = train.SupervisedDataset(data, tokenizer, sentencepiece_path=model)
+    prompt = utils.PROMPT_DICT["prompt_no_input"].format(instruction="一个人")
+    head, *rows = sentencepiece_ids(model, [prompt, *(prompt + output for output in outputs)], bos=True)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[*row, 2] for row in rows]
+    assert [row.tolist() for row in dataset.labels] == [[-100] * len(head) + [*row[len(head) :], 2] for row in rows]
+    to_bytes = chat.make_to_bytes(tokenizer)
+    (answer,) = sentencepiece_ids(model, ["一个人🦙\n好"])
+    assert b"".join(map(to_bytes, [*answer, 2])).decode() == " 一个人🦙\n好"
+
+
 def test_what_sentencepiece_reads_is_saved_so_that_it_loads_again(base, tmp_path):
     from transformers import AutoTokenizer
 
@@ -511,6 +529,9 @@ def test_both_scripts_refuse_it_before_weights_are_loaded(script, base, tmp_path
         data.write_text(json.dumps([{"instruction": "Go.", "output": "yes"}]))
         sys.argv += ["--dry_run", "1"]
         main()  # unused, it does no harm
+        add_token(folder, "<pad>", pad_token="<pad>")
+        with pytest.raises(UserError, match="pad_token: token '<pad>' has id 1,001"):
+            main()
     capsys.readouterr()
 
 
