@@ -523,11 +523,12 @@ def rebuild_tokenizer(model_path, problem, options):
     """A tokenizer by `tokenizer.model` and what its folder adds; through SentencePiece itself where no merges do it."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-    paths = [model_path.with_name(name) for name in ("tokenizer_config.json", "added_tokens.json")]
+    names = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
+    *paths, template = (model_path.with_name(name) for name in names)
     config, ids = (read_json(path) if path.is_file() else {} for path in paths)
     ids |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
     switches = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
-    options |= {"chat_template": config.get("chat_template")}
+    options = options | {"chat_template": read_text(template) if template.is_file() else config.get("chat_template")}
     tokenizer, how = tokenizer_from_sentencepiece(model_path, **switches, **options), "ids checked against it"
     if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
         how = f"SentencePiece itself reads, since no merges read {text!r} alike"

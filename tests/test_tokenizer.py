@@ -381,6 +381,7 @@ def test_tokens_that_were_added_to_the_model_keep_their_ids(place, pieces, base,
     tokenizer.save_pretrained(tmp_path / "saved")
     again = utils.load_tokenizer(tmp_path / "saved")
     assert (again.eos_token_id, again.pad_token_id, len(again)) == (size, size + 2, size + 3)
+    assert again.chat_template == "{{ messages }}"
     assert again("一个人<|im_end|>").input_ids == [1, *one, size]
 
 
