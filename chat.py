@@ -143,7 +143,7 @@ def make_to_bytes(tokenizer):
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    is_byte_level = b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__()  # GPT-2's kind
+    is_byte_level = tokenizer.is_fast and b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__()  # GPT-2's
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
 
     def to_bytes(token_id):
@@ -279,6 +279,7 @@ def load_chat(args):
     style, reason = prompt_style(args.prompt_style, name)
     config = utils.load_config(name, args.cache_dir)
     tokenizer = utils.load_tokenizer(name, cache_dir=args.cache_dir)
+    utils.check_ids([("eos_token", [tokenizer.eos_token_id])], tokenizer, config)
     if style == "alpaca" and not args.prompt_style and tokenizer.chat_template and "run.json names" in reason:
         reason += "; the tokenizer has a chat template"
     say(f"prompt style: {style} ({reason})")
@@ -315,10 +316,9 @@ def ids_of_prompt(chat, turns):
     except ValueError as error:
         raise UserError(str(error)) from None
     prompt = "".join(text for text, _ in utils.spans(chat.style, messages, chat.tokenizer))
-    ids = chat.tokenizer(prompt, add_special_tokens=chat.style != "chat_template", verbose=False).input_ids
-    end = chat.tokenizer.eos_token
-    if ids and ids[-1] == chat.tokenizer.eos_token_id and not prompt.endswith(end):
-        ids.pop()  # of a tokenizer that ends every text
+    begin = utils.begin_ids(chat.tokenizer) if chat.style != "chat_template" else []  # a template has its own
+    ids = begin + chat.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    utils.check_ids([("the prompt", ids)], chat.tokenizer, chat.model.config)
     if len(ids) >= chat.window:
         raise UserError(f"the prompt has {len(ids):,} tokens and the model's window is {chat.window:,}; shorten it")
     return ids

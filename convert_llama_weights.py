@@ -125,7 +125,7 @@ def find_folder(input_dir, model_size=None):
     if len(inside) > 1:
         raise UserError(f"--input_dir {input_dir}: holds several models: {names}; choose one with --model_size")
     if not inside:
-        utils.check_model(input_dir, "--input_dir", ("not causal",))
+        utils.check_model(input_dir, "--input_dir", ("not causal", "raw weights of LLaMA"))
         is_model = (input_dir / "config.json").is_file()
         hint = "; it is in the format of transformers already (--reverse goes back)" if is_model else ""
         raise UserError(f"--input_dir {input_dir}: no consolidated.00.pth there, nor in a subfolder{hint}")
@@ -501,7 +501,8 @@ def read_tokenizer(path, llama, chosen=False):
         built, names = utils.build_from_sentencepiece(path)
         text = utils.differs_from_sentencepiece(built, path)
         if text is not None:
-            raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; use --tokenizer none")
+            way = "convert with --tokenizer none and copy it into the new folder, where train.py and chat.py read it"
+            raise UserError(f"{path}: the fast tokenizer built from it reads {text!r} otherwise; {way}")
         names |= {"add_bos_token": True, "add_eos_token": False}
     if size > llama.vocab_size or (size < llama.vocab_size and not chosen):
         named = f"if it is the right one, name it: --tokenizer {path}"

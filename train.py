@@ -228,21 +228,23 @@ def encode(conversations, tokenizer):
 
     Span i ends behind len(tokenize(text up to its end)) ids of tokenize(the whole text): with two spans the rule of
     Stanford Alpaca. A token that straddles a border, which `straddling` tells, counts as part of the span before it.
-    Returns a list of rows {input_ids, labels: LongTensor (length,), straddling: bool}, not cut.
+    Of what the tokenizer adds itself only the begin token is in a row. Returns a list of rows {input_ids, labels:
+    LongTensor (length,), straddling: bool}, not cut.
     """
     own, library = type(tokenizer), transformers.PreTrainedTokenizerFast
     steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
     is_plain = all(getattr(own, step, None) is getattr(library, step) for step in steps)
-    rows, options = [], {"return_attention_mask": False, "verbose": False}
+    rows, begin = [], utils.begin_ids(tokenizer)
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(conversations), CHUNK):
         # The text up to each border, the whole of it last: [["Below ...:", "Below ...:Hello.</s>"], ...]
         texts = [list(itertools.accumulate(text for text, _ in c)) for c in conversations[start : start + CHUNK]]
         flat = list(itertools.chain.from_iterable(texts))
-        if is_plain:  # the Rust half without offsets: half the time. The call before it ends truncation and padding.
-            tokenizer("", **options)
-            ids = iter([encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(flat)])
+        if is_plain:  # the Rust half without offsets: half the time. begin_ids' call has ended truncation and padding.
+            encodings = tokenizer.backend_tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+            ids = iter([begin + encoding.ids for encoding in encodings])
         else:
-            ids = iter(tokenizer(flat, **options).input_ids)
+            ids = iter([begin + one for one in tokenizer(flat, **options).input_ids])
         for spans, upto in zip(conversations[start : start + CHUNK], texts, strict=True):
             *heads, whole = itertools.islice(ids, len(upto))
             input_ids = torch.tensor(whole, dtype=torch.long)
@@ -254,6 +256,23 @@ def encode(conversations, tokenizer):
             straddling = any(whole[: len(head)] != head for head in heads)
             rows.append({"input_ids": input_ids, "labels": labels, "straddling": straddling})
     return rows
+
+
+def compare_ids(names, conversations, rows, tokenizer, model_path):
+    """Raise UserError where a row of `encode` has other ids than the SentencePiece model at `model_path` gives its text.
+
+    Looks at 1,000 rows or more, evenly spread, of those without special tokens: SentencePiece knows none inside a text.
+    """
+    added, size = tokenizer.added_tokens_decoder.items(), tokenizer.vocab_size
+    special = [str(token) for i, token in added if token.special or i >= size]
+    texts = ["".join(text for text, _ in spans).removesuffix(tokenizer.eos_token) for spans in conversations]
+    plain = [i for i, text in enumerate(texts) if not any(token in text for token in special)]
+    sample, head = plain[:: max(len(plain) // 1000, 1)], len(utils.begin_ids(tokenizer))
+    for i, ids in zip(sample, utils.sentencepiece_ids(model_path, [texts[i] for i in sample]), strict=True):
+        if ids != (found := rows[i]["input_ids"].tolist()[head:-1]):
+            at = max(len(os.path.commonprefix([ids, found])) - 2, 0)
+            where = f"{names[i]}: {tokenizer.decode(ids[at : at + 6])!r} has other ids than {model_path} gives it"
+            raise UserError(f"{where}; move tokenizer.json away from there, or leave the record out")
 
 
 def cut(rows, window):
@@ -286,7 +305,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
     trained once per epoch on every engine. Raises UserError for data that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1):
+    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1, sentencepiece_path=None):
         super().__init__()
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
@@ -298,8 +317,11 @@ class SupervisedDataset(torch.utils.data.Dataset):
             cure = "mend them, or drop and count them with --skip_bad_records True"
             raise UserError(f"{len(problems)} of {count} records cannot be used: {shown}; {cure}")
         conversations = [utils.spans("alpaca", record["messages"], tokenizer) for record in records]
-        rows, outcomes = cut(encode(conversations, tokenizer), tokenizer.model_max_length)
-        kept, name = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"], [r["source"] for r in records]
+        rows, name = encode(conversations, tokenizer), [record["source"] for record in records]
+        if sentencepiece_path:
+            compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
+        rows, outcomes = cut(rows, tokenizer.model_max_length)
+        kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         special, fields = [token for token in tokenizer.all_special_tokens if token], ("instruction", "input", "output")
         self.report = {"read": count, "kept": len(kept), "unreadable": problems} | {
             "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
@@ -685,10 +707,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
 
-    def training_step(self, *arguments, **keywords):
-        loss = super().training_step(*arguments, **keywords)
+    def on_substep_end(self, args, state, control, **kwargs):  # after each micro-batch but a step's last
         self.watch.alive = time.monotonic()
-        return loss
 
     def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *arguments, **keywords):
         if self.state.global_step > self._globalstep_last_logged:  # it is called at the end of an epoch as well
@@ -1036,7 +1056,7 @@ def write_model(trainer, weights, folder):
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
-        changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": trainer.progress["use_cache"]}
+        changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": getattr(trainer, "use_cache", True)}
         config = utils.read_json(staging / "config.json") | changes
         utils.jdump(config, staging / "config.json", indent=2)  # of the masters, and of training, the library's are
         trainer.processing_class.save_pretrained(staging)
@@ -1107,6 +1127,29 @@ def make_trainer(model, args, dataset, tokenizer, run, progress):
     return trainer
 
 
+def load_data(data_args, args, base, tokenizer, config):
+    """The dataset of the run, whose ids are those of the model's SentencePiece file, and rows of its embedding."""
+    law, batch = utils.find_sentencepiece(base, args.cache_dir), engines.global_batch(args)
+    with utils.say_if_slow("data: still reading and tokenizing the records"):
+        dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, batch, law)
+    special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
+    rows = ((name, ids.tolist()) for name, ids in zip(dataset.sources, dataset.input_ids, strict=True))
+    utils.check_ids([*special, *rows], tokenizer, config)
+    return dataset
+
+
+def check_run(args, model_args, bones, longest, steps):
+    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns its number of parameters."""
+    engines.check_layers(args, bones, longest)
+    num_params = sum(p.numel() for p in bones.parameters())
+    if args.memory_check:
+        engines.check_memory(args, model_args.dtype, num_params)
+        check_disk(args, num_params, steps)
+    if args.warmup_steps > steps:
+        say(f"warning: --warmup_steps {args.warmup_steps:g} of {steps} steps: {args.learning_rate} is never reached")
+    return num_params
+
+
 def run_steps(trainer, checkpoint):
     """Train to the last step, or to the first after a signal. Raises UserError for that end, and for fp16's overflow."""
     with contextlib.suppress(AlreadyTrained):
@@ -1132,8 +1175,7 @@ def train():
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
     config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
     tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
-    with utils.say_if_slow("data: still reading and tokenizing the records"):
-        dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, multiple=batch)
+    dataset = load_data(data_args, args, base, tokenizer, config)
     if args.dry_run:
         if utils.rank() == 0:
             print(dry_run(dataset, tokenizer, args, args.dry_run, sys.stdout.isatty()))
@@ -1146,26 +1188,21 @@ def train():
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
-    bones, longest = utils.skeleton(config), max(map(len, dataset.input_ids))
-    engines.check_layers(args, bones, longest)
-    num_params, steps = sum(p.numel() for p in bones.parameters()), engines.num_steps(len(dataset), args)
-    if args.memory_check:
-        engines.check_memory(args, model_args.dtype, num_params)
-        check_disk(args, num_params, steps)
-    if args.warmup_steps > steps:
-        say(f"warning: --warmup_steps {args.warmup_steps:g} of {steps} steps: {args.learning_rate} is never reached")
+    longest, steps = max(map(len, dataset.input_ids)), engines.num_steps(len(dataset), args)
+    num_params = check_run(args, model_args, utils.skeleton(config), longest, steps)
     if dataset.num_filled:
         say(f"data: {dataset.num_filled} rows without targets fill the last global batch of {batch}")
     run = started_run(args, given, settings, hashes, dataset)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
 
-    progress = {"longest": longest, "use_cache": getattr(config, "use_cache", True)}
+    progress, use_cache = {"longest": longest}, getattr(config, "use_cache", True)
     if args.deepspeed:
         watch_compiler()
     with told_in_a_line(args, model_args, num_params, progress):
         model = load_model(model_args, args, config, tokenizer)
         trainer = make_trainer(model, args, dataset, tokenizer, run, progress)
+        trainer.use_cache = use_cache  # of the base; training has none
         del model  # the engine shards it: a name for the whole would keep its memory
         gc.collect()
         with trainer.signals:  # heard, and noted, from step 1 on until the model is saved

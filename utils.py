@@ -4,6 +4,7 @@ Importing it does nothing: torch, transformers and sentencepiece are imported in
 """
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -481,12 +482,19 @@ def sentencepiece_ids(model_path, texts):
 
 
 def differs_from_sentencepiece(tokenizer, model_path):
-    """The first nasty string that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
+    """The first text that `tokenizer` reads otherwise than the SentencePiece model; None where all agree.
 
     `tokenizer` is of transformers or of tokenizers. Pieces defined by hand split the text, so each has its own string.
+    So has each overlap of two pieces of equal score, as of 一个 and 个人 in 一个人, thousands in a merged model:
+    SentencePiece joins the left one first, merges have an order. LLaMA's own equals, runs of spaces, read alike.
     """
     pieces = sentencepiece_proto(model_path).pieces
+    normal = [p for p in pieces if p.type == p.NORMAL and len(p.piece) > 1]
+    count = collections.Counter(p.score for p in normal)
+    equal = [p.piece for p in normal if count[p.score] > 1]
+    begins = {piece[:k]: piece for piece in reversed(equal) for k in range(1, len(piece))}
     texts = NASTY_STRINGS + [f"a{p.piece} b{p.piece}c" for p in pieces if p.type == p.USER_DEFINED]
+    texts += [left + begins[left[-k:]][k:] for left in equal for k in range(1, len(left)) if left[-k:] in begins]
     expected = sentencepiece_ids(model_path, texts)
     if hasattr(tokenizer, "encode_batch"):
         found = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
@@ -553,13 +561,59 @@ def find_sentencepiece(name_or_path, cache_dir=None):
         return Path(cached) if isinstance(cached, str) else None
 
 
+def begin_ids(tokenizer):
+    """The ids that go before a text: what `tokenizer` puts there itself, once; what it puts behind one has no place."""
+    own, plain = (tokenizer(["x"], add_special_tokens=added).input_ids[0] for added in (True, False))
+    length = next((i for i in range(len(own)) if own[i : i + len(plain)] == plain), 0)
+    return list(dict.fromkeys(own[:length]))
+
+
+def check_ids(named, tokenizer, config):
+    """Raise UserError where one of `named`, pairs (name, ids), has an id that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", sys.maxsize)
+    for name, ids in named:
+        if (top := max(ids, default=0)) >= size:
+            what = f"{name}: token {tokenizer.convert_ids_to_tokens(top)!r} has id {top:,}, the embedding {size:,} rows"
+            raise UserError(f"{what}; put the model's own tokenizer into its folder, or do without that token")
+
+
+def rebuild_tokenizer(model_path, problem, options):
+    """A tokenizer by `tokenizer.model` and what its folder adds; through SentencePiece itself where no merges do it."""
+    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+    names = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
+    *paths, template = (model_path.with_name(name) for name in names)
+    config, ids = (read_json(path) if path.is_file() else {} for path in paths)
+    ids |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    switches = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
+    options = options | {"chat_template": read_text(template) if template.is_file() else config.get("chat_template")}
+    tokenizer, how = tokenizer_from_sentencepiece(model_path, **switches, **options), "ids checked against it"
+    if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
+        how = f"SentencePiece itself reads, since no merges read {text!r} alike"
+        decoder, head = tokenizer.backend_tokenizer.decoder, "bos" if begin_ids(tokenizer) else "none"
+        options |= tokenizer.special_tokens_map | {"special_tokens_pattern": head}
+        tokenizer = SentencePieceBackend(vocab_file=str(model_path), **options)
+        tokenizer.init_kwargs["special_tokens_pattern"] = head  # for those who load what we save
+        tokenizer.convert_tokens_to_string = decoder.decode  # it joins bytes to characters
+    new = sorted((token for token in ids if ids[token] >= tokenizer.vocab_size), key=ids.get)
+    tokenizer.add_tokens(new, special_tokens=True)
+    if wrong := [token for token in new if tokenizer.convert_tokens_to_ids(token) != ids[token]]:
+        what = f"{wrong[0]!r} is said to have id {ids[wrong[0]]:,}, which leaves a gap behind {model_path.name}"
+        raise UserError(f"{model_path.parent}: {what}; put a right tokenizer.json into the folder")
+    for key in ("eos_token", "pad_token"):
+        name = config[key].get("content") if isinstance(config.get(key), dict) else config.get(key)
+        setattr(tokenizer, key, name if name in new else getattr(tokenizer, key))
+    say(f"tokenizer: {problem}; built from {model_path.name}, {how}")
+    return tokenizer
+
+
 def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
     """Load a model's tokenizer and prove it: where there is a SentencePiece model, its ids are the law.
 
     transformers 5.x reads some folders wrongly and says nothing, so the ids of `NASTY_STRINGS` are compared. A folder
     without a right tokenizer.json, or with the class and empty special tokens of early LLaMA conversions, gets a
-    tokenizer built in memory from the SentencePiece model; what was done is said in one line. Padding is on the right
-    and never the end token. Raises UserError where no right tokenizer can be had.
+    tokenizer built in memory from the SentencePiece model. Padding is on the right and never the end token. Raises
+    UserError where no right tokenizer can be had.
     """
     from transformers import AutoTokenizer
 
@@ -583,14 +637,7 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
     if problem and model_path is None:
         raise UserError(f"{name_or_path}: {problem}; {tokenizer_hint(Path(name_or_path))}")
     if problem:
-        config = Path(name_or_path, "tokenizer_config.json")
-        config = read_json(config) if config.is_file() else {}
-        added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
-        tokenizer = tokenizer_from_sentencepiece(model_path, **added, **options)
-        if (text := differs_from_sentencepiece(tokenizer, model_path)) is not None:
-            what = f"{problem}, and one built from {model_path.name} reads {text!r} differently too"
-            raise UserError(f"{name_or_path}: {what}; put a right tokenizer.json into the folder")
-        say(f"tokenizer: {problem}; built from {model_path.name}, ids checked against it")
+        tokenizer = rebuild_tokenizer(model_path, problem, options)
     if not tokenizer.eos_token:
         raise UserError(f"{name_or_path}: the tokenizer has no end token; set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -725,7 +772,7 @@ def what_it_is(path):
     if not weights:
         return "unfinished", f"neither {WEIGHTS[0]} nor {WEIGHTS[2]} nor their index"
     parts = read_json(path / weights[0]).get("weight_map", {}).values() if weights[0].endswith(".json") else ()
-    if lost := sorted(name for name in {*parts} - names if Path(name).name == name):
+    if lost := sorted(name for name in {*parts} - names if Path(name).name == name not in ("", "..")):
         return "unfinished", f"{lost[0]} is missing"
     config = read_json(path / "config.json")
     return next((said for said in (what_config_says(config), what_tensors_say(path, config)) if said[0]), ("", ""))

@@ -553,8 +553,8 @@ def test_a_tokenizer_that_cannot_be_rebuilt(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(utils, "build_from_sentencepiece", wrong)
     assert refusal(source) == (
-        f"{source / 'tokenizer.model'}: the fast tokenizer built from it reads 'Hello world' otherwise; use "
-        "--tokenizer none"
+        f"{source / 'tokenizer.model'}: the fast tokenizer built from it reads 'Hello world' otherwise; "
+        "convert with --tokenizer none and copy it into the new folder, where train.py and chat.py read it"
     )
     run(source, tmp_path / "out", "--tokenizer", "none")
 

@@ -173,7 +173,7 @@ def test_a_tokenizer_with_a_step_of_its_own_is_called(step, base, tokenizer):
 
     def spoilt(self, *arguments, **options):
         made, encodings = library._convert_encoding(self, *arguments, **options)
-        return made | {"input_ids": [ids[::-1] for ids in made["input_ids"]]}, encodings
+        return made | {"input_ids": [[i + 1 for i in ids] for ids in made["input_ids"]]}, encodings
 
     own = type("Own", (library,), {step: spoilt if step == "_convert_encoding" else backwards}).from_pretrained(base)
     texts = ["river", "no", "lamp"]
@@ -250,7 +250,7 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
         pass
     finally:
         sys.setprofile(None)
-    speaking = {"account", "say", "rank"}
+    speaking = {"account", "say", "rank", "begin_ids"}  # the last asks the tokenizer, and sees no record
     found = [name for name in dict.fromkeys(names) if name not in speaking]
     assert found == [
         "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
@@ -842,6 +842,7 @@ def test_a_fork_trains_with_the_stock_trainer_and_saves(base, tokenizer, model, 
         "generation_config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model",
         "tokenizer_config.json",
         "trainer_state.json",
     }

@@ -137,7 +137,8 @@ TABLE = {
     "empty": "is empty", "config alone": "is unfinished (neither model.safetensors nor ",
     "missing shard": "is unfinished (model-00002-of-00002.safetensors is missing); copy it again",
     "states": "is the state of a run (global_step8)",
-    "raw": "is raw weights of LLaMA (params.json); convert them first: python convert_llama_weights.py --input_dir ",
+    "raw": dict.fromkeys(("train", "chat", "base"), "(params.json); convert them first: python convert_llama_weights.py")
+    | {"convert": SHARDS},
     "tokenizer alone": {"train": NONE, "chat": NONE, "base": "no weights there", "convert": SHARDS},
 }  # fmt: skip
 

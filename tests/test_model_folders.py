@@ -245,7 +245,6 @@ def test_a_model_is_saved_with_the_names_of_its_published_files(name, published,
         processing_class=tokenizer,
         state=transformers.TrainerState(),
         args=SimpleNamespace(bf16=False, fp16=False, cache_dir=None),
-        progress={"use_cache": True},
     )
     assert "model.safetensors" in script.write_model(trainer, dict(model.state_dict()), tmp_path)
     before, after = load_file(published[name] / "model.safetensors"), load_file(tmp_path / "model.safetensors")

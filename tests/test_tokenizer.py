@@ -1,11 +1,14 @@
 """Tokenizers: the ids are those of SentencePiece, whatever files lie beside its model."""
 
+import copy
 import io
 import json
 import random
 import shutil
+import sys
 
 import pytest
+import transformers
 from make_tiny_llama import CORPUS
 
 import utils
@@ -279,15 +282,310 @@ def test_a_damaged_tokenizer_json_is_noticed(base, tmp_path, capsys):
     assert rest == [END]
 
 
-def test_user_defined_symbols_are_refused_rather_than_read_wrongly(tmp_path):
+def test_user_defined_symbols_are_read_by_sentencepiece_itself(tmp_path, capsys):
     """A symbol in the middle of a text, where SentencePiece puts no word mark behind it."""
     model = train_model(tmp_path / "models" / MODEL, user_defined_symbols=["<sep>"])
+    tokenizer = utils.load_tokenizer(model.parent, 512)
+    texts = [*TEXTS, "a<sep> b<sep>c", "<sep>"]
+    assert tokenizer(texts, verbose=False).input_ids == sentencepiece_ids(model, texts, bos=True)
+    assert "'a<sep> b<sep>c'" in capsys.readouterr().err
+
+
+def merge(base, path, *pieces):
+    """The tiny model with more pieces, all of score 0, as scripts that merge two models write them; returns `path`."""
+    proto = utils.sentencepiece_proto(base / MODEL)
+    for piece in pieces:
+        proto.pieces.add(piece=piece, score=0.0)
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+# Pieces that overlap and are added in the order in which ranked merges take the right one first.
+PIECES = "一个人都在 人都 个人 一个 ▁一个 ▁一 都在 在家 一起 家里 里面 a个 个b".split()
+CHINESE = ["一个人", "他一个人都在家里面。", "一个人都在", "一起在家 一个", "a个b", "</s>一个人"]
+
+
+def random_chinese(count):
+    draw = random.Random(2)
+    return ["".join(draw.choice("一个人都在家里面起他。 ab") for _ in range(draw.randint(1, 40))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("names", [(), (JSON, CONFIG)], ids=["model-alone", "with-ranked-merges"])
+def test_pieces_of_equal_score_are_read_by_sentencepiece_itself(names, base, tmp_path, capsys):
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    ranked = utils.tokenizer_from_sentencepiece(model)
+    ranked.save_pretrained(tmp_path / "ranked")
+    for name in names:
+        shutil.copy(tmp_path / "ranked" / name, model.parent)
+    tokenizer = utils.load_tokenizer(model.parent, 512)
+    texts = [*CHINESE[:-1], *random_chinese(300), *TEXTS]
+    expected = sentencepiece_ids(model, texts, bos=True)
+    assert [ranked(text).input_ids for text in texts] != expected
+    assert tokenizer(texts, verbose=False).input_ids == expected
+    assert tokenizer.convert_ids_to_tokens(tokenizer("一个人").input_ids)[1:] == ["▁一个", "人"]
+    assert tokenizer("</s>一个人").input_ids == [1, 2, *sentencepiece_ids(model, ["一个人"])[0]]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
+    assert (tokenizer.padding_side, tokenizer.model_max_length, len(tokenizer)) == ("right", 512, 1000 + len(PIECES))
+    assert [tokenizer.decode(ids) for ids in expected] == [ranked.decode(ids) for ids in expected]
+    err = capsys.readouterr().err
+    assert "SentencePiece itself" in err and "ids checked" not in err
+
+
+def test_training_and_chat_run_on_sentencepiece_itself(base, tmp_path):
+    import chat
+    import train
+
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    tokenizer, outputs = utils.load_tokenizer(model.parent, 512), [text.strip() for text in random_chinese(50)]
+    data = tmp_path / "d.json"
+    data.write_text(json.dumps([{"instruction": "一个人", "output": output} for output in outputs]))
+    dataset = train.SupervisedDataset(data, tokenizer, sentencepiece_path=model)
+    prompt = utils.PROMPT_DICT["prompt_no_input"].format(instruction="一个人")
+    head, *rows = sentencepiece_ids(model, [prompt, *(prompt + output for output in outputs)], bos=True)
+    assert [ids.tolist() for ids in dataset.input_ids] == [[*row, 2] for row in rows]
+    assert [row.tolist() for row in dataset.labels] == [[-100] * len(head) + [*row[len(head) :], 2] for row in rows]
+    to_bytes = chat.make_to_bytes(tokenizer)
+    (answer,) = sentencepiece_ids(model, ["一个人🦙\n好"])
+    assert b"".join(map(to_bytes, [*answer, 2])).decode() == " 一个人🦙\n好"
+
+
+def test_what_sentencepiece_reads_is_saved_so_that_it_loads_again(base, tmp_path):
+    from transformers import AutoTokenizer
+
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    utils.load_tokenizer(model.parent, 512).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / MODEL).read_bytes() == model.read_bytes()
+    texts = [*CHINESE[:-1], *random_chinese(100)]
+    for loaded in (utils.load_tokenizer(tmp_path / "saved"), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert loaded(texts).input_ids == sentencepiece_ids(model, texts, bos=True)
+
+
+@pytest.mark.parametrize("pieces", [(), PIECES], ids=["built", "itself"])
+@pytest.mark.parametrize("place", ["added_tokens.json", CONFIG])
+def test_tokens_that_were_added_to_the_model_keep_their_ids(place, pieces, base, tmp_path):
+    """As in ChatML fine-tunes of 2023, whose end token is none of SentencePiece's."""
+    model, size = merge(base, tmp_path / "merged" / MODEL, *pieces), 1000 + len(pieces)
+    names = {"<|im_end|>": size, "<|im_start|>": size + 1, "[PAD]": size + 2}
+    config = {"eos_token": "<|im_end|>", "pad_token": {"content": "[PAD]"}, "chat_template": "{{ messages }}"}
+    if place == CONFIG:
+        config["added_tokens_decoder"] = {str(i): {"content": token} for token, i in {"<unk>": 0, **names}.items()}
+    else:
+        (model.parent / place).write_text(json.dumps(dict(reversed(names.items()))))
+    (model.parent / CONFIG).write_text(json.dumps(config))
+    tokenizer = utils.load_tokenizer(model.parent, 512)
+    (one,) = sentencepiece_ids(model, ["一个人"])
+    assert tokenizer("<|im_start|>一个人<|im_end|>").input_ids == [1, size + 1, *one, size]
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id) == (size, size + 2, 1)
+    assert (len(tokenizer), tokenizer.chat_template) == (size + 3, "{{ messages }}")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again = utils.load_tokenizer(tmp_path / "saved")
+    assert (again.eos_token_id, again.pad_token_id, len(again)) == (size, size + 2, size + 3)
+    assert again.chat_template == "{{ messages }}"
+    assert again("一个人<|im_end|>").input_ids == [1, *one, size]
+
+
+def test_an_added_token_whose_id_cannot_be_is_refused(base, tmp_path):
+    folder = make_folder(base, tmp_path, MODEL)
+    (folder / "added_tokens.json").write_text('{"<|im_end|>": 1003}')
+    with pytest.raises(UserError, match="im_end.*1,003.*tokenizer.json"):
+        utils.load_tokenizer(folder)
+
+
+def test_equal_scores_of_runs_of_spaces_are_no_alarm(base, tmp_path, capsys):
+    """As in LLaMA's own model, whose fast tokenizer is right."""
+    proto = utils.sentencepiece_proto(base / MODEL)
+    runs = [piece for piece in proto.pieces if not piece.piece.strip("▁")]
+    assert len(runs) > 3
+    for piece in runs:
+        piece.score = -1e9
+    (tmp_path / MODEL).write_bytes(proto.SerializeToString())
+    tokenizer = utils.load_tokenizer(tmp_path, 512)
+    assert tokenizer.is_fast and tokenizer(TEXTS).input_ids == sentencepiece_ids(tmp_path / MODEL, TEXTS, bos=True)
+    assert capsys.readouterr().err.endswith("ids checked against it\n" + END)
+
+
+def test_the_converter_claims_no_checked_ids_for_pieces_of_equal_score(base, tmp_path):
+    from types import SimpleNamespace
+
+    import convert_llama_weights
+
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    llama = SimpleNamespace(vocab_size=1000 + len(PIECES), rope_factor=None)
+    with pytest.raises(UserError, match="--tokenizer none and copy it"):
+        convert_llama_weights.read_tokenizer(model, llama)
+
+
+# --- A tokenizer's own begin and end, and ids without a row ------------------------------------------------------------
+
+
+def with_template(tokenizer, template):
+    """A copy that puts the words of `template` around every text, and that cuts and pads on the left by itself."""
+    from tokenizers import processors
+
+    spoilt = copy.deepcopy(tokenizer)
+    ids = [("<s>", 1), ("</s>", 2)]
+    spoilt.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    spoilt.backend_tokenizer.enable_truncation(5, direction="left")
+    spoilt.backend_tokenizer.enable_padding(direction="left", length=9)
+    spoilt.truncation_side = spoilt.padding_side = "left"
+    return spoilt
+
+
+TEMPLATES = [("<s> $0", [1]), ("<s> $0 </s>", [1]), ("<s> <s> $0 </s> </s>", [1]), ("$0 </s>", []), ("$0", [])]
+
+
+@pytest.mark.parametrize(("template", "begin"), TEMPLATES)
+def test_rows_and_prompts_hold_the_begin_token_alone(template, begin, base, tokenizer):
+    """Judged by SentencePiece's own ids; also that only a token that really straddles is said to."""
+    from types import SimpleNamespace
+
+    import chat
+    import train
+
+    spoilt = with_template(tokenizer, template)
+    assert utils.begin_ids(spoilt) == begin
+    question = {"instruction": "Add 1 and 2.", "output": "3."}
+    messages = utils.as_messages(question)
+    (prompt, _), (answer, _) = utils.spans("alpaca", messages, spoilt)
+    head, whole, short = sentencepiece_ids(base / MODEL, [prompt, prompt + "3.", "a):"])
+    data = train.preprocess([prompt, "a)"], [answer, ": b</s>"], spoilt)
+    assert data["input_ids"][0].tolist() == [*begin, *whole, 2]
+    assert data["labels"][0].tolist() == [-100] * len(begin + head) + [*whole[len(head) :], 2]
+    assert data["straddling"] == [False, True]
+    model = SimpleNamespace(config=transformers.LlamaConfig(vocab_size=1000))
+    talk = SimpleNamespace(style="alpaca", tokenizer=spoilt, model=model, window=512)
+    assert chat.ids_of_prompt(talk, [question]) == [*begin, *head]
+
+
+def test_the_begin_token_of_sentencepiece_itself_is_one(base, tmp_path):
+    model = merge(base, tmp_path / "merged" / MODEL, *PIECES)
+    for switches, begin in (("{}", [1]), ('{"add_bos_token": false}', []), ('{"add_eos_token": true}', [1])):
+        (model.parent / CONFIG).write_text(switches)
+        assert utils.begin_ids(utils.load_tokenizer(model.parent)) == begin
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "token"),
+    [("d.json[3]", [5, 1000, 7], "<extra>"), ("eos_token", [1001], "<end>"), ("the prompt", [1], None)],
+)
+def test_an_id_that_the_embedding_has_no_row_for_is_refused_by_name(name, ids, token, tokenizer):
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<extra>", "<end>"], special_tokens=True)
+    named = [("before", [1, 999]), ("empty", []), (name, ids)]
+    config = transformers.LlamaConfig(vocab_size=1000)
+    if token is None:
+        utils.check_ids(named, grown, config)  # a tokenizer may be larger, as long as nothing uses the rest
+        return
     with pytest.raises(UserError) as caught:
-        utils.load_tokenizer(model.parent, 512)
-    assert str(caught.value) == (
-        f"{model.parent}: it has no tokenizer.json, and one built from tokenizer.model reads 'a<sep> b<sep>c' "
-        "differently too; put a right tokenizer.json into the folder"
+        utils.check_ids(named, grown, config)
+    for word in (name, token, f"{max(ids):,}", "1,000 rows"):
+        assert word in str(caught.value)
+
+
+def test_a_question_with_such_a_token_is_refused(tokenizer):
+    from types import SimpleNamespace
+
+    import chat
+
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens(["<extra>"], special_tokens=True)
+    model = SimpleNamespace(config=transformers.LlamaConfig(vocab_size=1000))
+    talk = SimpleNamespace(style="alpaca", tokenizer=grown, model=model, window=512)
+    assert max(chat.ids_of_prompt(talk, [{"instruction": "Go."}])) < 1000
+    with pytest.raises(UserError, match="the prompt: token '<extra>' has id 1,000"):
+        chat.ids_of_prompt(talk, [{"instruction": "Go <extra>."}])
+
+
+def add_token(folder, token, **names):
+    """Give a model folder's tokenizer one token more than its embedding has rows."""
+    grown = transformers.AutoTokenizer.from_pretrained(folder)
+    grown.add_tokens([token], special_tokens=True)
+    for name, value in names.items():
+        setattr(grown, name, value)
+    grown.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("script", ["train", "chat"])
+def test_both_scripts_refuse_it_before_weights_are_loaded(script, base, tmp_path, capsys, monkeypatch):
+    import chat
+    import train
+
+    folder = make_folder(base, tmp_path / "grown", CONFIG, JSON, MODEL, "config.json")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    data = tmp_path / "d.json"
+    data.write_text(
+        json.dumps([{"instruction": "Go.", "output": "yes"}, {"instruction": "Go <extra>.", "output": "x"}])
     )
+    add_token(folder, "<extra>", **({"eos_token": "<extra>"} if script == "chat" else {}))
+    words = {"train": ["--data_path", str(data), "--output_dir", str(tmp_path / "out"), "--pad_token", "add"]}
+    words = words.get(script, ["--instruction", "Go."])
+    monkeypatch.setattr(sys, "argv", [script, "--model_name_or_path", str(folder), *words])
+    main = train.train if script == "train" else lambda: chat.load_chat(chat.parse_arguments(sys.argv[1:]))
+    with pytest.raises(UserError) as caught:
+        main()
+    place = "d.json[1]" if script == "train" else "eos_token"
+    assert str(caught.value).startswith(f"{place}: token '<extra>' has id 1,000")
+    if script == "train":
+        data.write_text(json.dumps([{"instruction": "Go.", "output": "yes"}]))
+        sys.argv += ["--dry_run", "1"]
+        main()  # unused, it does no harm
+        add_token(folder, "<pad>", pad_token="<pad>")
+        with pytest.raises(UserError, match="pad_token: token '<pad>' has id 1,001"):
+            main()
+    capsys.readouterr()
+
+
+# --- compare_ids -----------------------------------------------------------------------------------------------------
+
+
+def forget_merge(folder, word):
+    """Take the last merge of a word out of a folder's tokenizer.json."""
+
+    def edit(value):
+        kept = [pair for pair in value["model"]["merges"] if "".join(pair) != word]
+        assert len(kept) == len(value["model"]["merges"]) - 1
+        value["model"]["merges"] = kept
+
+    edit_json(folder / JSON, edit)
+
+
+def test_a_row_that_the_folder_reads_otherwise_is_named(base, tmp_path, monkeypatch):
+    """A difference that no fixed list shows: 2,500 rows, of which every second is looked at."""
+    import train
+
+    word = "▁bicycle"
+    assert word in [piece.piece for piece in utils.sentencepiece_proto(base / MODEL).pieces]
+    folder = make_folder(base, tmp_path / "wrong", CONFIG, JSON, MODEL)
+    forget_merge(folder, word)
+    tokenizer, seen, law = utils.load_tokenizer(folder, 512), [], utils.sentencepiece_ids
+    assert tokenizer.is_fast and not any("bicycle" in text for text in utils.NASTY_STRINGS)
+    monkeypatch.setattr(utils, "sentencepiece_ids", lambda path, texts: (seen.append(len(texts)), law(path, texts))[1])
+    rows = [{"instruction": "Go.", "output": f"yes {i}"} for i in range(2500)]
+    rows[4]["output"] = "no bicycle</s>"  # SentencePiece knows no special token inside a text
+    data = tmp_path / "d.json"
+
+    def dataset():
+        data.write_text(json.dumps(rows))
+        return train.SupervisedDataset(data, tokenizer, sentencepiece_path=folder / MODEL)
+
+    assert len(dataset()) == 2500 and 1000 <= seen[0] < 2500
+    rows[2499]["output"] = "the bicycle is long"
+    with pytest.raises(UserError) as caught:
+        dataset()
+    message = str(caught.value)
+    shutil.copy(base / "config.json", folder)
+    words = ["--model_name_or_path", folder, "--data_path", data, "--output_dir", tmp_path / "out", "--dry_run", "1"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+    with pytest.raises(UserError) as caught:
+        train.train()
+    assert str(caught.value) == message
+    assert message.startswith("d.json[2499]: ") and "bicycle" in message and str(folder / MODEL) in message
+    assert "tokenizer.json" in message
+    (folder / JSON).unlink()  # as the message says
+    tokenizer = utils.load_tokenizer(folder, 512)
+    assert len(dataset()) == 2500
 
 
 def test_a_unigram_folder_without_tokenizer_json_is_refused(tmp_path):
