@@ -40,22 +40,32 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def say(message):
-    """Print one line on stderr, from the first process of the run only."""
-    if rank() == 0:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
-        print(f"{clear}{message}", file=sys.stderr, flush=True)
+def printable(text):
+    """The text with what a terminal would obey, not show, as \\x1b or \\u009b: all but newline and tab; JSON stays JSON."""
+    unsafe = "[\0-\b\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # C0, C1, directions, halves of UTF-16
+    return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}" if c[0] < " " else f"\\u{ord(c[0]):04x}", text)
+
+
+def terminal_width(stream):
+    """The columns of the terminal that a stream writes to; None or False where it is none, or one without escapes."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # of a stream that is closed, or is no file
+        return os.environ.get("TERM") != "dumb" and (os.get_terminal_size(stream.fileno()).columns or 80)
+
+
+def say(message, anyone=False):
+    """Print one line on stderr, in the place of a progress line, from the first process of the run, or from `anyone`."""
+    if sys.stderr and (anyone or rank() == 0):
+        print("\r\x1b[K" * bool(terminal_width(sys.stderr)) + printable(message), file=sys.stderr, flush=True)
 
 
 def show_progress(line, is_due=False, is_last=False):
     """Rewrite the line of progress on a terminal, cut to its width; elsewhere print it where it is due, or the last."""
-    if sys.stderr.isatty():
-        columns = 0
-        with contextlib.suppress(OSError, ValueError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-        print(f"\r{line[: (columns or 80) - 1]}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
+    if width := terminal_width(sys.stderr):
+        from tqdm.utils import disp_trim
+
+        print(f"\r{disp_trim(line, width - 1)}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
     elif is_due or is_last:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 @contextlib.contextmanager
