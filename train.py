@@ -908,7 +908,8 @@ def run_steps(trainer, checkpoint):
 def train():
     """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
     transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "tensorboardX"):  # the latter speaks at every step that overflows
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if utils.rank() != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

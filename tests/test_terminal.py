@@ -236,6 +236,18 @@ def test_generating_fits_the_terminal(tmp_path, columns, term):
             assert re.match(r"kept \d+/60  ETA 0:00:\d\d  cost 0\.\d{4}, 0\.\d{4} at 6", line), line
 
 
+def test_a_curve_with_a_nan_says_nothing(base, data, tmp_path):
+    """The gradient's norm of a step that overflows is no number; --report_to tensorboard writes it all the same."""
+    write = "from tensorboardX import SummaryWriter; SummaryWriter(sys.argv[1]).add_scalar('norm', float('nan'), 1)"
+    options = list(map(str, basic_options(base, data, tmp_path / "out", dry_run=1)))
+    look = f"import train; words = sys.argv; sys.argv = ['train.py', *{options!r}]; train.train(); sys.argv = words; "
+    plain, ours = (
+        subprocess.run(python(code, tmp_path / "curves"), env=environment(), capture_output=True, text=True, check=True)
+        for code in (write, look + write)
+    )
+    assert "NaN or Inf found" in plain.stderr and "NaN or Inf found" not in ours.stderr
+
+
 # --- Streams that are closed -----------------------------------------------------------------------------------------
 
 
