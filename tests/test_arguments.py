@@ -286,8 +286,9 @@ def test_busy_port_is_one_line(base, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path):
+def test_on_a_terminal_the_progress_line_is_rewritten(base, data, tmp_path, monkeypatch):
     """On a pseudo-terminal every step rewrites one line; the rates appear from the second step."""
+    monkeypatch.setenv("TERM", "xterm")
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 140, 0, 0))  # wide enough for all of it
     options = basic_options(base, data, tmp_path / "out", max_steps=3)
