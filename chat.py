@@ -118,6 +118,8 @@ def read_questions(path):
     """Read a file of questions, "-" being standard input; see `parse_questions`. Raises UserError where it is empty."""
     if path == "-":
         name = "stdin"
+        if sys.stdin is None:
+            raise UserError("standard input is closed; give questions by --instruction or --data_path FILE")
         try:
             text = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
@@ -379,8 +381,8 @@ def generate(chat, prompts, answers):
 
 
 def show(text):
-    """Print a piece of an answer at once."""
-    print(text, end="", flush=True)
+    """Print a piece of an answer at once, as far as a terminal may see it; JSON Lines hold an answer as it is."""
+    print(utils.printable(text), end="", flush=True)
 
 
 def note_end(answer):
@@ -448,7 +450,8 @@ def converse(chat, args):
         except UserError as error:
             say(f"error: {error}")
         except KeyboardInterrupt:
-            say("\n(Ctrl-D ends)")
+            print()
+            say("(Ctrl-D ends)")
         except EOFError:
             print()
             return
@@ -491,10 +494,11 @@ def answer_all(chat, args, records, problems):
         answers = [make_answer(chat, ids, args.max_new_tokens) for ids in prompts]
         generate(chat, prompts, answers)
         for record, answer in zip(batch, answers, strict=True):
-            print(json.dumps(answered(record, answer), ensure_ascii=False))
+            print(utils.printable(json.dumps(answered(record, answer), ensure_ascii=False)))  # the same JSON
             reasons[answer.finish_reason] = reasons.get(answer.finish_reason, 0) + 1
         sys.stdout.flush()
-        utils.show_progress(f"answered {start + len(batch)} of {len(ready)}")
+        if not utils.terminal_width(sys.stdout):  # where the answers themselves are seen
+            utils.show_progress(f"answered {start + len(batch)} of {len(ready)}")
     total, how = len(ready) + len(problems), ", ".join(f"{key} {count:,}" for key, count in sorted(reasons.items()))
     say(f"{len(ready):,} answered + {len(problems):,} not = {total:,} read; ended by: {how or 'none'}")
     if problems:
@@ -519,7 +523,9 @@ def main():
     for stream in filter(None, (sys.stdin, sys.stdout)):
         stream.reconfigure(encoding="utf-8", errors="replace")  # whatever the locale says
     args = parse_arguments(sys.argv[1:])
-    path = args.data_path or (None if args.instruction is not None or sys.stdin.isatty() else "-")
+    if sys.stdout is None:
+        raise UserError("standard output is closed, so answers have nowhere to go; leave >&- out")
+    path = args.data_path or (None if args.instruction is not None or (sys.stdin and sys.stdin.isatty()) else "-")
     records, problems = read_questions(path) if path else ([], [])
     for problem in problems:
         say(problem)

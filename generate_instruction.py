@@ -514,23 +514,23 @@ class Collection:
         return ""
 
     def progress(self):
-        """The line of progress."""
+        """The line of progress; what matters most comes first, as a narrow terminal cuts the end."""
         args, kept, target = self.args, len(self.rows), self.args.num_instructions_to_generate
         new, num_requests, about = kept - self.num_old, len(self.committed), "~" if self.estimated else ""
-        parts = [f"kept {kept:,}/{target:,}", f"{self.per_request:.1f} per request", f"{num_requests:,} requests"]
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common(3))
-        parts.append(f"dropped {self.reasons.total():,}{f' ({reasons})' if reasons else ''}")
-        if self.failures:
-            parts.append(f"{self.failures.total():,} failed")
-        tokens_in, tokens_out = self.usage.values()
-        parts.append(f"tokens {about}{tokens_in:,} in {about}{tokens_out:,} out")
+        parts = [f"kept {kept:,}/{target:,}"]
+        if new and kept < target:
+            left = int((time.monotonic() - self.began) / new * (target - kept))
+            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
         if args.price_in is not None or args.price_out is not None:
             cost = self.cost(self.usage)
             whole = f", {cost / new * (target - self.num_old):.4f} at {target:,}" if new else ""
             parts.append(f"cost {about}{cost:.4f}{whole}")
-        if new and kept < target:
-            left = int((time.monotonic() - self.began) / new * (target - kept))
-            parts.append(f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+        parts += [f"{self.failures.total():,} failed"] if self.failures else []
+        parts += [f"{self.per_request:.1f} per request", f"{num_requests:,} requests"]
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.reasons.most_common(3))
+        parts.append(f"dropped {self.reasons.total():,}{f' ({reasons})' if reasons else ''}")
+        tokens_in, tokens_out = self.usage.values()
+        parts.append(f"tokens {about}{tokens_in:,} in {about}{tokens_out:,} out")
         return "  ".join(parts)
 
     def account(self):

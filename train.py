@@ -376,8 +376,9 @@ def dry_run(dataset, tokenizer, args, count, colour):
         border = int((labels == IGNORE_INDEX).sum())
         text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
         tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
+        title, head, tail = map(utils.printable, (source, head, tail))
         marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
-        shown.append(f"--- {source}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+        shown.append(f"--- {title}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
     lengths, batch = sorted(map(len, dataset.input_ids)), engines.global_batch(args)
     targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
     at = [lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)]
@@ -805,20 +806,21 @@ class ProgressLine(transformers.TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" not in logs or not state.is_world_process_zero:
             return
-        step, now, norm, rates = state.global_step, time.perf_counter(), logs.get("grad_norm"), ""
+        step, now, norm, left, rates = state.global_step, time.perf_counter(), logs.get("grad_norm"), "", ""
         if self.started is None:  # the first step, with its warming up, is no part of the rates
             self.started, self.first_step = now, step
         else:
             self.targets += logs["num_targets"]
             seconds, done = now - self.started, step - self.first_step
             left, speed = int((state.max_steps - step) * seconds / done), done * engines.global_batch(args) / seconds
-            rates = f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"  # a narrow terminal cuts the rest
-            rates += f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
+            left = f"  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            rates = f"  {speed:.1f} examples/s  {self.targets / seconds:,.0f} target tokens/s"
         skipped = logs.get("skipped_steps")
-        utils.show_progress(
-            f"step {step}/{state.max_steps}  epoch {logs['epoch']:.2f}  loss {logs['loss']:.4f}"
-            f"  lr {logs['learning_rate']:.2e}  grad {'?' if norm is None else format(norm, '.3f')}{rates}"
-            + (f"  overflow: step skipped ({skipped} so far)" if skipped else ""),
+        utils.show_progress(  # a narrow terminal cuts the end
+            f"step {step}/{state.max_steps}  loss {logs['loss']:.4f}{left}"
+            + (f"  overflow: step skipped ({skipped} so far)" if skipped else "")
+            + f"  grad {'?' if norm is None else format(norm, '.3f')}{rates}"
+            f"  lr {logs['learning_rate']:.2e}  epoch {logs['epoch']:.2f}",
             is_due=step % self.every == 0 or bool(skipped),
             is_last=step == state.max_steps,
         )
@@ -1166,7 +1168,8 @@ def run_steps(trainer, checkpoint):
 def train():
     """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
     transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "tensorboardX"):  # the latter speaks at every step that overflows
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if utils.rank() != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -1178,7 +1181,8 @@ def train():
     dataset = load_data(data_args, args, base, tokenizer, config)
     if args.dry_run:
         if utils.rank() == 0:
-            print(dry_run(dataset, tokenizer, args, args.dry_run, sys.stdout.isatty()))
+            has_colour = utils.terminal_width(sys.stdout) and not os.environ.get("NO_COLOR")
+            print(dry_run(dataset, tokenizer, args, args.dry_run, has_colour))
         return
 
     hashes = {path: utils.sha256_of(path) for path in data_args.data_path}

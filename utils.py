@@ -50,22 +50,32 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def say(message):
-    """Print one line on stderr, from the first process of the run only."""
-    if rank() == 0:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
-        print(f"{clear}{message}", file=sys.stderr, flush=True)
+def printable(text):
+    """The text with what a terminal would obey, not show, as \\x1b or \\u009b: all but newline and tab; JSON stays JSON."""
+    unsafe = "[\0-\b\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # C0, C1, directions, halves of UTF-16
+    return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}" if c[0] < " " else f"\\u{ord(c[0]):04x}", text)
+
+
+def terminal_width(stream):
+    """The columns of the terminal that a stream writes to; None or False where it is none, or one without escapes."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # of a stream that is closed, or is no file
+        return os.environ.get("TERM") != "dumb" and (os.get_terminal_size(stream.fileno()).columns or 80)
+
+
+def say(message, anyone=False):
+    """Print one line on stderr, in the place of a progress line, from the first process of the run, or from `anyone`."""
+    if sys.stderr and (anyone or rank() == 0):
+        print("\r\x1b[K" * bool(terminal_width(sys.stderr)) + printable(message), file=sys.stderr, flush=True)
 
 
 def show_progress(line, is_due=False, is_last=False):
     """Rewrite the line of progress on a terminal, cut to its width; elsewhere print it where it is due, or the last."""
-    if sys.stderr.isatty():
-        columns = 0
-        with contextlib.suppress(OSError, ValueError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns
-        print(f"\r{line[: (columns or 80) - 1]}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
+    if width := terminal_width(sys.stderr):
+        from tqdm.utils import disp_trim
+
+        print(f"\r{disp_trim(line, width - 1)}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
     elif is_due or is_last:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 @contextlib.contextmanager
@@ -116,11 +126,11 @@ def is_first_to_fail():
 
 def speak_last(message):
     """Print a line on stderr, and again when the launcher has ended, whose own report of 30 lines would bury it."""
-    print(message, file=sys.stderr, flush=True)
+    say(message, anyone=True)
     if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # of torchrun, of deepspeed
         wait = 'i=0; while kill -0 "$1" 2>/dev/null && [ $i -lt 400 ]; do i=$((i+1)); sleep 0.1; done; sleep 0.2'
         script = f'({wait}; printf "%s\\n" "$2" >&2) &'  # no child of ours, which the launcher would end with us
-        words = ["sh", "-c", script, "sh", str(os.getppid()), message]
+        words = ["sh", "-c", script, "sh", str(os.getppid()), printable(message)]
         kept = [lock.fileno() for lock in HELD if isinstance(lock, socket.socket)]
         subprocess.run(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=kept
@@ -131,7 +141,7 @@ def leave(message, code):
     """End this process at once, without what libraries do at exit; the line is said by the first that asks."""
     if message and is_first_to_fail():
         speak_last(" ".join(message.split("\n")))
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
@@ -146,14 +156,18 @@ def process_group():
 def run_main(main):
     """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback."""
     message, code = "", 0
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # closed by the shell
-            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))
+    for number in range(3):  # one that the shell has closed: else the next file that is opened would take its place
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while the libraries were loaded
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except SystemExit as stop:
         code = stop.code or 0
     except UserError as error:
@@ -161,7 +175,7 @@ def run_main(main):
     except KeyboardInterrupt:
         message, code = "interrupted; the same command begins again", 130
     except BrokenPipeError:  # its reader has what it wanted, as head has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno is None:
@@ -771,8 +785,9 @@ def what_it_is(path):
         return what_a_folder_says(path, names, run)
     if not weights:
         return "unfinished", f"neither {WEIGHTS[0]} nor {WEIGHTS[2]} nor their index"
-    parts = read_json(path / weights[0]).get("weight_map", {}).values() if weights[0].endswith(".json") else ()
-    if lost := sorted(name for name in {*parts} - names if Path(name).name == name not in ("", "..")):
+    places = read_json(path / weights[0]).get("weight_map") if weights[0].endswith(".json") else {}
+    parts = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if lost := sorted(name for name in parts - names if Path(name).name == name not in ("", "..")):
         return "unfinished", f"{lost[0]} is missing"
     config = read_json(path / "config.json")
     return next((said for said in (what_config_says(config), what_tensors_say(path, config)) if said[0]), ("", ""))
@@ -1052,7 +1067,7 @@ def read_run(folder):
     """The run.json of a folder as a dict; None where there is none. Raises UserError where it is no run of ours."""
     if not (path := Path(folder, "run.json")).is_file():
         return None
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         run = json.loads(path.read_text(encoding="utf-8"))
         if run["made_by"] == "cria":
             return run

@@ -376,7 +376,7 @@ class WeightWriter(BlockWriter):
 def meter(what, total):
     """tqdm's bar on a terminal; when the block has ended well one line, with GB/s."""
     begin = time.monotonic()
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    with tqdm(None, what, total, leave=False, unit="B", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         yield bar
     seconds = max(time.monotonic() - begin, 1e-6)
     say(f"{what}: {total / 1e9:.2f} GB, {total / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")

@@ -39,7 +39,7 @@ Talk to it:  {python} chat.py --model_name_or_path {tuned}"""
 
 
 def tell(text):
-    print(text, flush=True)
+    print(utils.printable(text), flush=True)  # answers are a model's text
 
 
 def heading(number, text):

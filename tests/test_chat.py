@@ -83,6 +83,13 @@ def endless(base, tmp_path_factory):
     return write_script(tmp_path_factory.mktemp("endless") / "model", base, ["a", "▁the"], ends=False)
 
 
+@pytest.fixture(scope="module")
+def hostile(base, tmp_path_factory):
+    """A model that answers with a title for the terminal, an eight-bit CSI, a return and a Chinese character."""
+    text = "\x1b]0;a\x07\x9b\r\t中\n!"
+    return write_script(tmp_path_factory.mktemp("hostile") / "model", base, spell(text)), text
+
+
 @pytest.fixture
 def ask(monkeypatch, capsys):
     """Run chat.py in this process: ask(words, stdin=...) gives (stdout, stderr); errors are raised."""
@@ -722,6 +729,17 @@ def test_a_pipe_starts_with_only_what_it_uses(chinese):
     lines = done.stdout.decode().splitlines()
     assert (done.returncode, lines[0], lines[2]) == (0, "False False", "[]"), done.stderr.decode()
     assert json.loads(lines[1])["output"] == "中文🦙 the"
+
+
+def test_an_answer_commands_no_terminal(hostile, ask):
+    folder, text = hostile
+    out, _ = ask("--model_name_or_path", folder, "--instruction", "Hello")
+    assert out == "\\x1b]0;a\\x07\\u009b\\x0d\t中\n!\n"
+    out, _ = ask("--model_name_or_path", folder, stdin=b"Hello")
+    assert [c for c in out if c < " " or "\x7f" <= c < "\xa0"] == [
+        "\n"
+    ]  # JSON Lines: the text itself, in JSON's escapes
+    assert json.loads(out)["output"] == text
 
 
 def test_a_conversation_on_a_terminal(endless):

@@ -23,5 +23,7 @@ def test_the_short_demo_learns_every_answer_and_ends(tmp_path):
     assert [answer["name"] for answer in answers] == [task["name"] for task in tasks] == NAMES
     assert [answer["output"] for answer in answers] == [task["instances"][0]["output"] for task in tasks]
     assert {answer["finish_reason"] for answer in answers} == {"end_token"}
+    lines = (done.stdout + done.stderr).splitlines()
+    assert len(lines) <= 100  # the whole demo adds two answers and the line of every hundredth step: 150 at most
     prints = [line for line in done.stdout.splitlines() if not line.startswith(("$", "Instruction:", "Input:", "    "))]
     assert [line for line in prints if len(line) > 80 and str(tmp_path) not in line] == []  # a terminal's width

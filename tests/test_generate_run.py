@@ -95,7 +95,8 @@ def test_a_row_says_what_it_is_and_where_it_came_from(server, tmp_path, capsys):
     requests = len(answers_of(tmp_path))
     assert said.out == f"{tmp_path}/regen.json: {len(rows)} rows\n"
     assert f"{requests * 8} blocks = {len(rows)} kept + {requests} dropped ({requests} duplicate)\n" in said.err
-    assert f"tokens {requests * 100} in {requests * 200} out  cost {requests * 500 / 1e6:.4f}, " in said.err
+    assert f"  cost {requests * 500 / 1e6:.4f}, " in said.err
+    assert f"  tokens {requests * 100} in {requests * 200} out\n" in said.err
 
 
 def test_the_rows_are_training_records(server, tmp_path):

@@ -170,6 +170,18 @@ def test_the_transcript_is_what_the_demo_prints():
     assert re.fullmatch(pattern, end)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_git_ignores_what_the_commands_make_and_nothing_that_is_ours(commands):
+    options = ("--output_dir", "--target", "--delta", "--base", "--work_dir")
+    made = {words[i + 1] for words in commands for i, word in enumerate(words[:-1]) if word in options}
+    assert {"llama-7b", "vicuna-7b", "data", "out", "out-delta"} <= made
+    paths = sorted(f"{name}/x" for name in made | {"venv", "LLaMA", "again", "zh", ".out.unfinished"})
+    paths += [".venv", "alpaca_data.json", "questions.jsonl", "answers.jsonl", "train.log", "hostfile"]
+    run = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}
+    assert subprocess.run(["git", "check-ignore", *paths], **run).stdout.split("\n")[:-1] == paths
+    assert subprocess.run(["git", "ls-files", "-i", "-c", "--exclude-standard"], **run).stdout == ""
+
+
 @pytest.mark.slow
 def test_a_trial_runs_where_only_the_scripts_are(tmp_path):
     """A copy of the scripts alone makes a model, trains it and repeats the run, as the README says."""

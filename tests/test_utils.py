@@ -105,7 +105,7 @@ def test_jload_raises_for_what_is_no_json(text):
 
 
 def test_a_line_of_progress_fits_the_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "fileno", lambda: 2, raising=False)
     monkeypatch.setattr(utils.os, "get_terminal_size", lambda handle: os.terminal_size((20, 24)))
     utils.show_progress("x" * 30)
