@@ -465,10 +465,10 @@ def test_folders_without_a_model(tmp_path, base, delta):
     (tmp_path / "empty").mkdir()
     assert refused(base, tmp_path / "out", tmp_path / "empty").startswith(f"{tmp_path / 'empty'}: no weights there")
     assert refused(tmp_path / "none", tmp_path / "out", delta) == f"--base {tmp_path / 'none'}: no such folder"
-    (delta / "config.json").write_text("<html>")
-    assert refused(base, tmp_path / "out", delta) == (
-        f"{delta / 'config.json'}: not a JSON object; copy or download it again"
-    )
+    for text in ("<html>", "[]", "[" * 100_000, '{"a":' * 100_000):
+        (delta / "config.json").write_text(text)
+        message = refused(base, tmp_path / "out", delta)
+        assert message.startswith(f"{delta / 'config.json'}:") and message.endswith("; copy or download it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -713,7 +713,11 @@ CASES = {  # options of peft, changes to the base's config, rows after resizing,
     "modules to save": (HALF, {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "embedding-float16": (HALF, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "embedding-bfloat16": (BRAIN, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
-    "tied": (HALF, {"target_modules": ["q_proj", "embed_tokens"], "tied": True}),
+    "tied": (HALF, {"tied": True}),
+    "tied, embeddings saved": (BRAIN, {"modules_to_save": ["embed_tokens"], "tied": True}),
+    "tied, output layer saved": (HALF, {"modules_to_save": ["lm_head"], "tied": True}),
+    "tied, both saved": (HALF, {"modules_to_save": ["embed_tokens", "lm_head"], "tied": True}),
+    "tied, added rows": (HALF, {"tied": True, "resize": 220}),
     "added rows": (HALF, {"modules_to_save": ["embed_tokens", "lm_head"], "resize": 220}),
     "half adapter": (HALF, {"half": True}),
 }  # fmt: skip
@@ -752,7 +756,7 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
         file.unlink()
     merged = peft.PeftModel.from_pretrained(load(), tmp_path / "lora").merge_and_unload(safe_merge=False)
     expected = merged.state_dict()
-    if extra["tied"]:
+    if not options.get("modules_to_save") and extra["tied"]:
         assert torch.equal(expected.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
     script.apply_delta(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "lora"))
     assert_bits(tensors_in(tmp_path / "out"), expected)
@@ -761,6 +765,86 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     again, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.vocab_size == (extra["resize"] or 200)
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {  # options of peft, rows after resizing, whether the result is tied; of a base that is
+    "nothing of them": ({}, None, True),
+    "saved without need": ({"save": True}, None, True),
+    "added rows": ({}, 210, True),
+    "LoRA on the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, None, False),
+    "LoRA on the output layer": ({"target_modules": ["q_proj", "lm_head"]}, None, False),
+    "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, False),
+    "LoRA on one for both": ({"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, None, True),
+    "LoRA on both, as one": ({"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, None, True),
+    "embeddings saved": ({"modules_to_save": ["embed_tokens"]}, None, False),
+    "output layer saved": ({"modules_to_save": ["lm_head"]}, None, False),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, None, False),
+    "saved as one": ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, None, True),
+    "added rows, embeddings saved": ({"modules_to_save": ["embed_tokens"]}, 210, False),
+    "added rows, saved as one": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 210, True),
+    "added rows, LoRA on the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, 210, False),
+    "one of each": ({"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}, None, False),
+    "the other of each": ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, None, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["once", "twice", "unsaid"])
+@pytest.mark.parametrize("case", TIED)
+def test_a_tied_base_answers_as_the_adapter_model_does(tmp_path, peft, case, stored, capsys):
+    """The logits of peft's own forward pass with the adapter on, which its merge misses where it adds two changes to
+    one weight; also where the base's files hold both, or its config.json leaves transformers' default unsaid."""
+    from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    options, rows, is_tied = TIED[case]
+    options, saving = dict(options), {"save_embedding_layers": True} if options.get("save") else {}
+    options.pop("save", None)
+    sizes = {
+        "vocab_size": 200, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    kind, config = LlamaForCausalLM, LlamaConfig(**sizes)
+    if stored == "unsaid":
+        kind, config = GemmaForCausalLM, GemmaConfig(**sizes, head_dim=8)
+    kind(config).save_pretrained(tmp_path / "base")
+    config = read(tmp_path / "base" / "config.json")
+    if stored == "unsaid":
+        config.pop("tie_word_embeddings", None)
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    tensors = tensors_in(tmp_path / "base")
+    if stored == "twice":
+        save_file(tensors | {HEAD: tensors[EMBED].clone()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+
+    def load():
+        loaded = kind.from_pretrained(tmp_path / "base", dtype=FLOAT)
+        if rows:
+            torch.manual_seed(1)  # for the new rows, which the adapter replaces or is put on
+            loaded.resize_token_embeddings(rows)
+        return loaded
+
+    ids = torch.arange(30)[None] * 7 % (rows or 200)
+    tuned = peft.get_peft_model(load(), peft.LoraConfig(r=8, **({"target_modules": ["q_proj"]} | options)))
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    for _ in range(2):  # what is tied gets the gradients of both and stays so
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+        tuned.zero_grad()
+    tuned.save_pretrained(tmp_path / "lora", **saving)
+    script.apply_delta(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "lora"))
+    adapted = peft.PeftModel.from_pretrained(load(), tmp_path / "lora").eval()
+    merged, info = kind.from_pretrained(tmp_path / "out", dtype=FLOAT, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        wanted, found = adapted(ids).logits, merged.eval()(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (HEAD not in tensors_in(tmp_path / "out")) == is_tied
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == is_tied
+    assert (read(tmp_path / "out" / "config.json").get("tie_word_embeddings", True) is True) == is_tied
+    assert ("apart, so the result has both, untied" in capsys.readouterr().err) != is_tied
 
 
 @pytest.mark.parametrize("embedding", [False, True])
@@ -814,12 +898,13 @@ def test_adapter_that_changes_nothing_is_named(tmp_path, base, capsys):
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 BAD_ADAPTERS = {
-    "dora": ({"use_dora": True}, {}, "use_dora is true, which is more than a plain LoRA; merge it with peft: PeftModel"),
-    "fan": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is true, which is more"),
-    "bias": ({"bias": "all"}, {}, 'bias is "all", which is more'),
-    "pissa": ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights is "pissa", which is more'),
-    "other": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'; only LORA can be merged here"),
-    "no rank": ({"r": None}, {}, "r, lora_alpha and target_modules must be there; copy the adapter again"),
+    "dora": ({"use_dora": True}, {}, "use_dora is true, so it is not a plain LoRA; peft merges what can be merged: PeftModel"),
+    "fan": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is true, so"),
+    "bias": ({"bias": "all"}, {}, 'bias is "all", so'),
+    "pissa": ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights is "pissa", so'),
+    "other": ({"peft_type": "IA3"}, {}, 'peft_type is "IA3", so it is not a plain LoRA; peft merges'),
+    "no rank": ({"r": None}, {}, "r, lora_alpha, use_rslora or target_modules is none; copy the adapter again"),
+    "rslora": ({"use_rslora": "false"}, {}, "use_rslora or target_modules is none"),
     "rank": ({"r": 5}, {}, "q_proj.weight is [8, 8], its adapter [4, 8] and [8, 4], of rank 5 by its config"),
     "half": ({}, {f"{KEY}.lora_B.weight": None}, "model.layers.0.self_attn.q_proj.weight has one of lora_A and lora_B"),
     "target": ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, {}, "down_proj.weight is a target by its config and"),
@@ -843,32 +928,89 @@ def test_adapters_that_cannot_be_merged(tmp_path, base, case):
     assert names_in(tmp_path) == {"base", "lora"}
 
 
-def test_adapter_that_unties_the_embeddings(tmp_path, base):
-    tensors = tensors_in(base)
-    del tensors["lm_head.weight"]
-    model(base, tensors, {"tie_word_embeddings": True})
-    adapter(tmp_path / "lora", tensors={"base_model.model.model.embed_tokens.weight": torch.ones(40, 8)})
-    assert "which are tied in the base; merge it with peft" in refused(base, tmp_path / "out", tmp_path / "lora")
-
-
 def test_adapter_folders_that_are_none(tmp_path, base):
     folder = tmp_path / "lora"
     adapter(folder)
     model(folder, numbers(seed=1))
-    what = "adapter_config.json says that it is an adapter and model.safetensors that it is a model"
+    what = "an adapter by its adapter_config.json and a model by its model.safetensors"
     assert refused(base, tmp_path / "out", folder) == f"{folder}: {what}; move the files of one of them elsewhere"
     (folder / "model.safetensors").unlink()
     assert "a LoRA adapter; leave --new_rows and --any_base out" in refused(base, tmp_path / "o", folder, any_base=True)
     save_file({}, folder / "adapter_model.safetensors")  # what 443 bytes of alpaca-lora were
-    assert "holds not one tensor; the run that saved it saved nothing" in refused(base, tmp_path / "out", folder)
+    assert "0 of its 0 tensors hold numbers; the run that saved it" in refused(base, tmp_path / "out", folder)
     (folder / "adapter_model.safetensors").unlink()
-    torch.save({}, folder / "adapter_model.bin")
-    assert refused(base, tmp_path / "out", folder).startswith(f"{folder / 'adapter_model.bin'}: ")
+    for kept, full in ((0, 0), (0, 8), (3, 8)):  # of a ZeRO-3 run all tensors are empty, or those that nobody gathered
+        tensors = adapter(folder)
+        halves = {name: half if i < kept else torch.empty(0) for i, (name, half) in enumerate(tensors.items()) if full}
+        for write, file in ((save_file, "adapter_model.safetensors"), (torch.save, "adapter_model.bin")):
+            (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+            write(halves, folder / file)
+            what = f"{folder / file}: {kept} of its {full} tensors hold numbers; the run that saved it saved nothing"
+            assert refused(base, tmp_path / "out", folder).startswith(what)
     (folder / "adapter_model.bin").unlink()
     assert "neither adapter_model.safetensors nor adapter_model.bin" in refused(base, tmp_path / "out", folder)
     (folder / "adapter_config.json").write_text("[]")
     (folder / "adapter_model.safetensors").touch()
     assert refused(base, tmp_path / "out", folder).startswith(str(folder))
+
+
+def test_an_adapter_of_parameters_is_merged_as_one_of_tensors(tmp_path, base):
+    tensors = adapter(tmp_path / "lora")
+    script.apply_delta(str(base), str(tmp_path / "plain"), str(tmp_path / "lora"))
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    torch.save(
+        {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "lora/adapter_model.bin"
+    )
+    script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"))
+    assert_bits(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("names", [["checkpoint-9", "checkpoint-10"], ["default"], ["checkpoint-10/default"]])
+def test_an_adapter_in_a_folder_of_the_run_is_named(tmp_path, base, names):
+    """With the last checkpoint that is whole, and the command as it was meant works."""
+    run = tmp_path / "run"
+    for name in names:
+        (run / name).mkdir(parents=True)
+        adapter(run / name)
+    (run / "checkpoint-11").mkdir()  # was killed while it saved
+    (run / "checkpoint-11" / "adapter_config.json").write_text("{}")
+    for config in (False, True):
+        if config:
+            (run / "adapter_config.json").write_text(json.dumps(ADAPTER))
+        message = refused(base, tmp_path / "out", run)
+        assert message.startswith(f"{run}: ") and message.endswith(f"; {run / names[-1]} has some, give that folder")
+    script.apply_delta(str(base), str(tmp_path / "out"), str(run / names[-1]))
+
+
+def test_a_checkpoint_that_train_py_finished_goes_before_a_later_one(tmp_path, base):
+    for number in (5, 6):
+        folder = tmp_path / "run" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        model(folder, numbers(seed=number))
+    utils.write_json({"files": {}}, tmp_path / "run" / "checkpoint-5" / utils.COMPLETE)
+    for pair in ((tmp_path / "run", base), (base, tmp_path / "run")):
+        assert f"; {tmp_path / 'run' / 'checkpoint-5'} has some, give" in refused(pair[0], tmp_path / "out", pair[1])
+
+
+@pytest.mark.parametrize("option", ["base", "delta"])
+def test_a_file_in_place_of_its_folder(tmp_path, base, delta, option):
+    adapter(tmp_path / "lora")
+    for file in (tmp_path / "lora/adapter_model.safetensors", delta / "model.safetensors", delta / "config.json"):
+        paths = {"base": base, "delta": delta} | {option: file}
+        message = refused(paths["base"], tmp_path / "out", paths["delta"])
+        assert message == f"--{option} {file}: a file; give the folder that holds it, {file.parent}"
+
+
+def test_integers_are_no_weights_of_a_lora(tmp_path, base):
+    """8-bit weights have the shape of those before; neither the base's nor the adapter's can be added up."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    adapter(tmp_path / "lora")
+    quantised = model(tmp_path / "int8", tensors_in(base) | {name: torch.ones(8, 8, dtype=torch.int8)})
+    assert f"{name} is int8, quantised; give the weights" in refused(quantised, tmp_path / "out", tmp_path / "lora")
+    for key in ("base_model.model.model.norm.weight", f"{KEY}.lora_B.weight"):
+        shape = (8,) if "norm" in key else (8, 4)
+        adapter(tmp_path / "lora", tensors={key: torch.ones(shape, dtype=torch.uint8)})
+        assert f"{key} is uint8, quantised" in refused(base, tmp_path / "out", tmp_path / "lora")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -376,10 +376,7 @@ def test_big_endian_numbers(source):
     assert refusal(source) == f"{path}: its numbers are big-endian: {REWRITE}"
 
 
-REWRITE = (
-    "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu', weights_only=True), "
-    "'NEW')\""
-)
+REWRITE = "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', 'cpu', weights_only=True), 'NEW')\""
 
 
 def test_files_of_other_kinds(source):
@@ -406,7 +403,7 @@ def test_files_of_other_kinds(source):
     path.unlink()
     path.mkdir()
     assert refusal(source) == (
-        f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
+        f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index"
     )
 
 
@@ -816,6 +813,8 @@ def test_an_index_that_leads_elsewhere(source, tmp_path):
         message = refused(places | {"model.norm.weight": name})
         assert message == f"{path}: names {name}, which is not a file beside it; refused"
     assert refused([1]) == f"{path}: not an index of weights; {COPY}"
+    path.write_text('{"weight_map":' * 100_000)
+    assert refusal(model, "--reverse") == f"{path}: not an index of weights; {COPY}"
     name = "model.layers.0.input_layernorm.weight"
     assert refused({key: value for key, value in places.items() if key != name}) == (
         f"{model / places[name]}: it holds, against its index, tensor {name} (of 1); copy the folder again"
@@ -825,7 +824,7 @@ def test_an_index_that_leads_elsewhere(source, tmp_path):
     assert refused(places) == f"{model}: 1 of 4 files of weights are missing, first {last}"
     path.unlink()
     assert refusal(model, "--reverse").startswith(
-        f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index; it holds model-"
+        f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index; it holds model-"
     )
 
 
