@@ -382,7 +382,7 @@ def meter(what, total):
     say(f"{what}: {total / 1e9:.2f} GB, {total / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
 
 
-def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
+def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "*tokenizer*"), option="the model"):
     """The folder or file of that name, or one on the hub: files that match `patterns`, no .bin beside safetensors."""
     if Path(name).exists():
         return Path(name)
