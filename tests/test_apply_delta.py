@@ -286,7 +286,39 @@ def test_config_and_tokenizer_are_those_of_the_right_side(tmp_path, base, delta)
     assert not (tmp_path / "third").exists()
 
 
-def test_what_run_json_says(tmp_path, base, delta):
+def json_tokenizer(folder, vocab, **originals):
+    """tokenizer.json with a vocabulary, as transformers saves it alone, and files that it was built from."""
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for kind, text in originals.items():
+        (folder / f"tokenizer.{kind}").write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["model", "tiktoken"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_original_tokenizer_goes_along_where_it_fits(tmp_path, base, fits, kind, capsys):
+    """Into a merge, a delta and what the delta gives; a base of other ids keeps its file to itself."""
+    target = model(tmp_path / "target", numbers(seed=3))
+    ids = {"a": 0, "b": 1}
+    json_tokenizer(base, ids, **{kind: "the base's"})
+    json_tokenizer(target, ids if fits else {"b": 0, "a": 1})
+    adapter(tmp_path / "lora")
+    json_tokenizer(tmp_path / "lora", ids if fits else {"a": 0})
+    script.apply_delta(str(base), str(tmp_path / "merged"), str(tmp_path / "lora"))
+    assert (f"tokenizer from {tmp_path / 'lora'} and {base}" in capsys.readouterr().err) == fits
+    make(base, target, tmp_path / "made", exact=True)
+    script.apply_delta(str(base), str(tmp_path / "applied"), str(tmp_path / "made"))
+    for folder, of in (("merged", "lora"), ("made", "target"), ("applied", "target")):
+        assert (tmp_path / folder / "tokenizer.json").read_bytes() == (tmp_path / of / "tokenizer.json").read_bytes()
+        assert (tmp_path / folder / f"tokenizer.{kind}").is_file() == fits, folder
+        assert not fits or (tmp_path / folder / f"tokenizer.{kind}").read_text() == "the base's"
+    json_tokenizer(target, ids, **{kind: "the target's"})
+    make(base, target, tmp_path / "own")
+    assert (tmp_path / "own" / f"tokenizer.{kind}").read_text() == "the target's"
+
+
+def test_what_run_json_says(tmp_path, base, delta, capsys):
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     run = utils.read_run(tmp_path / "out")
     assert run["prompt_style"] == "vicuna_v1.1" and run["status"] == "finished"
@@ -296,7 +328,9 @@ def test_what_run_json_says(tmp_path, base, delta):
     script.apply_delta(str(base), str(tmp_path / "styled"), str(delta))
     assert read(tmp_path / "styled" / "run.json")["prompt_style"] == "alpaca"
     (delta / "run.json").write_text("somebody else's")
+    capsys.readouterr()
     script.apply_delta(str(base), str(tmp_path / "other"), str(delta))
+    assert f"{delta / 'run.json'}: not a run.json of these scripts; what it says is not used" in capsys.readouterr().err
     assert read(tmp_path / "other" / "run.json")["prompt_style"] == "vicuna_v1.1"
 
 

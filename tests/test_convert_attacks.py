@@ -467,6 +467,17 @@ def test_heads_without_the_rotary_table(source, tmp_path, capsys):
     )
 
 
+def test_params_that_are_not_read_are_named(source, tmp_path, capsys):
+    run(source, tmp_path / "out")
+    assert "has no use for" not in capsys.readouterr().err
+    set_params(source, use_scaled_rope=False, rope_scaling_factor=8.0, rope_high_freq_factor=1, quantization_args={})
+    run(source, tmp_path / "again")
+    err = capsys.readouterr().err
+    assert f"{source / 'params.json'}: has no use for quantization_args, rope_high_freq_factor; the model" in err
+    assert f"rotary tables: not stretched, for params.json of {source} lacks use_scaled_rope" in err
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rope_scaling"] is None
+
+
 def test_params_that_are_no_params(source):
     path = source / "params.json"
     good = json.loads(path.read_text())
@@ -485,6 +496,13 @@ def test_params_that_are_no_params(source):
     }.items():
         path.write_text(text)
         assert refusal(source) == message
+    for value in ("false", 0, 1, "true"):
+        path.write_text(json.dumps(good | {"use_scaled_rope": value}))
+        what = f"use_scaled_rope is {json.dumps(value)}, expected true or false"
+        assert refusal(source) == f"{path}: {what}; correct params.json"
+    for key in (*convert.INTEGERS, *convert.FLOATS):
+        path.write_text(json.dumps(good | {key: "8"}))
+        assert refusal(source) == f'{path}: {key} is "8", expected a number above 0; {again}'
     path.write_bytes(b"\xff")
     assert refusal(source).startswith(f"{path}:1: byte 0xff at offset 0 is not UTF-8")
     path.unlink()
