@@ -4,9 +4,9 @@
     python -m apply_delta --make --base BASE --target TUNED --delta DELTA [--exact]
 
 A delta is one of three: weights that were subtracted (Vicuna's, Stanford Alpaca's, anybody's made with --make), an
-exact delta (made with --make --exact: gives every bit back), or a LoRA adapter of peft. Folders and names on the hub
-are taken alike, as .safetensors or .bin; safetensors are written. Everything is compared before the first byte is
-written, and TARGET appears at the end, whole. The command and the public names are those of FastChat's apply_delta.
+exact delta (made with --make --exact: every tensor comes back bit for bit), or a LoRA adapter of peft. Folders and
+names on the hub are taken alike, as .safetensors or .bin; safetensors are written. All is compared before the first
+byte is written, and TARGET appears at the end, whole. Command and public names are those of FastChat's apply_delta.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def parse_args(argv=None):
     for name, words in spellings.items():
         add(*words, dest=name, required=True, metavar="DIR", help=f"The {name} model: a folder, or a name on the hub.")
     add("--make", action="store_true", help="Make the delta instead: of --target, which is read, and --base.")
-    add("--exact", action="store_true", help="With --make: a delta of the same size that gives every bit back.")
+    add("--exact", action="store_true", help="With --make: of the same size; gives every tensor back bit for bit.")
     dtypes = ("float16", "bfloat16", "float32")
     add("--dtype", choices=dtypes, help="Of the result. By default the delta's, for an adapter the base's.")
     add("--new_rows", choices=("zero", "mean"), help="What rows that the base lacks are taken to be in it.")
@@ -345,7 +345,7 @@ def refuse(problems, what):
 
 
 def new_rows_rule(grown, dtype, asked=None, recorded=None):
-    """(rule for `grown` rows that the base lacks, its words): as asked, recorded, or by NEW_ROWS for the delta's dtype."""
+    """(rule for rows that the base lacks, its words): as asked, recorded, or by NEW_ROWS for the delta's dtype."""
     if grown is None:
         return None, "none, the vocabularies are the same"
     rule = asked or recorded or NEW_ROWS.get(dtype)
@@ -475,7 +475,7 @@ def open_adapter(folder):
 
 
 def output_layer(base, config):
-    """(embeddings, output layer, whether they are tied): names of weights; a base need not hold an output layer so tied.
+    """(embeddings, output layer, whether they are tied): names of weights; a base need not hold what is so tied.
 
     transformers ties where config.json says nothing, and does not where the files hold two that differ.
     """
@@ -522,8 +522,8 @@ def match_adapter(base, adapter, config, head):
 def lora_parts(base, adapter, base_config, folder, dtype=None):
     """Plan the merge of a LoRA adapter: (Parts of the result, changes to the base's config).
 
-    What peft changes in tied embeddings or in the output layer is not tied, so the result has both; with
-    ensure_weight_tying, or where the adapter only holds them, it has one. Raises UserError where something does not fit.
+    What peft changes in tied embeddings or the output layer is not tied, so the result has both; with
+    ensure_weight_tying, or where the adapter only holds them, it has one. Raises UserError for what does not fit.
     """
     config = config_of(folder, "adapter_config.json")
     check_adapter_config(config, folder / "adapter_config.json")

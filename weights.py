@@ -193,7 +193,7 @@ class WeightFile:
 
 
 def open_weights(path):
-    """{name: StoredTensor} of a file, or a model folder: safetensors before .bin, as in transformers. Raises UserError."""
+    """{name: StoredTensor} of a file or a model folder; safetensors go before .bin, as in transformers."""
     path = index = Path(path)
     if path.is_dir():
         index = next((path / name for name in MODELS if (path / name).is_file()), None)
@@ -265,7 +265,7 @@ def plan_size(plan):
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
-    """Borders (start, stop) of blocks of at most `block` bytes, but of `multiple` rows, or a multiple of these but at last."""
+    """(start, stop) of blocks of at most `block` bytes, but of `multiple` rows or a multiple of these, save the last."""
     rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]  # a number counts as one row
     step = max((block or BLOCK) // max(row_bytes, 1) // multiple, 1) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))

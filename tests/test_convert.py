@@ -310,7 +310,7 @@ def test_the_rows_of_w1_by_metas_rule(dim, ffn, multiple_of, multiplier):
 
 
 def test_reverse_says_where_metas_tokenizer_is_missing(pieces, tmp_path, capsys):
-    """A Llama 3 folder of the hub has it in original/, or not at all; its embedding is split as Meta's is either way."""
+    """A Llama 3 folder of the hub has it in original/, or not at all; its embedding is split as Meta's either way."""
     source = make_raw(tmp_path / "raw", pieces, make_weights(theta=5e5), rope_theta=5e5)
     folder = run(source, tmp_path / "out")
     (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
