@@ -564,7 +564,7 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
         say(f"tied embeddings: the adapter changes {embedding} and {head} apart, so the result has both, untied")
     kinds = {name: dtype or base[name].dtype for name in sources}
     parts = [Part(name, kinds[name], source.shape, source, loras.get(name)) for name, source in sources.items()]
-    return parts, {"tie_word_embeddings": False} if untied else {}
+    return parts, {"tie_word_embeddings": False} if head in sources else {}
 
 
 # --- Writing: apply and make -----------------------------------------------------------------------------------------

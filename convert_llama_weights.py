@@ -693,15 +693,15 @@ def read_llama(folder, num_shards):
 
 def find_sources(folder, llama):
     """The tensors of a transformers folder, {name: StoredTensor}. Raises UserError where they are not a Llama's."""
-    found = weights.open_weights(folder)
-    sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = weights.open_weights(folder).items()
+    sources = {name: tensor for name, tensor in stored if not name.endswith("rotary_emb.inv_freq")}
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
     if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
     check_names(folder, sources, wanted)
     for name, shape in wanted.items():
-        if sources[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
+        if (old := sources[name]).shape != shape or not DTYPES[old.dtype][2]:  # quantised, or an exact delta
+            raise UserError(f"{folder}: tensor {name} is {old.dtype} {[*old.shape]}, by config.json floats {[*shape]}")
     return sources
 
 

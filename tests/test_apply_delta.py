@@ -962,6 +962,26 @@ def test_adapters_that_cannot_be_merged(tmp_path, base, case):
     assert names_in(tmp_path) == {"base", "lora"}
 
 
+def test_a_base_that_says_tied_and_stores_two_is_not_tied(tmp_path, base, capsys):
+    """transformers does not tie what differs; what is the same it does, and one change of the embeddings parts them."""
+    config = {"target_modules": ["q_proj", "v_proj", "embed_tokens"]}
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    halves = {key + "A": torch.randn(4, 40), key + "B": torch.randn(8, 4)}
+    adapter(tmp_path / "lora", config, tensors=halves)
+    for same in (False, True):
+        tensors = tensors_in(base) | ({HEAD: tensors_in(base)[EMBED].clone()} if same else {})
+        model(base, tensors, {"tie_word_embeddings": True})
+        script.apply_delta(str(base), str(tmp_path / f"out{same}"), str(tmp_path / "lora"))
+        found = tensors_in(tmp_path / f"out{same}")
+        product = (halves[key + "B"] @ halves[key + "A"]).T * 2.0
+        assert_bits(
+            {name: found[name] for name in (HEAD, EMBED)},
+            {HEAD: tensors[HEAD], EMBED: tensors[EMBED] + product.half()},
+        )
+        assert ("the result has both, untied" in capsys.readouterr().err) == same
+        assert read(tmp_path / f"out{same}" / "config.json")["tie_word_embeddings"] is False
+
+
 def test_adapter_folders_that_are_none(tmp_path, base):
     folder = tmp_path / "lora"
     adapter(folder)

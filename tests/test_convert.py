@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, environment
 from make_tiny_llama import PRESETS, make_tiny_raw, raw_weights, write_raw
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import convert_llama_weights as convert
@@ -360,10 +361,13 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     assert refusal(num_hidden_layers=3) == f"{folder}: tensor model.layers.2.{name} is missing {whole}"
     assert refusal(num_hidden_layers=1) == f"{folder}: tensor model.layers.1.{name} is not of a LLaMA {whole}"
     assert refusal(intermediate_size=176).endswith(
-        "tensor model.layers.0.mlp.gate_proj.weight is [172, 64], by config.json [176, 64]"
+        "tensor model.layers.0.mlp.gate_proj.weight is float16 [172, 64], by config.json floats [176, 64]"
     )
     assert refusal("--num_shards", 3) == "--num_shards 3: 4 heads do not divide by it; choose another number"
     assert refusal("--num_shards", 0) == "--num_shards 0: expected a number above 0"
+    quantised = tensors(folder) | {"model.norm.weight": torch.ones(64, dtype=torch.int16)}
+    save_file(quantised, folder / "model.safetensors", {"format": "pt"})
+    assert refusal().endswith("tensor model.norm.weight is int16 [64], by config.json floats [64]")
     (folder / "config.json").unlink()
     with pytest.raises(utils.UserError, match="config.json: .*; --reverse takes a model folder of transformers"):
         run(folder, tmp_path / "back", "--reverse")
