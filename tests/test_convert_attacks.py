@@ -797,7 +797,7 @@ def test_safetensors_with_headers_that_lie(model):
     message = refused(changed(name, dtype="F8_E4M3", shape=[128]))
     assert message == f"{path}: tensor {name} is F8_E4M3, which is not supported"
     assert refused(changed("lm_head.weight", data_offsets=[rows[0], rows[1] + 2], shape=[64001]), body + b"  ") == (
-        f"{model}: tensor lm_head.weight is [64001], by config.json [1000, 64]"
+        f"{model}: tensor lm_head.weight is float16 [64001], by config.json floats [1000, 64]"
     )
     twice = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
     assert refused(twice) == f"{path}: damaged: {name} stands twice in its header; {COPY}"
