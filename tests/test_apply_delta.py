@@ -823,8 +823,11 @@ TIED = {  # options of peft, rows after resizing, whether the result is tied; of
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("stored", ["once", "twice", "unsaid"])
-@pytest.mark.parametrize("case", TIED)
+OTHERWISE = ("saved without need", "LoRA on the embeddings", "LoRA on one for both", "added rows, embeddings saved")
+STORED = [(case, "once") for case in TIED] + [(case, stored) for case in OTHERWISE for stored in ("twice", "unsaid")]
+
+
+@pytest.mark.parametrize(("case", "stored"), STORED)
 def test_a_tied_base_answers_as_the_adapter_model_does(tmp_path, peft, case, stored, capsys):
     """The logits of peft's own forward pass with the adapter on, which its merge misses where it adds two changes to
     one weight; also where the base's files hold both, or its config.json leaves transformers' default unsaid."""
