@@ -4,13 +4,13 @@
     python -m apply_delta --make --base BASE --target TUNED --delta DELTA [--exact]
 
 A delta is one of three: weights that were subtracted (Vicuna's, Stanford Alpaca's, anybody's made with --make), an
-exact delta (made with --make --exact: gives every bit back), or a LoRA adapter of peft. Folders and names on the hub
-are taken alike, as .safetensors or .bin; safetensors are written. Everything is compared before the first byte is
-written, and TARGET appears at the end, whole. The command and the public names are those of FastChat's apply_delta.
+exact delta (made with --make --exact: every tensor comes back bit for bit), or a LoRA adapter of peft. Folders and
+names on the hub are taken alike, as .safetensors or .bin; safetensors are written. All is compared before the first
+byte is written, and TARGET appears at the end, whole. Command and public names are those of FastChat's apply_delta.
 """
 
 import argparse
-import contextlib
+import collections
 import dataclasses
 import hashlib
 import json
@@ -38,13 +38,13 @@ STYLES = {  # of the prompt, by rule for new rows and dtype of the delta: the th
 SIGNED = {2: "int16", 4: "int32", 8: "int64"}  # dtypes of an exact delta, by bytes of the target's
 PRODUCT = 96 * 2**20  # bytes of a LoRA product, or of the columns of a mean, that are held at once
 PRODUCT_ROWS = 256  # the least: products of fewer rows are summed in another order by BLAS
+EMBEDDINGS, OUTPUT = (re.compile(rf"(^|\.)({n})\.weight$") for n in ("embed_tokens|wte|word_embeddings", "lm_head"))
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 FILES = ("*.json", "*.safetensors", "*.bin", *TOKENIZER)  # wanted from the hub
 MORE_THAN_LORA = (  # options of peft that change what an adapter adds, or to what
-    "use_dora", "lora_bias", "fan_in_fan_out", "target_parameters", "layer_replication", "trainable_token_indices",
-    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
-    "enable_lora",
-)  # fmt: skip
+    "use_dora lora_bias fan_in_fan_out target_parameters layer_replication trainable_token_indices use_qalora "
+    "alora_invocation_tokens use_bdlora arrow_config kasa_config monteclora_config enable_lora"
+).split()
 
 
 def parse_args(argv=None):
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     for name, words in spellings.items():
         add(*words, dest=name, required=True, metavar="DIR", help=f"The {name} model: a folder, or a name on the hub.")
     add("--make", action="store_true", help="Make the delta instead: of --target, which is read, and --base.")
-    add("--exact", action="store_true", help="With --make: a delta of the same size that gives every bit back.")
+    add("--exact", action="store_true", help="With --make: of the same size; gives every tensor back bit for bit.")
     dtypes = ("float16", "bfloat16", "float32")
     add("--dtype", choices=dtypes, help="Of the result. By default the delta's, for an adapter the base's.")
     add("--new_rows", choices=("zero", "mean"), help="What rows that the base lacks are taken to be in it.")
@@ -74,9 +74,7 @@ def parse_args(argv=None):
     return utils.parse_options(parser, argv)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The maths
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The maths -------------------------------------------------------------------------------------------------------
 
 
 def working_dtype(delta_dtype, result_dtype):
@@ -127,15 +125,16 @@ def lora_scaling(config, module):
     return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
+def is_named(words, module):
+    """Whether `words` of an adapter's config, a pattern or ends of names, name a module; as peft reads them."""
+    if isinstance(words, str):
+        return re.fullmatch(words, module) is not None
+    return any(f".{module}".endswith(f".{word}") for word in words or ())
+
+
 def is_target(config, module):
-    """Whether an adapter's config names `module`, such as model.layers.0.self_attn.q_proj, as peft reads it."""
-
-    def named(words):
-        if isinstance(words, str):
-            return re.fullmatch(words, module) is not None
-        return any(f".{module}".endswith(f".{word}") for word in words or ())
-
-    if named(config.get("exclude_modules")) or not named(config["target_modules"]):
+    """Whether an adapter's config targets `module`, such as model.layers.0.self_attn.q_proj, as peft reads it."""
+    if is_named(config.get("exclude_modules"), module) or not is_named(config["target_modules"], module):
         return False
     layers, patterns = config.get("layers_to_transform"), config.get("layers_pattern") or r"[^.]*"
     if layers in (None, []) or isinstance(config["target_modules"], str):
@@ -167,9 +166,7 @@ class Fingerprint:
         return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows of tensors in files
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Rows of tensors in files ----------------------------------------------------------------------------------------
 
 
 def read_tensor(tensor, start=0, stop=None, dtype=None, fill=None):
@@ -205,14 +202,7 @@ def mean_row(tensor):
     return torch.cat(slices)
 
 
-@dataclasses.dataclass(frozen=True)
-class Lora:
-    """The adapter of one weight; shapes as in `lora_product`."""
-
-    a: StoredTensor
-    b: StoredTensor
-    scaling: float
-    embedding: bool
+Lora = collections.namedtuple("Lora", "a b scaling embedding")  # the adapter of one weight; see `lora_product`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,21 +250,16 @@ def check_rows(rows, part, start, stop):
     """Raise UserError for rows of a result that are not finite, naming the file to blame or the dtype."""
     if rows.numel() == 0 or all(math.isfinite(value) for value in torch.aminmax(rows)):  # NaN is passed on
         return
-    sources = [(part.base, start, stop)]
-    if isinstance(part.change, Lora):
-        sources += [(half, 0, len(half)) for half in (part.change.a, part.change.b)]
-    elif part.change is not None:
-        sources.append((part.change, start, stop))
+    sources = [(tensor, start, stop) for tensor in (part.base, part.change) if isinstance(tensor, StoredTensor)]
+    sources += [(half, 0, None) for half in (part.change[:2] if isinstance(part.change, Lora) else ())]
     for tensor, first, last in sources:
-        block = tensor.read(min(first, len(tensor)), min(last, len(tensor)))
-        weights.check_finite(block, tensor.dtype, f"{tensor.file.path}: tensor {tensor.name}")
+        where = f"{tensor.file.path}: tensor {tensor.name}"
+        weights.check_finite(tensor.read(first, last), tensor.dtype, where)
     wider = "float32 or bfloat16" if part.dtype == "float16" else "float32"
     raise UserError(f"tensor {part.name}: the result is too large for {part.dtype}; give --dtype {wider}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Input: models and deltas
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Input: models and deltas ----------------------------------------------------------------------------------------
 
 
 def open_inputs(output, option, **paths):
@@ -285,41 +270,35 @@ def open_inputs(output, option, **paths):
     """
     folders = [weights.find_model(path, FILES, f"--{name}") for name, path in paths.items()]
     (one, first), (two, second) = paths.items()
+    utils.check_model(folders[0], f"--{one}", ("not causal",), second, output)
+    changes = ("not causal", "a delta", "a LoRA adapter") if two == "delta" else ("not causal",)
+    kind = utils.check_model(folders[1], f"--{two}", changes, first, output)
     if utils.same_place(*folders):
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
         if folder.resolve() in Path(output).resolve().parents:
             raise UserError(f"{option} {output}: inside {folder}, which is read; choose a folder elsewhere")
-    utils.check_model(folders[0], f"--{one}", ("not causal",), second, output)
-    changes = ("not causal", "a delta", "a LoRA adapter") if two == "delta" else ("not causal",)
-    return folders, utils.check_model(folders[1], f"--{two}", changes, first, output)
+    return folders, kind
 
 
-def config_of(folder, name="config.json"):
-    """A JSON object of a folder, {} where there is no such file. Raises UserError where it is something else."""
-    if not (folder / name).is_file():
+def run_of(folder):
+    """The run.json that a script of ours left in a folder; {} where there is none, or somebody else's."""
+    try:
+        return utils.read_run(folder) or {}
+    except UserError as error:
+        say(f"{str(error).partition(';')[0]}; what it says is not used")
         return {}
-    with contextlib.suppress(ValueError):
-        config = json.loads(utils.read_text(folder / name))
-        if isinstance(config, dict):
-            return config
-    raise UserError(f"{folder / name}: not a JSON object; copy or download it again")
 
 
 def open_model(path):
     """The tensors of a model, without the rotary frequencies that early releases of transformers stored."""
-    tensors = weights.open_weights(path)
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = weights.open_weights(path).items()
+    return {name: tensor for name, tensor in tensors if not name.endswith("rotary_emb.inv_freq")}
 
 
 def is_float(dtype):
     """Whether a dtype, by its name, is one of floating-point numbers."""
     return DTYPES[dtype][2] != 0
-
-
-def dtypes_of(tensors):
-    """The dtypes of stored tensors, sorted."""
-    return sorted({tensor.dtype for tensor in tensors.values()})
 
 
 def compare(base, other, base_config, other_config, names=("base", "delta"), exact=False):
@@ -357,29 +336,22 @@ def refuse(problems, what):
 
 
 def new_rows_rule(grown, dtype, asked=None, recorded=None):
-    """The rule for rows that the base lacks and the words for it: (None, "zero" or "mean", words).
-
-    `grown` is of `compare`, `dtype` the delta's; the rule is as asked, as the delta's record says, or by NEW_ROWS.
-    """
+    """(rule for rows that the base lacks, its words): as asked, recorded, or by NEW_ROWS for the delta's dtype."""
     if grown is None:
         return None, "none, the vocabularies are the same"
     rule = asked or recorded or NEW_ROWS.get(dtype)
     if rule is None:
-        raise UserError(
-            f"the base has {grown[0]:,} rows of vocabulary and the other {grown[1]:,}; no rule says what a {dtype} "
-            "delta takes the missing ones to be; give --new_rows zero (FastChat's rule) or mean (Stanford Alpaca's)"
-        )
-    whose = f"{'FastChat' if rule == 'zero' else 'Stanford Alpaca'}'s rule for {dtype} deltas"
-    whose = "as asked" if asked else "as the delta's run.json says" if recorded else whose
-    value = "zero" if rule == "zero" else "the mean of the old ones"
+        what = f"no rule says what a {dtype} delta takes the missing ones to be"
+        way = "give --new_rows zero (FastChat's rule) or mean (Stanford Alpaca's)"
+        raise UserError(f"the base has {grown[0]:,} rows of vocabulary and the other {grown[1]:,}; {what}; {way}")
+    value, peer = ("zero", "FastChat") if rule == "zero" else ("the mean of the old ones", "Stanford Alpaca")
+    whose = "as asked" if asked else "as the delta's run.json says" if recorded else f"{peer}'s rule for {dtype} deltas"
     return rule, f"{grown[0]:,} -> {grown[1]:,}, those that the base lacks are {value} in it ({whose})"
 
 
 def fill_row(rule, tensor, shape):
     """What stands for the rows of `shape` that a tensor of the base lacks; None where it lacks none."""
-    if tensor.shape == shape:
-        return None
-    return torch.zeros(tensor.shape[1]) if rule == "zero" else mean_row(tensor)
+    return None if tensor.shape == shape else torch.zeros(tensor.shape[1]) if rule == "zero" else mean_row(tensor)
 
 
 def check_is_delta(base, delta, folder):
@@ -395,7 +367,7 @@ def check_is_delta(base, delta, folder):
 
 def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None, any_base=False):
     """Plan the sum of base and delta. Returns (Parts of the result, rule for new rows). Raises UserError."""
-    exact, found = record.get("format") == "exact", " and ".join(dtypes_of(delta))
+    exact, found = record.get("format") == "exact", " and ".join(sorted({tensor.dtype for tensor in delta.values()}))
     if not exact and not any(is_float(tensor.dtype) for tensor in delta.values()):
         raise UserError(f"{folder}: holds integers, as an exact delta does, and no run.json; copy the whole folder")
     if exact and (dtype or new_rows or any_base):
@@ -412,10 +384,9 @@ def delta_parts(base, delta, configs, folder, record, dtype=None, new_rows=None,
     plain = "float16(base) + delta, as FastChat" if as_fastchat else "base + delta in float32, rounded once"
     say(f"delta: {folder} is {'an exact delta' if exact else f'a weight delta in {found}'}; new rows: {words}")
     say(f"arithmetic: {'sum of bit patterns' if exact else plain}; result in {' and '.join(sorted({*kinds.values()}))}")
-    return [
-        Part(name, kinds[name], delta[name].shape, tensor, delta[name], fill_row(rule, tensor, delta[name].shape))
-        for name, tensor in base.items()
-    ], rule
+    fills = {name: fill_row(rule, old, delta[name].shape) for name, old in base.items()}
+    parts = [Part(name, kinds[name], delta[name].shape, base[name], delta[name], fills[name]) for name in base]
+    return parts, rule
 
 
 def check_delta_record(record, delta, folder):
@@ -424,9 +395,8 @@ def check_delta_record(record, delta, folder):
     there = {name: utils.sha256_of(folder / name) for name in sums if (folder / name).is_file()}
     wrong = ["its tensors"] if record and set(record["tensors"]) != set(delta) else []
     wrong += [name for name, sha256 in sums.items() if there.get(name) != sha256]
-    if wrong:
-        files = ", ".join(wrong)
-        raise UserError(f"{folder}: its run.json describes other files: {files}; copy the whole folder again")
+    if names := ", ".join(wrong):
+        raise UserError(f"{folder}: its run.json describes other files: {names}; copy the whole folder again")
 
 
 def check_base(parts, record, folder):
@@ -456,46 +426,59 @@ def check_alpaca_sum(total, config):
     rotary = sum(10000 ** (-2 * i / width) for i in range(width // 2)) * config.get("num_hidden_layers", 0)
     if min(abs(total - ALPACA_SUM), abs(total + rotary - ALPACA_SUM)) > 0.05:
         sums = f"{total:.4f}, with rotary frequencies {total + rotary:.4f}, and Stanford Alpaca 7B's is {ALPACA_SUM}"
-        advice = "for any other model leave the option out"
-        raise UserError(f"--check_integrity_naively: the sum of all numbers is {sums}; {advice}")
+        what = "--check_integrity_naively: the sum of all numbers is"
+        raise UserError(f"{what} {sums}; for any other model leave the option out")
     say(f"integrity: the sum of all numbers is Stanford Alpaca 7B's, {ALPACA_SUM}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA adapters
-# ---------------------------------------------------------------------------------------------------------------------
+# --- LoRA adapters ---------------------------------------------------------------------------------------------------
 
 
 def check_adapter_config(config, path):
     """Refuse, with a way round, the kinds of adapter that are more than base + scaling * B A."""
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {config.get('peft_type')!r}; only LORA can be merged here")
-    found = [key for key in MORE_THAN_LORA if config.get(key)]
+    kind, found = config.get("peft_type"), [key for key in MORE_THAN_LORA if config.get(key)]
     found += ["bias"] if config.get("bias") not in (None, "none") else []
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         found.append("init_lora_weights")  # the others change the base's weights first
-    if found:
-        what = f"{found[0]} is {json.dumps(config[found[0]])}, which is more than a plain LoRA"
-        way = "merge it with peft: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
-        raise UserError(f"{path}: {what}; {way}")
+    if kind != "LORA" or found:
+        what = f"{found[0]} is {json.dumps(config[found[0]])}" if kind == "LORA" else f"peft_type is {json.dumps(kind)}"
+        way = "peft merges what can be merged: PeftModel.from_pretrained(model, adapter).merge_and_unload()"
+        raise UserError(f"{path}: {what}, so it is not a plain LoRA; {way}")
     numbers = [config.get("r"), config.get("lora_alpha")]
     numbers += [v for key in ("rank_pattern", "alpha_pattern") for v in (config.get(key) or {}).values()]
-    if not all(type(n) in (int, float) and n > 0 for n in numbers) or not config.get("target_modules"):
-        raise UserError(f"{path}: r, lora_alpha and target_modules must be there; copy the adapter again")
+    words, rslora = config.get("target_modules"), config.get("use_rslora")
+    if not all(type(n) in (int, float) and n > 0 for n in numbers) or not words or rslora not in (None, True, False):
+        raise UserError(f"{path}: its r, lora_alpha, use_rslora or target_modules is none; copy the adapter again")
 
 
 def open_adapter(folder):
     """The tensors of an adapter's folder. Raises UserError where there are none."""
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (folder / name).is_file():
-            if tensors := weights.open_weights(folder / name):
-                return tensors
-            raise UserError(f"{folder / name}: holds not one tensor; the run that saved it saved nothing, train again")
-    raise UserError(f"{folder}: has adapter_config.json and neither adapter_model.safetensors nor adapter_model.bin")
+    path = next((path for path in map(folder.joinpath, weights.ADAPTERS) if path.is_file()), None)
+    if path is None:
+        what = f"has adapter_config.json and neither {' nor '.join(weights.ADAPTERS)}"
+        raise UserError(f"{folder}: {what}{weights.places_below(folder)}")
+    tensors = weights.open_weights(path)
+    full = sum(tensor.nbytes > 0 for tensor in tensors.values())
+    if not full or full < len(tensors):  # of a ZeRO-3 run that gathered nothing every shape is [0]
+        what = f"{full} of its {len(tensors)} tensors hold numbers"
+        raise UserError(f"{path}: {what}; the run that saved it saved nothing, train again")
+    return tensors
 
 
-def match_adapter(base, adapter, config):
-    """Which tensors of an adapter belong to which weight of the base.
+def output_layer(base, config):
+    """(embeddings, output layer, whether they are tied): names of weights; a base need not hold what is so tied.
+
+    transformers ties where config.json says nothing, and does not where the files hold two that differ.
+    """
+    embedding, head = (next(filter(words.search, base), None) for words in (EMBEDDINGS, OUTPUT))
+    tied = embedding is not None and config.get("tie_word_embeddings") in (True, None)
+    blocks = row_blocks(base[head].shape, "float32") if tied and head else ()
+    pairs = ([read_tensor(base[name], *rows, torch.float32) for name in (head, embedding)] for rows in blocks)
+    return embedding, head or "lm_head.weight", tied and all(torch.equal(*pair) for pair in pairs)
+
+
+def match_adapter(base, adapter, config, head):
+    """Which tensors of an adapter belong to which weight of the base, whose output layer is named `head`.
 
     Returns ({weight: {"A": tensor, "B": tensor}}, names of embeddings among them, {weight: tensor that replaces it
     whole}, problems as words).
@@ -507,7 +490,7 @@ def match_adapter(base, adapter, config):
         name = key.removeprefix("base_model.model.")
         lora = re.fullmatch(r"(.+)\.lora_(?:(embedding_[AB])|([AB])\.weight)", name)
         weight = f"{lora[1]}.weight" if lora else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        if weight not in base or len(base[weight].shape) != 2 and lora:
+        if weight not in base or len(base[weight].shape) != (2 if lora else len(tensor.shape)):
             problems.append(f"{key} has no counterpart in the base")
         elif lora:
             halves.setdefault(weight, {})[(lora[2] or lora[3])[-1]] = tensor
@@ -517,18 +500,31 @@ def match_adapter(base, adapter, config):
     if config["target_modules"] != "all-linear":
         modules = {name.removesuffix(".weight"): name for name in base if name.endswith(".weight")}
         targets = {name for module, name in modules.items() if is_target(config, module)}
+        if config.get("ensure_weight_tying") and targets & embeddings:  # then peft adapts both and names one
+            targets |= {head} & {*halves}
         problems += [f"{name} is a target by its config and not in it" for name in targets - {*halves, *replaced}]
         problems += [f"{name} is in it and by its config no target" for name in {*halves} - targets]
     problems += [f"{name} has one of lora_A and lora_B only" for name, pair in halves.items() if len(pair) < 2]
+    odd = [tensor for tensor in (*adapter.values(), *map(base.get, halves)) if not is_float(tensor.dtype)]
+    problems += [f"{tensor.name} is {tensor.dtype}, quantised; give the weights before that" for tensor in odd]
     return halves, embeddings, replaced, sorted(problems)
 
 
 def lora_parts(base, adapter, base_config, folder, dtype=None):
-    """Plan the merge of a LoRA adapter: the Parts of the result. Raises UserError where something does not fit."""
-    config = config_of(folder, "adapter_config.json")
+    """Plan the merge of a LoRA adapter: (Parts of the result, changes to the base's config).
+
+    What peft changes in tied embeddings or the output layer is not tied, so the result has both; with
+    ensure_weight_tying, or where the adapter only holds them, it has one. Raises UserError for what does not fit.
+    """
+    config = utils.config_of(folder, "adapter_config.json")
     check_adapter_config(config, folder / "adapter_config.json")
-    halves, embeddings, replaced, problems = match_adapter(base, adapter, config)
-    sources, loras = base | replaced, {}
+    embedding, head, tied = output_layer(base, base_config)
+    base = base | ({head: base[embedding]} if tied else {})
+    halves, embeddings, replaced, problems = match_adapter(base, adapter, config, head)
+    sources, loras, vocabulary = base | replaced, {}, sorted({embedding, head} & {*base})
+    saved = {name for name in vocabulary if is_named(config.get("modules_to_save"), name.removesuffix(".weight"))}
+    if tied and head not in replaced and embedding not in saved:
+        sources[head] = sources[embedding]
     for name, pair in halves.items():
         rank, scaling = lora_scaling(config, name.removesuffix(".weight"))
         (rows, columns), shapes = sources[name].shape, [tensor.shape for _, tensor in sorted(pair.items())]
@@ -537,40 +533,39 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
             what = " and ".join(str(list(shape)) for shape in shapes)
             problems.append(f"{name} is [{rows}, {columns}], its adapter {what}, of rank {rank} by its config")
         loras[name] = Lora(pair.get("A"), pair.get("B"), scaling, name in embeddings)
-    vocabulary = [name for name in base if re.search(r"(^|\.)(embed_tokens|lm_head)\.weight$", name)]
     for name, tensor in replaced.items():
         if tensor.shape != base[name].shape and (name not in vocabulary or tensor.shape[1:] != base[name].shape[1:]):
             problems.append(f"{name} is {list(base[name].shape)} in the base and {list(tensor.shape)} in the adapter")
     if len({sources[name].shape[0] for name in vocabulary}) > 1:
         problems.append(f"not all of {', '.join(vocabulary)} get the same number of rows")
-    tied, touched = base_config.get("tie_word_embeddings"), set(vocabulary) & {*halves, *replaced}
-    if tied and touched and (len(vocabulary) > 1 or touched & ({*replaced} - {*halves})):
-        problems.append("it parts the output layer from the embeddings, which are tied in the base; merge it with peft")
     refuse(problems, f"{folder}: adapter and base do not fit together")
     if not replaced and not any(read_tensor(lora.b).any() for lora in loras.values()):
         say(f"warning: every lora_B of {folder} is zero, so it changes nothing; was it saved before it was trained?")
+    untied = tied and not config.get("ensure_weight_tying") and bool(saved | halves.keys() & {*vocabulary})
+    if tied and not untied:
+        del sources[head]
     ranks, rslora = sorted({lora.a.shape[0] for lora in loras.values()}), config.get("use_rslora")
+    changed, new = sources.keys() & loras, sources.keys() & replaced
     say(
         f"delta: {folder} is a LoRA adapter, rank {', '.join(map(str, ranks))}{' (rslora)' if rslora else ''}: "
-        f"{len(loras)} weights are changed, {len(replaced)} replaced, {len(base) - len({*loras, *replaced})} kept"
+        f"{len(changed)} weights are changed, {len(new)} replaced, {len(sources) - len(changed | new)} kept"
     )
     say("arithmetic: base + scaling * B A in float32, rounded once, as peft's merge_and_unload(safe_merge=False)")
-    return [
-        Part(name, dtype or base[name].dtype, source.shape, source, loras.get(name)) for name, source in sources.items()
-    ]
+    if untied:
+        say(f"tied embeddings: the adapter changes {embedding} and {head} apart, so the result has both, untied")
+    kinds = {name: dtype or base[name].dtype for name in sources}
+    parts = [Part(name, kinds[name], source.shape, source, loras.get(name)) for name, source in sources.items()]
+    return parts, {"tie_word_embeddings": False} if head in sources else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing: apply and make
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Writing: apply and make -----------------------------------------------------------------------------------------
 
 
-def write_weights(folder, parts, rows_of, what, sources):
-    """Write every Part into `folder`; `rows_of(part)` yields its rows in order, as (start, stop, rows).
+def write_weights(folder, plan, parts, rows_of, what, sources):
+    """Write every Part into `folder`, as planned; `rows_of(part)` yields its rows in order, as (start, stop, rows).
 
     `sources` are all tensors of the files that are read: these must be whole, and the same when it ends.
     """
-    plan = plan_of(parts)
     with weights.checksums(sources), weights.WeightWriter(folder, plan) as writer:
         with weights.meter(what, weights.plan_size(plan)) as meter:
             for part, start, stop, rows in weights.ahead((part, *block) for part in parts for block in rows_of(part)):
@@ -579,35 +574,43 @@ def write_weights(folder, parts, rows_of, what, sources):
                 meter.update(rows.nbytes)
 
 
-def plan_of(parts):
-    """The Parts as a plan of weights.WeightWriter."""
-    return {part.name: (part.dtype, part.shape) for part in parts}
-
-
-def copy_files(folder, config_from, tokenizer_from, parts):
-    """Copy config and tokenizer into `folder`, each from the first of two folders that has one.
+def copy_files(folder, config_from, tokenizer_from, parts, changes=None):
+    """Copy config, with `changes`, and tokenizer into `folder`, each from the first of two folders that has one.
 
     The config's dtype and vocabulary become those of the tensors. Raises UserError where neither has a config.
     """
     source = next((path for path in config_from if (path / "config.json").is_file()), None)
     if source is None:
         raise UserError(f"{config_from[0]}: has no config.json, nor has {config_from[1]}; copy it there")
-    config, dtypes = config_of(source), {part.dtype for part in parts if is_float(part.dtype)}
-    changes = {"dtype" if "dtype" in config else "torch_dtype": dtype for dtype in dtypes if len(dtypes) == 1}
-    rows = [part.shape[0] for part in parts if part.name.endswith("embed_tokens.weight")]
-    changes |= {"vocab_size": rows[0]} if rows else {}
+    config, dtypes = utils.config_of(source), {part.dtype for part in parts if is_float(part.dtype)}
+    dtype_key = "dtype" if "dtype" in config else "torch_dtype"
+    changes = (changes or {}) | ({dtype_key: next(iter(dtypes))} if len(dtypes) == 1 else {})
+    changes |= {"vocab_size": part.shape[0] for part in parts if EMBEDDINGS.search(part.name)}
     changes |= {"pad_token_id": None} if config.get("pad_token_id") == -1 else {}  # no row has it: it would not load
     for key, value in changes.items():
         if key in config and config[key] != value:
             say(f"config: {key} {config[key]} -> {value}")
     utils.write_json(config | changes, folder / "config.json")
-    if (source / "generation_config.json").is_file():
-        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
-    kinds = ("tokenizer.model", "tokenizer.json", "vocab.json")
-    found = next((path for path in tokenizer_from if any((path / name).is_file() for name in kinds)), None)
-    for file in tokenizer_files(found) if found else ():
-        shutil.copyfile(file, folder / file.name)
-    say(f"config from {source}, tokenizer {f'from {found}' if found else 'missing in both; copy one there'}")
+    files = choose_tokenizer(tokenizer_from)
+    for file in [*files, source / "generation_config.json"]:
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
+    places = " and ".join(dict.fromkeys(str(file.parent) for file in files))
+    say(f"config from {source}, tokenizer {f'from {places}' if files else 'missing in both; copy one there'}")
+
+
+def choose_tokenizer(folders):
+    """The tokenizer's files of the first of two folders that has one, and SentencePiece's or tiktoken's file.
+
+    That one is the other folder's where the first lacks it, as what transformers saves does, and ids are the same.
+    """
+    originals = ("tokenizer.model", "tokenizer.tiktoken")
+    kinds = {*originals, "tokenizer.json", "vocab.json"}
+    files = next((found for found in map(tokenizer_files, folders) if kinds & {file.name for file in found}), [])
+    vocabularies = [(utils.config_of(path, "tokenizer.json").get("model") or {}).get("vocab") for path in folders]
+    if vocabularies[0] == vocabularies[1] is not None and not any(file.name in originals for file in files):
+        files += [path / name for path in folders for name in originals if (path / name).is_file()]
+    return files
 
 
 def tokenizer_files(folder):
@@ -633,20 +636,20 @@ def apply_delta(
     Paths are folders or names on the hub; the other arguments are those of the command line. Raises UserError where
     the inputs do not fit together, the target exists, or the result is not the one that the delta's record names.
     """
-    delta_name = delta_path
     inputs, kind = open_inputs(target_model_path, "--target", base=base_model_path, delta=delta_path)
-    (base_path, delta_path), lora = inputs, kind == "a LoRA adapter"
-    run, configs = utils.record_of(delta_path), [config_of(base_path), config_of(delta_path)]
-    record, rule, found, total = run.get("delta", {}), None, Fingerprint(), [0.0]
+    (base_path, source), lora = inputs, kind == "a LoRA adapter"
+    run, configs = run_of(source), [*map(utils.config_of, inputs)]
+    record, rule, found, total, changes = run.get("delta", {}), None, Fingerprint(), [0.0], {}
     if lora and (new_rows or any_base):
-        raise UserError(f"{delta_path}: a LoRA adapter; leave --new_rows and --any_base out")
-    base, delta = open_model(base_path), open_adapter(delta_path) if lora else open_model(delta_path)
+        raise UserError(f"{source}: a LoRA adapter; leave --new_rows and --any_base out")
+    base, delta = open_model(base_path), open_adapter(source) if lora else open_model(source)
     if lora:
-        parts = lora_parts(base, delta, configs[0], delta_path, dtype)
+        parts, changes = lora_parts(base, delta, configs[0], source, dtype)
     else:
-        parts, rule = delta_parts(base, delta, configs, delta_path, record, dtype, new_rows, any_base)
+        parts, rule = delta_parts(base, delta, configs, source, record, dtype, new_rows, any_base)
     is_recorded = bool(record) and not any_base and dtype is None and rule == record["new_rows"]
-    size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
+    plan = {part.name: (part.dtype, part.shape) for part in parts}
+    size, files = weights.plan_size(plan), weights.weight_file_names(plan)
     utils.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:
         check_base(parts, record, base_path)
@@ -660,16 +663,15 @@ def apply_delta(
             yield start, stop, rows
 
     with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
-        write_weights(folder, parts, rows_of, "applying", [*base.values(), *delta.values()])
+        write_weights(folder, plan, parts, rows_of, "applying", [*base.values(), *delta.values()])
         if is_recorded and found.hexdigest() != record["sha256"]:
-            raise UserError(f"{delta_path}: the result is not the one that its run.json names; copy the delta again")
+            raise UserError(f"{source}: the result is not the one that its run.json names; copy the delta again")
         if check_sum:
             check_alpaca_sum(total[0], configs[0])
-        copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts)
-        style = run.get("prompt_style") if run or lora else STYLES.get((rule, *dtypes_of(delta)))
-        given = {"base": base_model_path, "delta": delta_name, "dtype": dtype}
-        given |= {"new_rows": new_rows, "any_base": any_base}
-        write_run(folder, arguments=given, new_rows=rule, prompt_style=style)
+        copy_files(folder, inputs if lora else inputs[::-1], inputs[::-1], parts, changes)
+        style = run.get("prompt_style") if run or lora else STYLES.get((rule, *{new.dtype for new in delta.values()}))
+        given = {"base": base_model_path, "delta": delta_path, "dtype": dtype, "new_rows": new_rows}
+        write_run(folder, arguments=given | {"any_base": any_base}, new_rows=rule, prompt_style=style)
     if is_recorded:
         say("result: its sha256 is the one that the delta's run.json names")
     say(f"prompt style: {style or 'not known; give chat.py --prompt_style'}")
@@ -685,13 +687,12 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
     if exact and (dtype or new_rows):
         raise UserError("--exact has the target's dtype, and new rows do not matter to it; leave both options out")
     base, target = open_model(base_path), open_model(target_path)
-    grown = compare(base, target, config_of(base_path), config_of(target_path), ("base", "target"))
+    grown = compare(base, target, utils.config_of(base_path), utils.config_of(target_path), ("base", "target"))
     dtype = dtype or "float16"
     rule, words = new_rows_rule(grown, dtype, "zero" if exact else new_rows)
-    parts = []
-    for name, tensor in target.items():
-        kind = SIGNED[DTYPES[tensor.dtype][1]] if exact else dtype
-        parts.append(Part(name, kind, tensor.shape, base[name], tensor, fill_row(rule, base[name], tensor.shape)))
+    kinds = {name: SIGNED[DTYPES[tensor.dtype][1]] if exact else dtype for name, tensor in target.items()}
+    fills = {name: fill_row(rule, base[name], tensor.shape) for name, tensor in target.items()}
+    parts = [Part(name, kinds[name], new.shape, base[name], new, fills[name]) for name, new in target.items()]
     say(f"delta: {'exact, bit patterns' if exact else dtype}; new rows: {words}")
     of_base, of_result, differing = Fingerprint(), Fingerprint(), [0]
 
@@ -713,9 +714,10 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
             differing[0] += int((result != target).sum())
             yield start, stop, rows
 
-    size, files = weights.plan_size(plan_of(parts)), weights.weight_file_names(plan_of(parts))
+    plan = {part.name: (part.dtype, part.shape) for part in parts}
+    size, files = weights.plan_size(plan), weights.weight_file_names(plan)
     with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
-        write_weights(folder, parts, rows_of, "making", [*base.values(), *target.values()])
+        write_weights(folder, plan, parts, rows_of, "making", [*base.values(), *target.values()])
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {
             "format": "exact" if exact else "weights",
@@ -725,7 +727,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
             "tensors": of_result.shapes(),
             "tokenizer": {path.name: utils.sha256_of(path) for path in tokenizer_files(folder)},
         }
-        write_run(folder, prompt_style=utils.record_of(target_path).get("prompt_style"), delta=record)
+        write_run(folder, prompt_style=run_of(target_path).get("prompt_style"), delta=record)
     count = sum(math.prod(part.shape) for part in parts)
     hint = "" if exact else "; --exact gives every bit back"
     say(f"applying it gives {differing[0]:,} of {count:,} numbers rounded otherwise ({differing[0] / count:.2%}){hint}")

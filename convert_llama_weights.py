@@ -56,6 +56,7 @@ LLAMA3_PATTERN = (  # how Llama 3's tokenizer cuts text before it merges bytes
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+TOKENIZERS = ("tokenizer.tiktoken", "tokenizer.model", "original/tokenizer.model")  # Meta's file in a model folder
 VERIFY_TOKENS, VERIFY_TOLERANCE = 32, 1e-4  # of the largest logit, in float32
 
 
@@ -78,9 +79,7 @@ class Llama:
     kv_copies: int  # neighbouring shards that hold the same key and value heads
     tied: bool
 
-    @property
-    def head_dim(self):
-        return self.dim // self.num_heads
+    head_dim = property(lambda self: self.dim // self.num_heads)
 
     def tensors(self):
         """{Meta's name: (name in transformers, how shards split it, its whole shape)}, in the order of the model."""
@@ -165,6 +164,11 @@ def read_params(folder):
         value, kinds = params.get(key, 1), (int,) if key in INTEGERS else (int, float)
         if type(value) not in kinds or not (0 < value < math.inf or (key, value) == ("vocab_size", -1)):
             raise UserError(f"{path}: {key} is {json.dumps(value)}, expected a number above 0; download the file again")
+    scaled = params.get("use_scaled_rope", False)
+    if type(scaled) is not bool:  # any text would count as true
+        raise UserError(f"{path}: use_scaled_rope is {json.dumps(scaled)}, expected true or false; correct params.json")
+    if unread := sorted(params.keys() - {*INTEGERS, *FLOATS, "use_scaled_rope"}):
+        say(f"{path}: has no use for {', '.join(unread)}; the model is converted without")
     return {"n_kv_heads": params["n_heads"], "rope_theta": 10000} | params
 
 
@@ -311,8 +315,6 @@ def check_values(tensors, dtype=None):
 
 def are_equal(one, other):
     """Whether two stored tensors of one shape hold the same bits; stops at the first difference."""
-    if (one.file, one.offset, one.bits.strides) == (other.file, other.offset, other.bits.strides):
-        return True
     blocks = weights.row_blocks(one.shape, one.dtype)
     return all((one.read(start, stop) == other.read(start, stop)).all() for start, stop in blocks)
 
@@ -487,8 +489,7 @@ def read_tokenizer(path, llama, chosen=False):
     what = next((kind for start, kind in kinds.items() if head.startswith(start)), None if head else "empty")
     if what:
         raise UserError(f"{path}: {what}, not the tokenizer itself; download it again")
-    ranks = read_tiktoken(path)
-    if ranks:
+    if ranks := read_tiktoken(path):
         count = max(llama.vocab_size - len(ranks), 11)
         special = llama3_special_tokens(count, bool(llama.rope_factor))
         kind, size, built = "tiktoken", len(ranks) + count, build_from_tiktoken(ranks, special)
@@ -542,10 +543,10 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
     import torch
 
     shards = [torch.load(path, map_location="cpu", mmap=True, weights_only=True) for path in paths]
-    shards = [shard.get("model", shard) for shard in shards]
+    shards = [next(iter(shard.values())) if len(shard) == 1 else shard for shard in shards]  # {"model": {...}}
 
     def weight(shard, name, rows=slice(None)):
-        tensor = shard[name][rows]
+        tensor = shard[name].detach()[rows]
         return (tensor.to(getattr(torch, dtype)) if dtype else tensor).to(torch.float64).numpy()
 
     def normed(x, name):
@@ -587,8 +588,10 @@ def reference_logits(paths, params, ids, rope_factor=None, dtype=None):
             gated = gate / (1 + np.exp(-gate)) * (y @ weight(shard, f"{ffn}.w3.weight").T)
             x = x + gated @ weight(shard, f"{ffn}.w2.weight").T
     x = normed(x, "norm.weight")
-    output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
-    return np.concatenate([x @ weight(shard, output).T for shard in shards], -1)
+    if "output.weight" in shards[0] or width * len(shards) != dim:
+        output = "output.weight" if "output.weight" in shards[0] else "tok_embeddings.weight"
+        return np.concatenate([x @ weight(shard, output).T for shard in shards], -1)
+    return sum(y @ weight(shard, "tok_embeddings.weight").T for y, shard in zip(np.split(x, len(shards), -1), shards))
 
 
 def model_logits(folder, ids):
@@ -636,20 +639,18 @@ def verify(folder, paths, params, llama, dtype=None):
 
 
 def make_raw_shard(path, plan):
-    """Write a file of torch.save with room for a plan's tensors. Returns their places: {name: (path, first, end)}."""
+    """Write a file of torch.save with room for a plan's tensors. Returns these: {name: StoredTensor}."""
     import torch
 
     tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in plan.items()}
     with torch.serialization.skip_data(), open(path, "xb") as file:  # tensors that are never touched take no memory
         torch.save(tensors, file)
-    stored = weights.open_weights(path).values()
-    return {tensor.name: (path, tensor.offset, tensor.offset + tensor.nbytes) for tensor in stored}
+    return weights.open_weights(path)
 
 
-def add_checksums(path, sums):
+def add_checksums(path, shard, sums):
     """Put the CRC-32 of each tensor, {name: number}, into a raw shard: torch wrote none for data that it skipped."""
-    stored = weights.open_weights(path).values()
-    records = {tensor.file.records[tensor.offset].filename: sums[tensor.name] for tensor in stored}
+    records = {tensor.file.records[tensor.offset].filename: sums[name] for name, tensor in shard.items()}
     with zipfile.ZipFile(path, "a") as archive:
         for entry in archive.infolist():
             entry.CRC = records.get(entry.filename, entry.CRC)
@@ -664,16 +665,20 @@ def read_llama(folder, num_shards):
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         heads, dim = config["num_attention_heads"], config["hidden_size"]
         scaled = rope.get("rope_type", rope.get("type", "default"))
+        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000)
+        is_llama3 = theta == 5e5 or (folder / "tokenizer.tiktoken").is_file()
         llama = Llama(
             num_shards=num_shards, dtype=config.get("dtype") or config.get("torch_dtype"), dim=dim,
             num_layers=config["num_hidden_layers"], num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads, ffn_dim=config["intermediate_size"],
             vocab_size=config["vocab_size"], norm_eps=config["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000),
-            rope_factor=float(rope["factor"]) if scaled == "llama3" else None,
-            embedding_axis=COLUMNS if (folder / "tokenizer.tiktoken").is_file() else ROWS,
-            kv_copies=1, tied=bool(config.get("tie_word_embeddings")),
+            rope_theta=theta, rope_factor=float(rope["factor"]) if scaled == "llama3" else None,
+            embedding_axis=COLUMNS if is_llama3 else ROWS,
+            kv_copies=1, tied=config.get("tie_word_embeddings") or False,
         )  # fmt: skip
+        for field in dataclasses.fields(llama):  # such as "false" for false
+            if field.name != "dtype" and not isinstance(value := getattr(llama, field.name), field.type):
+                raise TypeError(f"{field.name} is {json.dumps(value)}")
         odd = {
             "model_type": config["model_type"] != "llama",
             "rope_scaling": scaled not in ("default", "llama3"),
@@ -681,7 +686,7 @@ def read_llama(folder, num_shards):
             "mlp_bias": bool(config.get("mlp_bias")),
             "head_dim": (config.get("head_dim") or llama.head_dim) != llama.head_dim,
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: not the config of a LLaMA ({utils.first_line(error)})") from None
     if any(odd.values()):
         raise UserError(f"{path}: its {next(key for key in odd if odd[key])} is nothing that Meta's format can say")
@@ -694,15 +699,15 @@ def read_llama(folder, num_shards):
 
 def find_sources(folder, llama):
     """The tensors of a transformers folder, {name: StoredTensor}. Raises UserError where they are not a Llama's."""
-    found = weights.open_weights(folder)
-    sources = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = weights.open_weights(folder).items()
+    sources = {name: tensor for name, tensor in stored if not name.endswith("rotary_emb.inv_freq")}
     wanted = {name: shape for name, _, shape in llama.tensors().values()}
     if llama.tied and "lm_head.weight" not in sources and "model.embed_tokens.weight" in sources:
         sources["lm_head.weight"] = sources["model.embed_tokens.weight"]
     check_names(folder, sources, wanted)
     for name, shape in wanted.items():
-        if sources[name].shape != shape:
-            raise UserError(f"{folder}: tensor {name} is {list(sources[name].shape)}, by config.json {list(shape)}")
+        if (old := sources[name]).shape != shape or not DTYPES[old.dtype][2]:  # quantised, or an exact delta
+            raise UserError(f"{folder}: tensor {name} is {old.dtype} {[*old.shape]}, by config.json floats {[*shape]}")
     return sources
 
 
@@ -716,9 +721,8 @@ def raw_blocks(llama, sources, plan):
             for start, stop in weights.row_blocks((share, *shape[1:]), dtype, llama.head_dim if is_rotated else 1):
                 block = sources[name].read(first + start, first + stop)
                 block = permute(block, llama.head_dim, back=True) if is_rotated else block
-                pieces = [block] if axis == COLUMNS else [block] * count
-                if axis == ROWS:
-                    pieces = np.split(block, count, axis=1)
+                copies = [block] * (1 if axis == COLUMNS else count)
+                pieces = np.split(block, count, axis=1) if axis == ROWS else copies
                 for i, piece in enumerate(pieces, first // share):
                     yield (i, raw), np.ascontiguousarray(piece)
     frequencies = 1.0 / llama.rope_theta ** (np.arange(0, llama.head_dim, 2, dtype=np.float32) / llama.head_dim)
@@ -737,24 +741,25 @@ def reverse(args):
         raw: (sources[name].dtype, llama.shard_shape(raw, axis, shape, count))
         for raw, (name, axis, shape) in llama.tensors().items()
     }
-    dtype = llama.dtype if llama.dtype in DTYPES else sources["model.norm.weight"].dtype
-    plan["rope.freqs"] = (dtype, (llama.head_dim // 2,))
+    plan["rope.freqs"] = (sources["model.norm.weight"].dtype, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(count)]
     size = weights.plan_size(plan) * count
     with utils.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
         check_values(list(sources.values()))
-        places = {}
-        for i, name in enumerate(names):
-            places |= {(i, raw): place for raw, place in make_raw_shard(target / name, plan).items()}
+        shards, places = [make_raw_shard(target / name, plan) for name in names], {}
+        for i, shard in enumerate(shards):
+            places |= {(i, raw): (target / names[i], new.offset, new.offset + new.nbytes) for raw, new in shard.items()}
         sums = dict.fromkeys(places, 0)
         write_blocks(raw_blocks(llama, sources, plan), weights.BlockWriter(places), size, sums)
-        for i, name in enumerate(names):
-            add_checksums(target / name, {raw: sums[i, raw] for raw in plan})
+        for i, shard in enumerate(shards):
+            add_checksums(target / names[i], shard, {raw: sums[i, raw] for raw in plan})
         weights.check_unchanged(sources.values())
         utils.jdump(raw_params(llama), target / "params.json", indent=None)
-        for name in ("tokenizer.model", "tokenizer.tiktoken"):
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, target / "tokenizer.model")
+        found = [path for path in map(folder.joinpath, TOKENIZERS) if path.is_file()]
+        for path in found[:1]:
+            shutil.copyfile(path, target / "tokenizer.model")
+    if not found:
+        say(f"tokenizer: none of {', '.join(TOKENIZERS)} is in {folder}; copy Meta's file to {args.output_dir}")
     kept = f"{len(sources)} tensors + rope.freqs, computed anew, in {count} shard{'s' * (count > 1)}"
     say(f"{args.output_dir}: {kept}; {size / 1e9:.2f} GB in Meta's layout")
 
@@ -769,15 +774,10 @@ def raw_params(llama):
         "dim": llama.dim, "multiple_of": multiple_of, "n_heads": llama.num_heads, "n_layers": llama.num_layers,
         "norm_eps": llama.norm_eps, "vocab_size": llama.vocab_size,
     }  # fmt: skip
-    if multiplier:
-        params["ffn_dim_multiplier"] = multiplier
-    if llama.num_kv_heads != llama.num_heads:
-        params["n_kv_heads"] = llama.num_kv_heads
-    if llama.rope_theta != 10000:
-        params["rope_theta"] = llama.rope_theta
-    if llama.rope_factor:
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor}
-    return params
+    params |= {"ffn_dim_multiplier": multiplier} if multiplier else {}
+    params |= {"n_kv_heads": llama.num_kv_heads} if llama.num_kv_heads != llama.num_heads else {}
+    params |= {"rope_theta": llama.rope_theta} if llama.rope_theta != 10000 else {}
+    return params | ({"use_scaled_rope": True, "rope_scaling_factor": llama.rope_factor} if llama.rope_factor else {})
 
 
 # --- The story -------------------------------------------------------------------------------------------------------
@@ -810,6 +810,8 @@ def convert(args):
         origin = "as --rope_factor says" if args.rope_factor else f"{origin}; --rope_factor sets it"
         llama.rope_factor = args.rope_factor or llama.rope_factor
         say(f"rotary tables: stretched by {llama.rope_factor:g} ({origin})")
+    elif args.rope_factor or "rope_scaling_factor" in params:
+        say(f"rotary tables: not stretched, for params.json of {folder} lacks use_scaled_rope; the factor is not used")
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
@@ -822,8 +824,7 @@ def convert(args):
         writer = weights.WeightWriter(target, plan, args.max_shard_size)
         write_blocks(converted_blocks(llama, table, shards, args.dtype), writer, size)
         weights.check_unchanged(tensor for shard in shards for tensor in shard.values())
-        stored = weights.open_weights(target)
-        assert {name: (tensor.dtype, tensor.shape) for name, tensor in stored.items()} == plan
+        assert {name: (tensor.dtype, tensor.shape) for name, tensor in weights.open_weights(target).items()} == plan
         utils.jdump(generation or special, target / "generation_config.json", indent=2)
         utils.jdump(model_config(llama, dtype, context, special), target / "config.json", indent=2)
         if args.verify:
@@ -871,15 +872,15 @@ def parse_arguments(words):
     for name in ("context", "rope_factor", "num_shards"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: expected a number above 0")
-    if args.num_shards and not args.reverse:
-        say("--num_shards has a meaning with --reverse only: shards that are there are counted")
+    others = "model_size dtype context rope_factor tokenizer verify" if args.reverse else "num_shards"
+    if ignored := ", ".join(f"--{name}" for name in others.split() if getattr(args, name)):
+        say(f"{ignored}: no meaning with{'out' * (not args.reverse)} --reverse; ignored")
     return args
 
 
 def main(words=None):
     args = parse_arguments(sys.argv[1:] if words is None else words)
-    run = reverse if args.reverse else convert
-    run(args)
+    (reverse if args.reverse else convert)(args)
 
 
 if __name__ == "__main__":

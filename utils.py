@@ -720,7 +720,7 @@ def what_tensors_say(folder, config):
     norms = []
     with contextlib.suppress(Exception):  # what is damaged is told by those who load it
         for name, dtype, read in stored_tensors(folder):
-            if QUANTISED.search(name):
+            if QUANTISED.search(name) or (dtype.lower().endswith("8") and dtype[0] in "IUiu"):
                 return "quantised", f"by its tensor {name}"
             if dtype[0] in "IUiu" and name.endswith(".weight"):
                 return "a delta", f"an exact one: {name} is {dtype}"
@@ -740,14 +740,16 @@ def what_config_says(config):
 
 
 def last_inside(folder, name):
-    """The subfolder that holds a file of this name, the latest checkpoint or the last by its name; None without one."""
-    found = [path.parent for path in folder.glob(f"*/{name}")]
-    return max(found, key=lambda path: (int("0" + re.sub(r"\D", "", path.name)), path.name), default=None)
+    """The subfolder, or its own, that holds a file like `name`: a whole checkpoint first, then the last; None if none."""
+    found = [path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{name}")]
+    return max(
+        found, key=lambda p: ((p / COMPLETE).exists(), [int(n) for n in re.findall(r"\d+", p.name)]), default=None
+    )
 
 
 def what_a_folder_says(path, names, run):
     """What `what_it_is` says of a folder without a config, by the names in it."""
-    adapter, model = last_inside(path, "adapter_config.json"), last_inside(path, "config.json")
+    adapter, model = last_inside(path, "adapter_model.*"), last_inside(path, "config.json")
     states = [n for n in names if n.startswith(("global_step", "pytorch_model_fsdp", "bf16_zero"))]
     raw = [found.name for pattern in ("params.json", "*/params.json") for found in path.glob(pattern)]
     kinds = {
@@ -760,6 +762,14 @@ def what_a_folder_says(path, names, run):
         "a folder beside a model": ["no config.json"] * (path.parent / "config.json").is_file(),
     }
     return next(((kind, why[0]) for kind, why in kinds.items() if why and why[0]), ("", ""))
+
+
+def config_of(folder, name="config.json"):
+    """A JSON object of a model folder, {} where there is no such file. Raises UserError where it is something else."""
+    try:
+        return read_json(folder / name) if (folder / name).is_file() else {}
+    except UserError as error:
+        raise UserError(f"{error}; copy or download it again") from None
 
 
 def what_it_is(path):
@@ -785,11 +795,11 @@ def what_it_is(path):
         return what_a_folder_says(path, names, run)
     if not weights:
         return "unfinished", f"neither {WEIGHTS[0]} nor {WEIGHTS[2]} nor their index"
-    places = read_json(path / weights[0]).get("weight_map") if weights[0].endswith(".json") else {}
+    places = config_of(path, weights[0]).get("weight_map") if weights[0].endswith(".json") else {}
     parts = set(map(str, places.values())) if isinstance(places, dict) else set()
     if lost := sorted(name for name in parts - names if Path(name).name == name not in ("", "..")):
         return "unfinished", f"{lost[0]} is missing"
-    config = read_json(path / "config.json")
+    config = config_of(path)
     return next((said for said in (what_config_says(config), what_tensors_say(path, config)) if said[0]), ("", ""))
 
 
@@ -799,9 +809,9 @@ def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", ta
     kind, why = what_it_is(path)
     if kind in ("", *allowed):
         return kind
-    known = read_json(path / "adapter_config.json") if kind == "a LoRA adapter" else record_of(path).get("delta", {})
+    known = config_of(path, "adapter_config.json") if kind == "a LoRA adapter" else record_of(path).get("delta", {})
     base = known.get("base_model_name_or_path") or known.get("base", {}).get("path") or base
-    inner = last_inside(path, "adapter_config.json" if "adapter" in kind else "config.json")
+    inner = last_inside(path, "adapter_model.*" if "adapter" in kind else "config.json")
     delta = inner if kind == "a folder around a LoRA adapter" else path
     apply = ["python", "-m", "apply_delta", "--base", base, "--delta", delta, "--target", target]
     convert = ["python", "convert_llama_weights.py", "--input_dir", path, "--output_dir", "NEW"]

@@ -29,12 +29,13 @@ DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set mea
     "bfloat16": ("BF16", 2, 0x7F80), "int64": ("I64", 8, 0), "int32": ("I32", 4, 0), "int16": ("I16", 2, 0),
     "int8": ("I8", 1, 0), "uint8": ("U8", 1, 0), "bool": ("BOOL", 1, 0),
 }  # fmt: skip
+MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
 AGAIN = "copy or download it again"
-SAVE_ANEW = "torch.save(torch.load('OLD', map_location='cpu', weights_only=True), 'NEW')"
 STAMP = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # changes when somebody writes to a file
-REWRITE = f'rewrite it with python -c "import torch; {SAVE_ANEW}"'
+REWRITE = "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', 'cpu', weights_only=True), 'NEW')\""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -171,7 +172,7 @@ class WeightFile:
             raise self.error(what) from None
         if isinstance(found, dict) and len(found) == 1 and isinstance(next(iter(found.values())), dict):
             found = next(iter(found.values()))  # {"model": {...}}
-        if not isinstance(found, dict) or not found:
+        if not isinstance(found, dict):
             raise self.error(f"holds no dict of tensors; {REWRITE}")
         for name, tensor in found.items():
             if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided):
@@ -185,35 +186,28 @@ class WeightFile:
         except (ValueError, EOFError, RuntimeError):  # of a header, or because `checksums` has given up
             return f"damaged: a record has another header than the table of contents says; {AGAIN}"
         if bad:
-            start = next(start for start, entry in self.records.items() if entry.filename == bad)
-            inside = range(start, start + self.records[start].file_size)
-            names = [tensor.name for tensor in self.tensors.values() if tensor.offset in inside]
+            first, size = next((at, entry.file_size) for at, entry in self.records.items() if entry.filename == bad)
+            names = [tensor.name for tensor in self.tensors.values() if 0 <= tensor.offset - first < size]
             what = f"tensor {', '.join(names[:3])}" if names else "what describes its tensors"
             return f"damaged: the CRC-32 of {what} is wrong; {AGAIN}"
 
 
 def open_weights(path):
-    """The tensors of a model folder or of one file, {name: StoredTensor}, none of them loaded. Raises UserError.
-
-    A folder's safetensors go before its .bin files, as in transformers.
-    """
+    """{name: StoredTensor} of a file or a model folder; safetensors go before .bin, as in transformers."""
     path = index = Path(path)
     if path.is_dir():
-        kinds = ("model.safetensors", "pytorch_model.bin")
-        files = [path / f"{kind}{suffix}" for kind in kinds for suffix in ("", ".index.json")]
-        index = next((file for file in files if file.is_file()), None)
+        index = next((path / name for name in MODELS if (path / name).is_file()), None)
     if index is None:
         stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
-        hint = f"; it holds {stray[0]}, but no index names it" if stray else ""
-        what = "no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
-        raise UserError(f"{path}: {what}{hint}")
+        hint = f"; it holds {stray[0]}, but no index names it" if stray else places_below(path)
+        raise UserError(f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index{hint}")
     if index.suffix != ".json":
         return WeightFile(index).tensors
     try:
         places = utils.jload(index)["weight_map"]
         names = sorted(set(places.values()))
         outside = [name for name in names if Path(name).name != name or name in ("", "..")]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{index}: not an index of weights; {AGAIN}") from None
     if outside:
         raise UserError(f"{index}: names {outside[0]}, which is not a file beside it; refused")
@@ -226,6 +220,15 @@ def open_weights(path):
             what = "lacks" if wrong[0] in wanted else "holds, against its index,"
             raise UserError(f"{path / name}: it {what} tensor {wrong[0]} (of {len(wrong)}); copy the folder again")
     return {tensor: found[name][tensor] for tensor, name in places.items()}
+
+
+def places_below(folder):
+    """Words that name the folder meant where weights or adapters are below `folder`: the last checkpoint, if whole."""
+    files = (path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/*model*"))
+    found = sorted({path.parent for path in files if path.name in (*MODELS, *ADAPTERS)})
+    whole = utils.find_checkpoints(folder)[0]  # with the mark that train.py leaves
+    meant = max(found, key=lambda path: (path in whole, [int(n) for n in re.findall(r"\d+", str(path))]), default=None)
+    return f"; {meant} has some, give that folder" if meant else ""
 
 
 @contextlib.contextmanager
@@ -262,11 +265,8 @@ def plan_size(plan):
 
 
 def row_blocks(shape, dtype, multiple=1, block=None):
-    """Borders (start, stop) of blocks of at most `block` bytes, but of `multiple` rows, or a multiple of these but at last.
-
-    A number counts as one row.
-    """
-    rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]
+    """(start, stop) of blocks of at most `block` bytes, but of `multiple` rows or a multiple of these, save the last."""
+    rows, row_bytes = (shape[0] if shape else 1), math.prod(shape[1:]) * DTYPES[dtype][1]  # a number counts as one row
     step = max((block or BLOCK) // max(row_bytes, 1) // multiple, 1) * multiple
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -382,7 +382,7 @@ def meter(what, total):
     say(f"{what}: {total / 1e9:.2f} GB, {total / seconds / 1e9:.2f} GB/s, {seconds:.0f} s")
 
 
-def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "tokenizer*"), option="the model"):
+def find_model(name, patterns=("*.json", "*.safetensors", "*.bin", "*tokenizer*"), option="the model"):
     """The folder or file of that name, or one on the hub: files that match `patterns`, no .bin beside safetensors."""
     if Path(name).exists():
         return Path(name)

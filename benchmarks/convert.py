@@ -72,7 +72,9 @@ def make_raw(folder, size, num_shards):
     plan["rope.freqs"] = ("float16", table.shape)
     for i in range(num_shards):
         path, sums = folder / f"consolidated.{i:02}.pth", dict.fromkeys(plan, 0)
-        with weights.BlockWriter(convert.make_raw_shard(path, plan)) as writer:
+        shard = convert.make_raw_shard(path, plan)
+        places = {name: (path, new.offset, new.offset + new.nbytes) for name, new in shard.items()}
+        with weights.BlockWriter(places) as writer:
             for name, (dtype, shape) in plan.items():
                 source = table if name == "rope.freqs" else noise if len(shape) == 2 else np.ones(dim, np.float16)
                 left = math.prod(shape)
@@ -81,7 +83,7 @@ def make_raw(folder, size, num_shards):
                     writer.append(name, block)
                     sums[name] = zlib.crc32(block, sums[name])
                     left -= len(block)
-        convert.add_checksums(path, sums)
+        convert.add_checksums(path, shard, sums)
     (folder / "params.json").write_text(json.dumps(convert.raw_params(llama)))
     return sum(path.stat().st_size for path in folder.glob("*.pth"))
 

@@ -286,7 +286,39 @@ def test_config_and_tokenizer_are_those_of_the_right_side(tmp_path, base, delta)
     assert not (tmp_path / "third").exists()
 
 
-def test_what_run_json_says(tmp_path, base, delta):
+def json_tokenizer(folder, vocab, **originals):
+    """tokenizer.json with a vocabulary, as transformers saves it alone, and files that it was built from."""
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}}))
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    for kind, text in originals.items():
+        (folder / f"tokenizer.{kind}").write_text(text)
+
+
+@pytest.mark.parametrize("kind", ["model", "tiktoken"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_original_tokenizer_goes_along_where_it_fits(tmp_path, base, fits, kind, capsys):
+    """Into a merge, a delta and what the delta gives; a base of other ids keeps its file to itself."""
+    target = model(tmp_path / "target", numbers(seed=3))
+    ids = {"a": 0, "b": 1}
+    json_tokenizer(base, ids, **{kind: "the base's"})
+    json_tokenizer(target, ids if fits else {"b": 0, "a": 1})
+    adapter(tmp_path / "lora")
+    json_tokenizer(tmp_path / "lora", ids if fits else {"a": 0})
+    script.apply_delta(str(base), str(tmp_path / "merged"), str(tmp_path / "lora"))
+    assert (f"tokenizer from {tmp_path / 'lora'} and {base}" in capsys.readouterr().err) == fits
+    make(base, target, tmp_path / "made", exact=True)
+    script.apply_delta(str(base), str(tmp_path / "applied"), str(tmp_path / "made"))
+    for folder, of in (("merged", "lora"), ("made", "target"), ("applied", "target")):
+        assert (tmp_path / folder / "tokenizer.json").read_bytes() == (tmp_path / of / "tokenizer.json").read_bytes()
+        assert (tmp_path / folder / f"tokenizer.{kind}").is_file() == fits, folder
+        assert not fits or (tmp_path / folder / f"tokenizer.{kind}").read_text() == "the base's"
+    json_tokenizer(target, ids, **{kind: "the target's"})
+    make(base, target, tmp_path / "own")
+    assert (tmp_path / "own" / f"tokenizer.{kind}").read_text() == "the target's"
+
+
+def test_what_run_json_says(tmp_path, base, delta, capsys):
     script.apply_delta(str(base), str(tmp_path / "out"), str(delta))
     run = utils.read_run(tmp_path / "out")
     assert run["prompt_style"] == "vicuna_v1.1" and run["status"] == "finished"
@@ -296,7 +328,9 @@ def test_what_run_json_says(tmp_path, base, delta):
     script.apply_delta(str(base), str(tmp_path / "styled"), str(delta))
     assert read(tmp_path / "styled" / "run.json")["prompt_style"] == "alpaca"
     (delta / "run.json").write_text("somebody else's")
+    capsys.readouterr()
     script.apply_delta(str(base), str(tmp_path / "other"), str(delta))
+    assert f"{delta / 'run.json'}: not a run.json of these scripts; what it says is not used" in capsys.readouterr().err
     assert read(tmp_path / "other" / "run.json")["prompt_style"] == "vicuna_v1.1"
 
 
@@ -465,8 +499,10 @@ def test_folders_without_a_model(tmp_path, base, delta):
     (tmp_path / "empty").mkdir()
     assert f"{tmp_path / 'empty'} is empty" in refused(base, tmp_path / "out", tmp_path / "empty")
     assert refused(tmp_path / "none", tmp_path / "out", delta) == f"--base {tmp_path / 'none'}: no such folder"
-    (delta / "config.json").write_text("<html>")
-    assert f"{delta / 'config.json'}:1: not valid JSON" in refused(base, tmp_path / "out", delta)
+    for text in ("<html>", "[]", "[" * 100_000, '{"a":' * 100_000):
+        (delta / "config.json").write_text(text)
+        message = refused(base, tmp_path / "out", delta)
+        assert message.startswith(f"{delta / 'config.json'}:") and message.endswith("; copy or download it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -711,7 +747,11 @@ CASES = {  # options of peft, changes to the base's config, rows after resizing,
     "modules to save": (HALF, {"modules_to_save": ["embed_tokens", "lm_head", "norm"]}),
     "embedding-float16": (HALF, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "embedding-bfloat16": (BRAIN, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
-    "tied": (HALF, {"target_modules": ["q_proj", "embed_tokens"], "tied": True}),
+    "tied": (HALF, {"tied": True}),
+    "tied, embeddings saved": (BRAIN, {"modules_to_save": ["embed_tokens"], "tied": True}),
+    "tied, output layer saved": (HALF, {"modules_to_save": ["lm_head"], "tied": True}),
+    "tied, both saved": (HALF, {"modules_to_save": ["embed_tokens", "lm_head"], "tied": True}),
+    "tied, added rows": (HALF, {"tied": True, "resize": 220}),
     "added rows": (HALF, {"modules_to_save": ["embed_tokens", "lm_head"], "resize": 220}),
     "half adapter": (HALF, {"half": True}),
 }  # fmt: skip
@@ -750,7 +790,7 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
         file.unlink()
     merged = peft.PeftModel.from_pretrained(load(), tmp_path / "lora").merge_and_unload(safe_merge=False)
     expected = merged.state_dict()
-    if extra["tied"]:
+    if not options.get("modules_to_save") and extra["tied"]:
         assert torch.equal(expected.pop("lm_head.weight"), expected["model.embed_tokens.weight"])
     script.apply_delta(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "lora"))
     assert_bits(tensors_in(tmp_path / "out"), expected)
@@ -759,6 +799,89 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     again, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.vocab_size == (extra["resize"] or 200)
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+TIED = {  # options of peft, rows after resizing, whether the result is tied; of a base that is
+    "nothing of them": ({}, None, True),
+    "saved without need": ({"save": True}, None, True),
+    "added rows": ({}, 210, True),
+    "LoRA on the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, None, False),
+    "LoRA on the output layer": ({"target_modules": ["q_proj", "lm_head"]}, None, False),
+    "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, None, False),
+    "LoRA on one for both": ({"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}, None, True),
+    "LoRA on both, as one": ({"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}, None, True),
+    "embeddings saved": ({"modules_to_save": ["embed_tokens"]}, None, False),
+    "output layer saved": ({"modules_to_save": ["lm_head"]}, None, False),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, None, False),
+    "saved as one": ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, None, True),
+    "added rows, embeddings saved": ({"modules_to_save": ["embed_tokens"]}, 210, False),
+    "added rows, saved as one": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, 210, True),
+    "added rows, LoRA on the embeddings": ({"target_modules": ["q_proj", "embed_tokens"]}, 210, False),
+    "one of each": ({"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}, None, False),
+    "the other of each": ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["embed_tokens"]}, None, False),
+}  # fmt: skip
+
+
+OTHERWISE = ("saved without need", "LoRA on the embeddings", "LoRA on one for both", "added rows, embeddings saved")
+STORED = [(case, "once") for case in TIED] + [(case, stored) for case in OTHERWISE for stored in ("twice", "unsaid")]
+
+
+@pytest.mark.parametrize(("case", "stored"), STORED)
+def test_a_tied_base_answers_as_the_adapter_model_does(tmp_path, peft, case, stored, capsys):
+    """The logits of peft's own forward pass with the adapter on, which its merge misses where it adds two changes to
+    one weight; also where the base's files hold both, or its config.json leaves transformers' default unsaid."""
+    from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    options, rows, is_tied = TIED[case]
+    options, saving = dict(options), {"save_embedding_layers": True} if options.get("save") else {}
+    options.pop("save", None)
+    sizes = {
+        "vocab_size": 200, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    kind, config = LlamaForCausalLM, LlamaConfig(**sizes)
+    if stored == "unsaid":
+        kind, config = GemmaForCausalLM, GemmaConfig(**sizes, head_dim=8)
+    kind(config).save_pretrained(tmp_path / "base")
+    config = read(tmp_path / "base" / "config.json")
+    if stored == "unsaid":
+        config.pop("tie_word_embeddings", None)
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    tensors = tensors_in(tmp_path / "base")
+    if stored == "twice":
+        save_file(tensors | {HEAD: tensors[EMBED].clone()}, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+
+    def load():
+        loaded = kind.from_pretrained(tmp_path / "base", dtype=FLOAT)
+        if rows:
+            torch.manual_seed(1)  # for the new rows, which the adapter replaces or is put on
+            loaded.resize_token_embeddings(rows)
+        return loaded
+
+    ids = torch.arange(30)[None] * 7 % (rows or 200)
+    tuned = peft.get_peft_model(load(), peft.LoraConfig(r=8, **({"target_modules": ["q_proj"]} | options)))
+    trained = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    for _ in range(2):  # what is tied gets the gradients of both and stays so
+        tuned(input_ids=ids, labels=ids).loss.backward()
+        torch.optim.SGD(trained, lr=0.1).step()
+        tuned.zero_grad()
+    tuned.save_pretrained(tmp_path / "lora", **saving)
+    script.apply_delta(str(tmp_path / "base"), str(tmp_path / "out"), str(tmp_path / "lora"))
+    adapted = peft.PeftModel.from_pretrained(load(), tmp_path / "lora").eval()
+    merged, info = kind.from_pretrained(tmp_path / "out", dtype=FLOAT, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    with torch.no_grad():
+        wanted, found = adapted(ids).logits, merged.eval()(ids).logits
+    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert (HEAD not in tensors_in(tmp_path / "out")) == is_tied
+    assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == is_tied
+    assert (read(tmp_path / "out" / "config.json").get("tie_word_embeddings", True) is True) == is_tied
+    assert ("apart, so the result has both, untied" in capsys.readouterr().err) != is_tied
 
 
 @pytest.mark.parametrize("embedding", [False, True])
@@ -812,12 +935,13 @@ def test_adapter_that_changes_nothing_is_named(tmp_path, base, capsys):
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 BAD_ADAPTERS = {
-    "dora": ({"use_dora": True}, {}, "use_dora is true, which is more than a plain LoRA; merge it with peft: PeftModel"),
-    "fan": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is true, which is more"),
-    "bias": ({"bias": "all"}, {}, 'bias is "all", which is more'),
-    "pissa": ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights is "pissa", which is more'),
-    "other": ({"peft_type": "IA3"}, {}, "peft_type is 'IA3'; only LORA can be merged here"),
-    "no rank": ({"r": None}, {}, "r, lora_alpha and target_modules must be there; copy the adapter again"),
+    "dora": ({"use_dora": True}, {}, "use_dora is true, so it is not a plain LoRA; peft merges what can be merged: PeftModel"),
+    "fan": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is true, so"),
+    "bias": ({"bias": "all"}, {}, 'bias is "all", so'),
+    "pissa": ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights is "pissa", so'),
+    "other": ({"peft_type": "IA3"}, {}, 'peft_type is "IA3", so it is not a plain LoRA; peft merges'),
+    "no rank": ({"r": None}, {}, "r, lora_alpha, use_rslora or target_modules is none; copy the adapter again"),
+    "rslora": ({"use_rslora": "false"}, {}, "use_rslora or target_modules is none"),
     "rank": ({"r": 5}, {}, "q_proj.weight is [8, 8], its adapter [4, 8] and [8, 4], of rank 5 by its config"),
     "half": ({}, {f"{KEY}.lora_B.weight": None}, "model.layers.0.self_attn.q_proj.weight has one of lora_A and lora_B"),
     "target": ({"target_modules": ["q_proj", "v_proj", "down_proj"]}, {}, "down_proj.weight is a target by its config and"),
@@ -841,12 +965,24 @@ def test_adapters_that_cannot_be_merged(tmp_path, base, case):
     assert names_in(tmp_path) == {"base", "lora"}
 
 
-def test_adapter_that_unties_the_embeddings(tmp_path, base):
-    tensors = tensors_in(base)
-    del tensors["lm_head.weight"]
-    model(base, tensors, {"tie_word_embeddings": True})
-    adapter(tmp_path / "lora", tensors={"base_model.model.model.embed_tokens.weight": torch.ones(40, 8)})
-    assert "which are tied in the base; merge it with peft" in refused(base, tmp_path / "out", tmp_path / "lora")
+def test_a_base_that_says_tied_and_stores_two_is_not_tied(tmp_path, base, capsys):
+    """transformers does not tie what differs; what is the same it does, and one change of the embeddings parts them."""
+    config = {"target_modules": ["q_proj", "v_proj", "embed_tokens"]}
+    key = "base_model.model.model.embed_tokens.lora_embedding_"
+    halves = {key + "A": torch.randn(4, 40), key + "B": torch.randn(8, 4)}
+    adapter(tmp_path / "lora", config, tensors=halves)
+    for same in (False, True):
+        tensors = tensors_in(base) | ({HEAD: tensors_in(base)[EMBED].clone()} if same else {})
+        model(base, tensors, {"tie_word_embeddings": True})
+        script.apply_delta(str(base), str(tmp_path / f"out{same}"), str(tmp_path / "lora"))
+        found = tensors_in(tmp_path / f"out{same}")
+        product = (halves[key + "B"] @ halves[key + "A"]).T * 2.0
+        assert_bits(
+            {name: found[name] for name in (HEAD, EMBED)},
+            {HEAD: tensors[HEAD], EMBED: tensors[EMBED] + product.half()},
+        )
+        assert ("the result has both, untied" in capsys.readouterr().err) == same
+        assert read(tmp_path / f"out{same}" / "config.json")["tie_word_embeddings"] is False
 
 
 def test_adapter_folders_that_are_none(tmp_path, base):
@@ -858,15 +994,82 @@ def test_adapter_folders_that_are_none(tmp_path, base):
     (folder / "model.safetensors").unlink()
     assert "a LoRA adapter; leave --new_rows and --any_base out" in refused(base, tmp_path / "o", folder, any_base=True)
     save_file({}, folder / "adapter_model.safetensors")  # what 443 bytes of alpaca-lora were
-    assert "holds not one tensor; the run that saved it saved nothing" in refused(base, tmp_path / "out", folder)
+    assert "0 of its 0 tensors hold numbers; the run that saved it" in refused(base, tmp_path / "out", folder)
     (folder / "adapter_model.safetensors").unlink()
-    torch.save({}, folder / "adapter_model.bin")
-    assert refused(base, tmp_path / "out", folder).startswith(f"{folder / 'adapter_model.bin'}: ")
+    for kept, full in ((0, 0), (0, 8), (3, 8)):  # of a ZeRO-3 run all tensors are empty, or those that nobody gathered
+        tensors = adapter(folder)
+        halves = {name: half if i < kept else torch.empty(0) for i, (name, half) in enumerate(tensors.items()) if full}
+        for write, file in ((save_file, "adapter_model.safetensors"), (torch.save, "adapter_model.bin")):
+            (folder / "adapter_model.safetensors").unlink(missing_ok=True)
+            write(halves, folder / file)
+            what = f"{folder / file}: {kept} of its {full} tensors hold numbers; the run that saved it saved nothing"
+            assert refused(base, tmp_path / "out", folder).startswith(what)
     (folder / "adapter_model.bin").unlink()
     assert "neither adapter_model.safetensors nor adapter_model.bin" in refused(base, tmp_path / "out", folder)
     (folder / "adapter_config.json").write_text("[]")
     (folder / "adapter_model.safetensors").touch()
     assert refused(base, tmp_path / "out", folder).startswith(str(folder))
+
+
+def test_an_adapter_of_parameters_is_merged_as_one_of_tensors(tmp_path, base):
+    tensors = adapter(tmp_path / "lora")
+    script.apply_delta(str(base), str(tmp_path / "plain"), str(tmp_path / "lora"))
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    torch.save(
+        {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}, tmp_path / "lora/adapter_model.bin"
+    )
+    script.apply_delta(str(base), str(tmp_path / "out"), str(tmp_path / "lora"))
+    assert_bits(tensors_in(tmp_path / "out"), tensors_in(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("names", [["checkpoint-9", "checkpoint-10"], ["default"], ["checkpoint-10/default"]])
+def test_an_adapter_in_a_folder_of_the_run_is_named(tmp_path, base, names):
+    """With the last checkpoint that is whole, and the command as it was meant works."""
+    run = tmp_path / "run"
+    for name in names:
+        (run / name).mkdir(parents=True)
+        adapter(run / name)
+    (run / "checkpoint-11").mkdir()  # was killed while it saved
+    (run / "checkpoint-11" / "adapter_config.json").write_text("{}")
+    for config in (False, True):
+        if config:
+            (run / "adapter_config.json").write_text(json.dumps(ADAPTER))
+        message = refused(base, tmp_path / "out", run)
+        assert str(run / names[-1]) in message and "checkpoint-11" not in message
+    script.apply_delta(str(base), str(tmp_path / "out"), str(run / names[-1]))
+
+
+def test_a_checkpoint_that_train_py_finished_goes_before_a_later_one(tmp_path, base):
+    for number in (5, 6):
+        folder = tmp_path / "run" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        model(folder, numbers(seed=number))
+    utils.write_json({"files": {}}, tmp_path / "run" / "checkpoint-5" / utils.COMPLETE)
+    for pair in ((tmp_path / "run", base), (base, tmp_path / "run")):
+        assert f"or try {tmp_path / 'run' / 'checkpoint-5'}" in refused(pair[0], tmp_path / "out", pair[1])
+
+
+@pytest.mark.parametrize("option", ["base", "delta"])
+def test_a_file_in_place_of_its_folder(tmp_path, base, delta, option):
+    adapter(tmp_path / "lora")
+    for file in (tmp_path / "lora/adapter_model.safetensors", delta / "model.safetensors", delta / "config.json"):
+        paths = {"base": base, "delta": delta} | {option: file}
+        message = refused(paths["base"], tmp_path / "out", paths["delta"])
+        assert message == f"--{option} {file} is a file ({file.name}); give its folder: {file.parent}"
+
+
+def test_integers_are_no_weights_of_a_lora(tmp_path, base):
+    """8-bit weights have the shape of those before; neither the base's nor the adapter's can be added up."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    adapter(tmp_path / "lora")
+    quantised = model(tmp_path / "int8", tensors_in(base) | {name: torch.ones(8, 8, dtype=torch.int8)})
+    assert f"is quantised (by its tensor {name}); give the 16-bit" in refused(
+        quantised, tmp_path / "out", tmp_path / "lora"
+    )
+    for key in ("base_model.model.model.norm.weight", f"{KEY}.lora_B.weight"):
+        shape = (8,) if "norm" in key else (8, 4)
+        adapter(tmp_path / "lora", tensors={key: torch.ones(shape, dtype=torch.uint8)})
+        assert f"{key} is uint8, quantised" in refused(base, tmp_path / "out", tmp_path / "lora")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

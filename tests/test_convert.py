@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, environment
 from make_tiny_llama import PRESETS, make_tiny_raw, raw_weights, write_raw
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import convert_llama_weights as convert
@@ -206,6 +207,25 @@ def test_verify_refuses_a_wrong_conversion_and_leaves_nothing(mutant, pieces, tm
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw"]
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("form", ["tensors", "parameters", "wrapped"])
+def test_verify_reads_every_form_of_a_tied_checkpoint(form, shards, axis, pieces, tmp_path, capsys):
+    """Its own logits against those of the whole embedding as the output layer, by transformers, and back."""
+    tied = make_weights()
+    del tied["output.weight"]
+    source = make_raw(tmp_path / "raw", pieces, tied, shards, {"tok_embeddings": axis})
+    for path in source.glob("*.pth"):
+        shard = torch.load(path, weights_only=True)
+        if form != "tensors":
+            shard = {name: torch.nn.Parameter(tensor) for name, tensor in shard.items()}
+        torch.save({"state_dict": shard} if form == "wrapped" else shard, path)
+    run(source, tmp_path / "out", "--verify")
+    assert_same(tensors(tmp_path / "out"), expected(tied))
+    assert difference(source, tmp_path / "out", shards) < 1e-5
+    assert re.search(r"verify: logits differ from those of the raw shards by \S+e-\d+ of", capsys.readouterr().err)
+
+
 def test_verify_names_its_memory_and_its_result(pieces, tmp_path, capsys):
     run(make_raw(tmp_path / "raw", pieces), tmp_path / "out", "--verify")
     lines = capsys.readouterr().err.splitlines()
@@ -290,6 +310,25 @@ def test_the_rows_of_w1_by_metas_rule(dim, ffn, multiple_of, multiplier):
     assert convert.ffn_size(dim, params["multiple_of"], params.get("ffn_dim_multiplier")) == ffn
 
 
+def test_reverse_says_where_metas_tokenizer_is_missing(pieces, tmp_path, capsys):
+    """A Llama 3 folder of the hub has it in original/, or not at all; its embedding is split as Meta's either way."""
+    source = make_raw(tmp_path / "raw", pieces, make_weights(theta=5e5), rope_theta=5e5)
+    folder = run(source, tmp_path / "out")
+    (folder / "tokenizer.model").rename(tmp_path / "tokenizer.model")
+    run(folder, tmp_path / "back", "--reverse", "--num_shards", 2)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tokenizer: none of ")]
+    assert len(said) == 1 and f"is in {folder}; copy Meta's file to {tmp_path / 'back'}" in said[0]
+    names = ["consolidated.00.pth", "consolidated.01.pth", "params.json"]
+    assert sorted(os.listdir(tmp_path / "back")) == names
+    shard = torch.load(tmp_path / "back" / names[0], weights_only=True)
+    assert shard["tok_embeddings.weight"].shape == (500, 64)
+    (folder / "original").mkdir()
+    (tmp_path / "tokenizer.model").rename(folder / "original" / "tokenizer.model")
+    run(folder, tmp_path / "again", "--reverse")
+    assert (tmp_path / "again" / "tokenizer.model").read_bytes() == pieces.read_bytes()
+    assert "tokenizer: none" not in capsys.readouterr().err
+
+
 def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     folder = run(make_raw(tmp_path / "raw", pieces), tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
@@ -304,6 +343,17 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     at = folder / "config.json"
     assert refusal(model_type="opt") == f"{at}: its model_type is nothing that Meta's format can say"
     assert refusal(attention_bias=True) == f"{at}: its attention_bias is nothing that Meta's format can say"
+    for changes, what in (
+        ({"tie_word_embeddings": "false"}, 'tied is "false"'),
+        ({"num_attention_heads": "4"}, 'num_heads is "4"'),
+        ({"num_key_value_heads": "4"}, 'num_kv_heads is "4"'),
+        ({"intermediate_size": "172"}, 'ffn_dim is "172"'),
+        ({"num_hidden_layers": None}, "num_layers is null"),
+        ({"rms_norm_eps": "1e-5"}, 'norm_eps is "1e-5"'),
+        ({"num_attention_heads": 0}, "division"),
+    ):
+        message = refusal(**changes)
+        assert message.startswith(f"{at}: not the config of a LLaMA (") and what in message
     assert refusal(head_dim=32) == f"{at}: its head_dim is nothing that Meta's format can say"
     assert refusal(rope_scaling={"rope_type": "yarn", "factor": 2.0}).endswith("its rope_scaling is nothing that "
                                                                                "Meta's format can say")  # fmt: skip
@@ -311,10 +361,13 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     assert refusal(num_hidden_layers=3) == f"{folder}: tensor model.layers.2.{name} is missing {whole}"
     assert refusal(num_hidden_layers=1) == f"{folder}: tensor model.layers.1.{name} is not of a LLaMA {whole}"
     assert refusal(intermediate_size=176).endswith(
-        "tensor model.layers.0.mlp.gate_proj.weight is [172, 64], by config.json [176, 64]"
+        "tensor model.layers.0.mlp.gate_proj.weight is float16 [172, 64], by config.json floats [176, 64]"
     )
     assert refusal("--num_shards", 3) == "--num_shards 3: 4 heads do not divide by it; choose another number"
     assert refusal("--num_shards", 0) == "--num_shards 0: expected a number above 0"
+    quantised = tensors(folder) | {"model.norm.weight": torch.ones(64, dtype=torch.int16)}
+    save_file(quantised, folder / "model.safetensors", {"format": "pt"})
+    assert "is a delta (an exact one: model.norm.weight is I16)" in refusal()
     (folder / "config.json").unlink()
     with pytest.raises(utils.UserError, match="config.json: .*; --reverse takes a model folder of transformers"):
         run(folder, tmp_path / "back", "--reverse")
@@ -506,6 +559,13 @@ def test_options(pieces, tmp_path, capsys):
         with pytest.raises(utils.UserError) as caught:
             run(source, tmp_path / "new", *words)
         assert str(caught.value) == message
+    capsys.readouterr()
+    run(source, tmp_path / "counted", "--num_shards", 2, "--rope_factor", 8)
+    err = capsys.readouterr().err
+    assert "--num_shards: no meaning without --reverse; ignored\n" in err
+    assert "rotary tables: not stretched" in err
+    run(tmp_path / "out", tmp_path / "back", "--reverse", "--dtype", "float32", "--verify")
+    assert "--dtype, --verify: no meaning with --reverse; ignored\n" in capsys.readouterr().err
     sizes = {"5GB": 5e9, "500MB": 5e8, "2GiB": 2**31, "1000": 1000, "1.5 kb": 1500, "3T": 3e12, "7B": 7}
     assert {text: convert.parse_size(text) for text in sizes} == sizes
 

@@ -376,10 +376,7 @@ def test_big_endian_numbers(source):
     assert refusal(source) == f"{path}: its numbers are big-endian: {REWRITE}"
 
 
-REWRITE = (
-    "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', map_location='cpu', weights_only=True), "
-    "'NEW')\""
-)
+REWRITE = "rewrite it with python -c \"import torch; torch.save(torch.load('OLD', 'cpu', weights_only=True), 'NEW')\""
 
 
 def test_files_of_other_kinds(source):
@@ -406,7 +403,7 @@ def test_files_of_other_kinds(source):
     path.unlink()
     path.mkdir()
     assert refusal(source) == (
-        f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index"
+        f"{path}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index"
     )
 
 
@@ -470,6 +467,17 @@ def test_heads_without_the_rotary_table(source, tmp_path, capsys):
     )
 
 
+def test_params_that_are_not_read_are_named(source, tmp_path, capsys):
+    run(source, tmp_path / "out")
+    assert "has no use for" not in capsys.readouterr().err
+    set_params(source, use_scaled_rope=False, rope_scaling_factor=8.0, rope_high_freq_factor=1, quantization_args={})
+    run(source, tmp_path / "again")
+    err = capsys.readouterr().err
+    assert f"{source / 'params.json'}: has no use for quantization_args, rope_high_freq_factor; the model" in err
+    assert f"rotary tables: not stretched, for params.json of {source} lacks use_scaled_rope" in err
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["rope_scaling"] is None
+
+
 def test_params_that_are_no_params(source):
     path = source / "params.json"
     good = json.loads(path.read_text())
@@ -488,6 +496,13 @@ def test_params_that_are_no_params(source):
     }.items():
         path.write_text(text)
         assert refusal(source) == message
+    for value in ("false", 0, 1, "true"):
+        path.write_text(json.dumps(good | {"use_scaled_rope": value}))
+        what = f"use_scaled_rope is {json.dumps(value)}, expected true or false"
+        assert refusal(source) == f"{path}: {what}; correct params.json"
+    for key in (*convert.INTEGERS, *convert.FLOATS):
+        path.write_text(json.dumps(good | {key: "8"}))
+        assert refusal(source) == f'{path}: {key} is "8", expected a number above 0; {again}'
     path.write_bytes(b"\xff")
     assert refusal(source).startswith(f"{path}:1: byte 0xff at offset 0 is not UTF-8")
     path.unlink()
@@ -782,7 +797,7 @@ def test_safetensors_with_headers_that_lie(model):
     message = refused(changed(name, dtype="F8_E4M3", shape=[128]))
     assert message == f"{path}: tensor {name} is F8_E4M3, which is not supported"
     assert refused(changed("lm_head.weight", data_offsets=[rows[0], rows[1] + 2], shape=[64001]), body + b"  ") == (
-        f"{model}: tensor lm_head.weight is [64001], by config.json [1000, 64]"
+        f"{model}: tensor lm_head.weight is float16 [64001], by config.json floats [1000, 64]"
     )
     twice = json.dumps(header)[:-1] + f', "{name}": {json.dumps(header[name])}}}'
     assert refused(twice) == f"{path}: damaged: {name} stands twice in its header; {COPY}"
@@ -816,6 +831,8 @@ def test_an_index_that_leads_elsewhere(source, tmp_path):
         message = refused(places | {"model.norm.weight": name})
         assert message == f"{path}: names {name}, which is not a file beside it; refused"
     assert refused([1]) == f"{path}: not an index of weights; {COPY}"
+    path.write_text('{"weight_map":' * 100_000)
+    assert refusal(model, "--reverse").startswith(f"{path}:1: not valid JSON")
     name = "model.layers.0.input_layernorm.weight"
     assert refused({key: value for key, value in places.items() if key != name}) == (
         f"{model / places[name]}: it holds, against its index, tensor {name} (of 1); copy the folder again"
@@ -825,7 +842,7 @@ def test_an_index_that_leads_elsewhere(source, tmp_path):
     assert refused(places) == f"{model}: 1 of 4 files of weights are missing, first {last}"
     path.unlink()
     assert refusal(model, "--reverse").startswith(
-        f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor their index; it holds model-"
+        f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index; it holds model-"
     )
 
 
