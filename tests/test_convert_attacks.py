@@ -839,7 +839,7 @@ def test_an_index_that_leads_elsewhere(source, tmp_path):
     )
     assert refused(places | {"x": first}) == f"{model / first}: it lacks tensor x (of 1); copy the folder again"
     (model / last).unlink()
-    assert refused(places) == f"{model}: 1 of 4 files of weights are missing, first {last}"
+    assert f"is unfinished ({last} is missing)" in refused(places)
     path.unlink()
     assert refusal(model, "--reverse").startswith(
         f"{model}: no weights there: neither model.safetensors nor pytorch_model.bin nor an index; it holds model-"
