@@ -12,6 +12,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import inspect
@@ -79,147 +80,428 @@ def cannot_be_shown(task):
     return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
 
 
-FIELDS = ("instruction 指令 指示", "input 输入 輸入 入力", "output 输出 輸出 出力")  # in the words of several languages
-LABELS = {word: words.split()[0] for words in FIELDS for word in words.split()}
-# A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "Task 5 Output:", "指令：".
-# Every repetition of the middle is bounded, so that no line can make the search slow.
+WORDS = {  # labels in the languages that models answer in, and other words for the same
+    "instruction": "instruction 指令 指示 问题 問題 instrucción instrução istruzione anweisung инструкция 지시 지시사항 명령 질문 "
+    "question prompt aufgabe tâche tarea consigne",
+    "input": "input 输入 輸入 入力 entrada entrée eingabe ввод 입력",
+    "output": "output 输出 輸出 出力 回答 答案 salida saída sortie ausgabe вывод 출력 답변 response answer réponse respuesta antwort",
+}
+LABELS = {word: label for label, words in WORDS.items() for word in words.split()}
+# A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "- Task 5 Output:", "（4）指令：",
+# "4. Input - ", "【出力】". Every repetition is bounded, so that no line can make the search slow.
 MARKER = re.compile(
-    rf"""^[ \t#*_]*  (?:(?:task|任务|任務|タスク)[ \t]{{0,3}})?
-    (?:(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[.):：．、）]?[ \t*_]{{0,5}})?
-    (?P<label>{"|".join(LABELS)}) (?:[ \t]?(?P<number_behind>\d{{1,4}}))? [*_]{{0,3}}[ \t]?[:：][*_]{{0,3}}""",
+    rf"""^(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)(?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
+    (?:(?:task|example|任务|任務|タスク|例)[ \t]{{0,3}})?
+    (?:[(（\[]?(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[])）.:：．、-]{{0,2}}[ \t*_]{{0,5}})?
+    (?P<label>{"|".join(sorted(LABELS, key=len, reverse=True))}|[a-z]{{5,12}}(?=[*_]{{0,3}}:))
+    (?:[ \t]?\#?(?P<behind>\d{{1,4}}))?
+    (?P<close>[*_\]】>]{{0,4}})(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t])|(?=[ \t]{{0,3}}$))(?P<end>[*_]{{0,3}})""",
     re.IGNORECASE | re.MULTILINE | re.VERBOSE,
 )
 FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
-# A line that may stand between two tasks: "###", "---", "**Task 5:**", "### Example 5".
+NUMERAL = "(?:[0-9０-９]{1,4}|[一二三四五六七八九十]{1,3})"
+# A line that may stand between two tasks: "###", "---", "**Task #5:**", "### 示例 5", "任务五：", "List of 20 tasks:".
 BETWEEN = re.compile(
-    r"(?=.{0,60}$)(?:[ \t]*[#*_=-]{2,}[ \t]*|[#*_ \t]*(?:task|example|任务|任務|タスク|例)[ \t]?\d{1,4}[*_ \t]*[.:：]?[*_ \t]*)",
+    rf"""[ \t]*(?:[#*_=-]{{2,40}}
+    |[#*_ \t>-]{{0,8}}(?:task|example|instruction|任务|任務|タスク|例|示例|例题)[ \t]?(?:no\.?|number)?[ \t]?\#?[ \t]?{NUMERAL}[.:：)]{{0,2}}[*_]{{0,3}}[.:：]?
+    |[#*_ \t]{{0,8}}第[ \t]?{NUMERAL}[ \t]?(?:个|個|题|題)?(?:任务|任務|例|問)?[.:：]?[*_]{{0,3}}[.:：]?
+    |(?:[#*_]{{1,6}}[ \t]?)?list[ ]of[ ]\d{{1,3}}[ ](?:more[ ])?tasks:[*_]{{0,3}})[ \t]*""",
+    re.IGNORECASE | re.VERBOSE,
+)
+NO_INPUT = re.compile(  # what an input says that says that there is none
+    r"(?:input:? )?(?:no ?input|none|n/?a|nil|null|nothing|empty|blank|not (?:applicable|needed|required|provided)|-|—|–)"
+    r"(?: (?:input|is|was|are|given|needed|required|necessary|provided|available|applicable|for this task)){0,3}"
+    r"(?: # ?no input)?|no (?:additional |further |extra |specific )?(?:input|context)"
+    r"(?: (?:is|was|given|needed|required|necessary|provided|available)){0,2}|"
+    r"(?:无|無|不|没有|沒有|空)(?:需|用|须|要|必)?(?:要)?(?:额外|額外|任何)?(?:的)?(?:输入|輸入)?(?:内容|內容)?|空白|不适用|不適用|"
+    r"(?:入力)?(?:は|が)?(?:なし|不要|無し|ありません|必要ありません|特になし|該当なし)|入力不要|없음|입력 ?없음|해당 ?없음|불필요|"
+    r"aucune?(?: entrée)?|keine?(?: eingabe)?|ninguna?(?: entrada)?|sin entrada|nessuno?|nenhuma?|нет|без ввода",
     re.IGNORECASE,
 )
-NO_INPUT = (
-    "noinput|no input|none|n/a|na|not applicable|empty|no input needed|no input required|no input provided|"
-    "no input is needed|无输入|無輸入|无需输入|无|入力なし|なし"
-).split("|")
-Marker = collections.namedtuple("Marker", "start end label number")
+THINK = r"(?:think|thinking|thought|thoughts|thought_process|reason|reasoning|reflection|scratchpad|analysis|cot)"
+OPENS = re.compile(rf"<\|?(?:\w{{1,8}}[:_])?(?:start_|begin_of_)?{THINK}\|?>|\[{THINK}\]|◁{THINK}▷", re.IGNORECASE)
+CLOSES = re.compile(
+    rf"<\|?/(?:\w{{1,8}}[:_])?{THINK}\|?>|<\|end_(?:of_)?{THINK}\|>|\[/{THINK}\]|◁/{THINK}▷", re.IGNORECASE
+)
+FINAL = re.compile(
+    r"<\|channel\|>final(?: ?<\|constrain\|>\w{0,20})?<\|message\|>|\Aanalysis[\s\S]*assistantfinal|here is my response:\s*"
+)
+# What templates put around turns. HTML strikes out with <s> and </s>, so these end an answer at its very end alone.
+TURN = re.compile(
+    r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<eos>|<EOT>|\[EOS\]"
+)
+OPENING = re.compile(
+    r"\A\s{0,9}(?:(?:<\|(?:im_start|start_header_id|start|begin_of_text)\|>(?:assistant|model)?|<\|end_header_id\|>|"
+    r"<\|message\|>|<(?:answer|response|final|output|bos|s)>|<start_of_turn>(?:model)?|\[ANSWER\])\s{0,9})+"
+)
+CLOSING = ("</s>", "<s>", "<eos>", "</answer>", "</response>", "</final>", "</output>", "[/ANSWER]")
+WHOLE = (
+    "stop",
+    "eos",
+    "eos_token",
+    "stop_sequence",
+    "end_turn",
+    "complete",
+    "completed",
+    "end",
+    "finished",
+    "none",
+    "",
+)
+FAREWELL = re.compile(  # of one who hands tasks over; in a task's own text these words hardly ever meet
+    r"(?:let me know|i hope|hope|feel free|if you|would you like|these|those|this|that|here|there|note|please|do you|i'?ve|"
+    r"i (?:have|can|could)|all|enjoy|happy to|want|want me|shall i|should i|希望|如果|如需|需要|以上|这些|這些|请|請|ご|以上が|以上です|他に|さらに)"
+    r"[^\n]{0,200}?(?:tasks?\b|instructions?\b|examples?\b|任务|任務|指令|タスク|例题|示例)[^\n]{0,200}"
+    r"|(?:let me know if|feel free to|i hope (?:this|these|that)|hope (?:this|these|that) helps?|is there anything|would you like|"
+    r"if you(?:'d like| need| want| have)|希望(?:这些|这|對|对)|如果(?:你|您)|请告诉我|請告訴我|お役に立|ご不明|ご質問|何か(?:他|ほか))[^\n]{0,300}",
+    re.IGNORECASE,
+)
+GREETING = re.compile(r"(?:dear|hi|hello|hey|subject|to|尊敬的|亲爱的|親愛的|您好|你好)\b", re.IGNORECASE)
+ROLE = re.compile(
+    r"^(?:#{1,4} ?)?(?:user|human|assistant|system|q|a|用户|助手|ユーザー)\s?[:：]", re.IGNORECASE | re.MULTILINE
+)
+Marker = collections.namedtuple("Marker", "start end label number style is_open")
 
 
-def without_reasoning(text):
-    """The answer behind a block of reasoning; "" where the reasoning does not end."""
-    head = re.match(r"\s*<(think|thinking|reasoning)>", text)
-    if head:
-        return text.partition(f"</{head[1]}>")[2]
-    tail = re.search(r"^[ \t]*</think>[ \t]*$", text, re.MULTILINE)  # some servers open the block in their template
-    return text[tail.end() :] if tail else text
+def unwrapped(text):
+    """The answer without a draft before it, another turn behind it, a fence or quote marks around all of its lines.
+
+    Returns (answer, whether more than white space was left behind it). A draft that does not end leaves "".
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if finals := list(FINAL.finditer(text)):
+        text = text[finals[-1].end() :]
+    elif re.match(r"\s*(?:<\|channel\|>)?analysis", text) or re.match(r"\s*here is my thought process", text, re.I):
+        return "", False
+    head, closes = OPENS.search(text), list(CLOSES.finditer(text))
+    # One without a beginning was opened by the template; one inside a line is spoken of.
+    ends = [m for m in closes if re.match(r"[ \t]*(?:\n|\Z)", text[m.end() :]) or MARKER.match(text, m.end())]
+    if head and not text[: head.start()].strip():
+        if not closes:
+            return "", False
+        text = text[closes[-1].end() :]
+    elif ends and not (head and head.start() < ends[0].start() and MARKER.search(text, 0, head.start())):
+        text = text[ends[-1].end() :]
+    text = OPENING.sub("", text)
+    while (bare := text.rstrip()).endswith(CLOSING):
+        text = bare.removesuffix(next(mark for mark in CLOSING if bare.endswith(mark)))
+    answer, turn = text, TURN.search(text)
+    if turn:
+        answer = text[: turn.start()]
+    lines = answer.split("\n")
+    quoted = [k for k, line in enumerate(lines) if line.startswith(">")]
+    if quoted and all(line.startswith(">") or not line.strip() for line in lines[quoted[0] : quoted[-1]]):
+        bare = "\n".join(re.sub("^> ?", "", line) for line in lines[quoted[0] : quoted[-1] + 1])
+        answer = bare if MARKER.search(bare) else answer
+    return answer, bool(turn and TURN.sub("", text[turn.start() :]).strip())
 
 
 def find_markers(text):
-    """The lines that begin with a label, of the kind that the answer uses for its instructions: numbered, or not."""
-    found = [
-        Marker(m.start(), m.end(), LABELS[m["label"].lower()], int(m["number"] or m["number_behind"] or -1))
-        for m in MARKER.finditer(text)
-        if m["number"] or m["number_behind"] or not m["label"][0].islower()  # without a number, prose has no capital
-    ]
-    heads = [marker.number >= 0 for marker in found if marker.label == "instruction"]
-    if heads.count(False) > heads.count(True):
-        return found
-    return [marker for marker in found if marker.number >= 0 or marker.label != "instruction"]
+    """The lines that begin with a label, and their style: "number", or what stands before and behind the label."""
+    found = []
+    for m in MARKER.finditer(text):
+        number, word = int(m["number"] or m["behind"] or -1), m["label"].lower()
+        if word not in LABELS:  # misspelt
+            near = difflib.get_close_matches(word, ("instruction", "input", "output"), 1, 0.88) if number >= 0 else []
+            if not near:
+                continue
+            word = near[0]
+        is_heading = "#" in m["lead"] or m["bracket"] or m["open"]
+        if (number < 0 and m["label"][0].islower()) or not (m["colon"] or is_heading):
+            continue  # prose has no capital, and no label stands alone
+        style = (
+            "number" if m["number"] else "behind" if m["behind"] else f"{m['lead']}{m['bracket']}{m['colon'].strip()}"
+        )
+        style = re.sub(r"\s+", " ", f"{style} {word}").replace("：", ":")
+        is_open = "**" in m["open"] and "**" not in m["close"] + m["end"]
+        found.append(Marker(m.start(), m.end(), LABELS[word], number, style, is_open))
+    return found
+
+
+def chosen_markers(markers):
+    """Those of the style that this answer uses, for each label its own; all others stand in the tasks' own text."""
+    chosen, num_tasks = {}, 1
+    for label in ("instruction", "input", "output"):
+        count = collections.Counter(marker.style for marker in markers if marker.label == label)
+        most = max(count.values(), default=0)
+        numbered = {
+            style: n for style, n in count.items() if style.startswith("number") and n * 3 >= min(most, num_tasks)
+        }
+        chosen[label] = max(numbered or count, key=count.get, default=None)
+        num_tasks = count[chosen[label]] if label == "instruction" and count else num_tasks
+    return [marker for marker in markers if marker.style == chosen[marker.label]]
 
 
 def find_blocks(text, markers):
-    """Positions in `markers` at which tasks begin: at an instruction, or at an input that stands before its own."""
-    blocks = []
+    """Positions in `markers` at which tasks begin: at an instruction, or at an input that stands before its own.
+
+    Where most tasks begin behind a line that separates, one that does not, and has not the next number, is quoted.
+    """
+    before = [text[max(0, marker.start - 80) : marker.start].rstrip().rpartition("\n")[2] for marker in markers]
+    before = [pattern(line) if BETWEEN.fullmatch(line) else "" for line in before]
+    heads = [before[k] for k, marker in enumerate(markers) if marker.label == "instruction"][1:]
+    usual, count = max(collections.Counter(heads).items(), key=lambda one: (one[1], one[0] == "###"), default=("", 0))
+    most_are = usual and len(heads) > 2 and count * 3 >= 2 * len(heads)
+    parted = [m for k, m in enumerate(markers) if m.label == "instruction" and before[k] == usual]
+    blocks, number = [], 0
     for k, marker in enumerate(markers):
-        if marker.label == "instruction" and not (blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"):
+        after = markers[k + 1] if k + 1 < len(markers) else marker
+        is_own = blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"
+        is_twice = any(later.number == marker.number for later in parted if later > marker)
+        is_quoted = blocks and marker.number >= 0 and before[k] != usual != ""
+        is_quoted = is_quoted and (is_twice or (most_are and marker.number != number + 1))
+        if marker.label == "instruction" and not is_own and not is_quoted:
             blocks.append(k)
-        elif marker.label == "input" and k + 1 < len(markers):
-            before = text[max(0, marker.start - 80) : marker.start].rstrip()  # holds the whole of a line that separates
-            opens = BETWEEN.fullmatch(before.rpartition("\n")[2]) or (k == 0 and not text[: marker.start].strip())
-            if opens and markers[k + 1].label == "instruction" and markers[k + 1].number == marker.number:
+            number = marker.number
+        elif marker.label == "input" and after.label == "instruction" and after.number == marker.number:
+            if before[k] or not text[: marker.start].strip():
                 blocks.append(k)
+                number = marker.number
     return blocks
 
 
 def read_block(text, markers, end):
-    """The fields of one task as {instruction, input, output}; None without an output. `end` is where it ends."""
+    """({instruction, input, output}, "") of a task between its first marker and `end`, or (None, why there is none)."""
     head = next(marker for marker in markers if marker.label == "instruction")
-    # An output may quote labels: the one with the instruction's number comes before any other.
-    for fits in (lambda m: m.number == head.number, lambda m: m.number >= 0, lambda m: True):
-        after = [m for m in markers if m.label == "output" and m.start > head.start and fits(m)]
-        if after:
-            output = after[0]
-            inputs = [m for m in markers if m.label == "input" and m.start < output.start]
-            inputs = [m for m in inputs if fits(m)] or inputs
-            chosen = sorted([head, output, *inputs[:1]])
-            stops = [*(m.start for m in chosen[1:]), end]
-            fields = {m.label: clean(text[m.end : stop]) for m, stop in zip(chosen, stops, strict=True)}
-            given = fields.get("input", "")
-            if re.sub(r"[<>\[\]().。（）\s]+", " ", given).strip().lower() in NO_INPUT:
-                given = ""
-            return {"instruction": fields["instruction"], "input": given, "output": fields["output"]}
-    return None
+    other = [m for m in markers if head.number >= 0 and m.number >= 0 and m.number != head.number]
+    inputs = [m for m in markers if m.label == "input" and m not in other]
+    outputs = [m for m in markers if m.label == "output" and m not in other]
+    if not outputs:
+        return None, "no output label"
+    early = [m for m in other if m.start < outputs[0].start]
+    if not inputs and len(early) == 1 and is_no_input(text[early[0].end : outputs[0].start]):
+        inputs, early = early, []  # of a wrong number, and there is none
+    again = [m for m in markers if m.label == "instruction" and head.start < m.start < outputs[0].start]
+    if again or early or any(m.number == head.number + 1 for m in other) or len(inputs) > 1 or len(outputs) > 1:
+        return None, "labels of another task in it"
+    chosen = sorted([head, *inputs, outputs[0]])
+    if chosen[-1] is not outputs[0]:
+        return None, "labels out of order"
+    fields = {"input": ""}
+    for marker, stop in zip(chosen, [*(m.start for m in chosen[1:]), end], strict=True):
+        field = text[marker.end : stop].strip()
+        fields[marker.label] = field.removesuffix("**").rstrip() if field.count("**") % 2 and marker.is_open else field
+    return fields, ""
 
 
-def clean(field):
-    """A field without what belongs to the form: separators and headings of the next task, a fence left open, bold."""
-    lines = field.strip().split("\n")
-    fences = sum(bool(FENCE.match(line)) for line in lines)
-    while lines:
-        is_fence = bool(FENCE.match(lines[-1]))
-        loose = is_fence and (fences % 2 or (len(lines) > 1 and FENCE.match(lines[-2])))
-        if not (loose or BETWEEN.fullmatch(lines[-1]) or not lines[-1].strip()):
+def is_no_input(text):
+    """Whether an input says that there is none: "<noinput>", "(None)", "-", "无需输入"."""
+    lines = [re.sub(r"[\s<>\[\](){}（）「」\"'“”`*_.。!]+", " ", line).strip() for line in text.strip().split("\n")]
+    return not any(lines) or all(NO_INPUT.fullmatch(line) for line in lines)
+
+
+def pattern(line):
+    """A line with its numbers as N, to compare what stands between tasks."""
+    return re.sub(NUMERAL, "N", line.strip())
+
+
+def separated(outputs):
+    """What stands behind the outputs in front of the next tasks, taken off: [(output, rest, why it is unclear)].
+
+    The same line, but for a number, behind all of them, or behind most, separates; the same line behind a few may be
+    theirs. So of "title: Tea\\n---\\n###" with "###" behind the others too the "---" stays.
+    """
+    bodies, reasons, layer = [output.rstrip() for output in outputs], [""] * len(outputs), 0
+    separator, separators = "", []
+    while len(bodies) > 1:
+        lasts = [body.rpartition("\n")[2] for body in bodies[:-1]]
+        found = [pattern(line) if BETWEEN.fullmatch(line) else "" for line in lasts]
+        common, count = collections.Counter(filter(None, found)).most_common(1)[0] if any(found) else ("", 0)
+        if layer and (count * 3 < len(lasts) * 2 or count < 2):
             break
-        lines.pop()
-        fences -= is_fence
-    field = "\n".join(lines).strip()
-    return field.removesuffix("**").rstrip() if field.count("**") % 2 else field
+        is_clear = all(found) or count * 2 >= len(found)
+        for k, line in enumerate(found):
+            if line and is_clear and (line == common or (all(found) and not layer)):
+                bodies[k] = bodies[k].rpartition("\n")[0].rstrip()
+            elif line and not layer:
+                reasons[k] = "unclear end"
+        separator = separator or common * is_clear
+        separators += [common] * bool(common and is_clear)
+        layer += 1
+        if not count or not is_clear:
+            break
+    *_, (bodies[-1], rest, reasons[-1]) = [("", "", ""), split_tail(bodies[-1], separator, len(bodies))]
+    for k, body in enumerate(bodies):
+        reasons[k] = reasons[k] or "unclear end" * (pattern(body.rpartition("\n")[2]) in separators)
+        is_rule = separator.startswith("-") and body.lstrip().startswith(separator)
+        if is_rule or (separator and k < len(bodies) - 1 and split_tail(body, separator, 0)[1]):
+            reasons[k] = reasons[k] or "unclear end"  # a task without labels in it, or front matter
+    return [(body, rest * (k == len(bodies) - 1), reasons[k]) for k, body in enumerate(bodies)]
+
+
+def split_tail(output, separator, num_tasks):
+    """(output, what follows a separator in it, why its end is unclear) of the last task, which may have a farewell."""
+    fenced, rest = False, ""
+    for match in re.finditer(r"^[^\n]{0,60}$", output, re.MULTILINE):
+        if match[0].lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and match[0].strip() and (match[0].rstrip() == "###" or pattern(match[0]) == separator):
+            output, rest = output[: match.start()].rstrip(), output[match.end() :].strip()
+            break
+    if not num_tasks:
+        return output, rest, ""
+    body, _, last = output.rpartition("\n")
+    paragraphs = re.split(r"\n\s*\n", output)
+    if rest:
+        return output, rest, "unclear end" * bool(MARKER.search(rest) and len(paragraphs) > 1)
+    if BETWEEN.fullmatch(last) and (num_tasks == 1 or not separator or re.search(r"[a-z\u3040-\u9fff]", last, re.I)):
+        is_rule = not re.search(r"[#\w]", last.replace("_", "-"))
+        return (output, "", "unclear end" * bool(body)) if is_rule else (body.rstrip(), "", "")
+    ends = [part.strip(" *_") for part in (paragraphs[-1] * (len(paragraphs) > 1), last * bool(body))]
+    is_farewell = any(FAREWELL.match(end) for end in ends) and not GREETING.match(output)
+    is_turn = ROLE.search(output, len(output.partition("\n")[0])) and not ROLE.match(output)
+    return output, "", "unclear end" * bool(is_farewell or is_turn)
+
+
+def read_json_tasks(answer):
+    """The tasks of an answer that is one JSON list, an object around one, or JSON Lines; None where it is no such."""
+    fenced = re.search(r"```(?:json\w?)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*(?:\n|\Z)", answer, re.DOTALL)
+    text = (fenced[1] if fenced else answer).strip()
+    if text[:1] not in ("[", "{"):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            value = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except (ValueError, RecursionError):
+            return None
+    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
+    rows = lists[0] if len(lists) == 1 else [value] if isinstance(value, dict) else value
+    rows = [{k: v or "" for k, v in row.items() if k in FIELDS} for row in rows if isinstance(row, dict)]
+    good = all({"instruction", "output"} <= {*row} and all(isinstance(v, str) for v in row.values()) for row in rows)
+    return [{"input": ""} | row for row in rows] if rows and good else None
+
+
+FIELDS = ("instruction", "input", "output")
+WRAPS = [(mark, mark) for mark in ("**", "__", '"', "'", "`", "*", "_")] + [("“", "”"), ("「", "」"), ("<", ">")]
+
+
+def unquote(tasks):
+    """Take the marks off that stand around most instructions, and around fields of these tasks: "..." or **...**."""
+    for key in FIELDS:
+        for first, last in WRAPS:
+            marked = [t[key] for t in tasks if t[key].startswith(first) and t[key].endswith(last)]
+            inner = [value[len(first) : -len(last)] for value in marked]
+            is_habit = len(inner) > 1 and len(inner) * 3 >= 2 * len([task for task in tasks if task[key]])
+            if is_habit and not any(not value or first in value or last in value for value in inner):
+                whole = [task[key] in marked for task in tasks]
+                tasks = [
+                    t | {key: t[key][len(first) : -len(last)]} if w else t for t, w in zip(tasks, whole, strict=True)
+                ]
+                break
+        else:
+            if key == "instruction":
+                return tasks
+    return tasks
+
+
+def goes_on(head):
+    """Whether what stands before the first label is an instruction, with which an answer goes on from the prompt."""
+    head = head.strip()
+    is_lead = (
+        re.match(r"(?:sure|here|okay|certainly|of course|below|好的|以下|当然|はい)", head, re.IGNORECASE)
+        and head[-1:] in ":：!"
+    )
+    return bool(head) and "\n" not in head and not (is_lead or FENCE.match(head) or BETWEEN.fullmatch(head))
 
 
 def parse_response(text, finish_reason, num_prompt_instructions):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
     [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble.
+
+    A task is kept only if it is exactly what the answer holds: labels, and what stands between tasks, are of one style
+    in all of an answer; where it cannot be told where a task ends, it is dropped.
     """
-    tasks, dropped = [], []
-    answer = without_reasoning(text)
+    answer, has_tail = unwrapped(text)
+    is_whole = str(finish_reason or "").lower() in WHOLE
+    if is_whole and (rows := read_json_tasks(answer)):
+        return [
+            (k, row | {"input": "" if is_no_input(row["input"]) else row["input"]}) for k, row in enumerate(rows)
+        ], []
     markers = find_markers(answer)
-    head = answer[: markers[0].start].rstrip() if markers else ""
-    if head and markers[0].label != "instruction" and not BETWEEN.fullmatch(head.rpartition("\n")[2]):
-        markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1))  # it goes on from the prompt
+    markers = chosen_markers(markers)
+    head = answer[: markers[0].start] if markers else ""
+    has_fence = bool(FENCE.search(head))
+    if goes_on(head) and markers[0].label != "instruction":
+        markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1, "", False))
     blocks = find_blocks(answer, markers)
     if not blocks:
         return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
-    for number, (first, stop) in enumerate(zip(blocks, [*blocks[1:], len(markers)], strict=True)):
-        is_last, rest, reason = stop == len(markers), "", ""
-        end = len(answer) if is_last else markers[stop].start
-        task = read_block(answer, markers[first:stop], end)
-        if is_last and finish_reason == "length":
-            reason = "cut off by the token limit"
-        elif task is None:
-            reason = "no output label"
-        elif not task["instruction"]:
-            reason = "empty instruction"
-        else:
-            task["output"], rest = split_tail(task["output"])
-            if not task["output"]:
-                reason = "empty output"
-            elif re.search("[\x00\ud800-\udfff]", "".join(task.values())):
-                reason = "broken characters"
+    ends = [*(markers[stop].start for stop in blocks[1:]), len(answer)]
+    own = [markers[a:b] for a, b in zip(blocks, [*blocks[1:], len(markers)], strict=True)]
+    num_inputs = sum(any(m.label == "input" for m in some) for some in own)
+    read = [
+        read_block(answer, markers[a:b], end)
+        for a, b, end in zip(blocks, [*blocks[1:], len(markers)], ends, strict=True)
+    ]
+    outputs = [
+        task["output"] if task else answer[markers[k].start : end].strip()
+        for (task, _), k, end in zip(read, blocks, ends)
+    ]
+    if has_fence:
+        outputs[-1] = re.sub(r"(?:\n###[ ]{0,9}){1,3}\Z", "", outputs[-1])
+        outputs = [without_loose_fence(output) for output in outputs]
+    parted, tasks, dropped = separated(outputs), [], []
+    numbers = [next(m.number for m in markers[k:] if m.label == "instruction") for k in blocks]
+    for k, ((task, reason), (output, rest, unclear)) in enumerate(zip(read, parted, strict=True)):
+        output = without_loose_fence(output) if has_fence else output
+        is_last = k == len(read) - 1
+        if is_last and not is_whole:
+            reason, rest = (
+                f"cut off ({finish_reason})" if finish_reason != "length" else "cut off by the token limit",
+                "",
+            )
+        elif task:
+            task["output"] = output.strip()
+            has_no_input = "\n" in task["instruction"] and not any(m.label == "input" for m in own[k])
+            unclear = unclear or "no input label" * (has_no_input and num_inputs * 2 > len(read))
+            is_next = (
+                not is_last and numbers[k + 1] == 1 < numbers[k] and re.search(r"\n\s*\n", output)
+            )  # of another document
+            reason = problem_of(task, unclear or "another text behind it" * bool(is_next))
         if reason:
-            dropped.append((number, reason, answer[markers[first].start : end]))
+            dropped.append((k, reason, answer[markers[blocks[k]].start : ends[k]]))
+            if reason in STRUCTURE and tasks and tasks[-1][0] == k - 1 and numbers[k] < 0:  # a label in the text before
+                dropped.append((k - 1, "unclear end", answer[markers[blocks[k - 1]].start : ends[k - 1]]))
+                tasks.pop()
         else:
-            tasks.append((number, task))
+            tasks.append((k, task))
         if rest:
-            dropped.append((number, "text between tasks", rest))
-    return tasks, dropped
+            dropped.append((k, "text between tasks", rest))
+    bare = unquote([task for _, task in tasks])
+    for task in bare:
+        task["input"] = "" if is_no_input(task["input"]) else task["input"]
+    return [(k, task) for (k, _), task in zip(tasks, bare, strict=True)], dropped
 
 
-def split_tail(output):
-    """(output, what follows a separator line in it): the farewell behind the last task, for example."""
-    fenced = False
-    for match in re.finditer(r"^(?:###|[ \t]*(```)[^`\n]*)[ \t]*$", output, re.MULTILINE):
-        if match[1]:
-            fenced = not fenced
-        elif not fenced:
-            return clean(output[: match.start()]), output[match.end() :].strip()
-    return output, ""
+STRUCTURE = ("no output label", "labels of another task in it", "labels out of order")
+
+
+def problem_of(task, unclear):
+    """Why a task is not kept, "" where it is."""
+    texts = "".join(task.values())
+    problems = {
+        "empty instruction": not task["instruction"],
+        "empty output": not task["output"].strip("#"),
+        "broken characters": re.search("[\x00\ud800-\udfff]", texts),
+        "template token": "</s>" in texts and "<s>" not in texts,
+        unclear: unclear,
+    }
+    return next((reason for reason, is_so in problems.items() if is_so), "")
+
+
+def without_loose_fence(output):
+    """An output without the fence behind it that opened before its task."""
+    lines = output.rstrip().split("\n")
+    count = sum(bool(FENCE.match(line)) for line in lines)
+    while lines and (FENCE.match(lines[-1]) or not lines[-1].strip()):
+        is_fence = bool(FENCE.match(lines[-1]))
+        if is_fence and not (count % 2 or (len(lines) > 1 and FENCE.match(lines[-2]))):
+            break
+        count -= is_fence
+        lines.pop()
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

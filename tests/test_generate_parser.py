@@ -150,7 +150,7 @@ def test_input_before_instruction():
 DROPPED = {
     "missing output": (PLAIN.replace("4. Output:\nRhine, Rhone, Po.\n", ""), [WORDS], ["no output label"]),
     "empty output": (PLAIN.replace("Rhine, Rhone, Po.", ""), [WORDS], ["empty output"]),
-    "output of a separator": (PLAIN.replace("Rhine, Rhone, Po.", "---"), [WORDS], ["empty output"]),
+    "output of a separator": (PLAIN.replace("Rhine, Rhone, Po.", "###"), [WORDS], ["empty output"]),
     "empty instruction": (f"4. Instruction:{PLAIN}".replace("Name three rivers.", ""), [WORDS], ["empty instruction"]),
     "lone surrogate": (PLAIN.replace("Rhine", "\ud83d"), [WORDS], ["broken characters"]),
     "nul": (PLAIN.replace("Rhine", "\x00"), [WORDS], ["broken characters"]),

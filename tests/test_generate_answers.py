@@ -1,0 +1,181 @@
+"""Answers as model families write them, disturbed in every way we know: a row is kept only if it is exactly theirs."""
+
+import itertools
+import json
+import re
+
+import pytest
+
+from generate_instruction import parse_response
+
+TASKS = [
+    ("Suggest a name for a small bakery.", "", "Crumb & Co."),
+    ("Put the words in alphabetical order.", "pear, fig, apple", "apple, fig, pear"),
+    ("Write the first lines of a Dockerfile.", "", "FROM alpine\nRUN apk add curl\n\nCMD curl"),
+    ("Turn the note into a polite request.", "send me the file", "Could you please send me the file?"),
+    ("List two ways to save water.", "", "1. Fix taps.\n2. Collect rain."),
+    ("Translate the greeting into French.", "Good evening", "Bonsoir"),
+]
+CHINESE = [
+    ("请用一句话解释光合作用。", "", "植物利用阳光把水和二氧化碳变成养分。"),
+    ("把下面的句子改成否定句。", "他喜欢喝茶。", "他不喜欢喝茶。"),
+    ("写出两种节约用电的方法。", "", "1. 随手关灯。\n2. 使用节能灯。"),
+]
+
+
+def wire(
+    tasks, first=4, between="###\n", head="{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n", no="<noinput>"
+):
+    parts = [head.format(n=n, i=i, x=x or no, o=o) for n, (i, x, o) in enumerate(tasks, first)]
+    return between.join(parts)
+
+
+STYLES = {
+    "wire": wire,
+    "wire, rules": lambda t: wire(t, between="---\n"),
+    "wire, blank lines": lambda t: wire(t, between="\n"),
+    "wire, from 1": lambda t: wire(t, first=1),
+    "one line each": lambda t: wire(t, between="\n", head="{n}. Instruction: {i}\n{n}. Input: {x}\n{n}. Output: {o}\n"),
+    "bold": lambda t: wire(t, between="\n", head="**{n}. Instruction:** {i}\n**{n}. Input:** {x}\n**{n}. Output:** {o}\n"),
+    "bold label": lambda t: wire(t, head="{n}. **Instruction:** {i}\n{n}. **Input:** {x}\n{n}. **Output:** {o}\n"),
+    "dash bullets": lambda t: wire(t, between="\n", head="{n}. **Instruction**: {i}\n   - **Input**: {x}\n   - **Output**: {o}\n"),
+    "star bullets": lambda t: wire(t, between="\n", head="**Task {n}**\n\n* **Instruction:** {i}\n* **Input:** {x}\n* **Output:** {o}\n"),
+    "headings": lambda t: wire(t, between="\n", head="## Task {n}\n\n### Instruction\n{i}\n\n### Input\n{x}\n\n### Output\n{o}\n"),
+    "headings with a colon": lambda t: wire(t, between="\n---\n\n", head="### Task {n}\n**Instruction:**\n{i}\n**Input:**\n{x}\n**Output:**\n{o}\n"),
+    "brackets": lambda t: wire(t, between="\n", head="[Instruction]\n{i}\n[Input]\n{x}\n[Output]\n{o}\n"),
+    "parentheses": lambda t: wire(t, between="\n", head="({n}) Instruction: {i}\n({n}) Input: {x}\n({n}) Output: {o}\n"),
+    "behind": lambda t: wire(t, head="Instruction {n}: {i}\nInput {n}: {x}\nOutput {n}: {o}\n"),
+    "named tasks": lambda t: wire(t, between="\n", head="Task {n}:\nInstruction: {i}\nInput: {x}\nOutput: {o}\n", no="None"),
+    "indented": lambda t: wire(t, between="\n", head="{n}. Instruction: {i}\n   Input: {x}\n   Output: {o}\n", no="N/A"),
+    "dashes": lambda t: wire(t, between="\n", head="{n}. Instruction - {i}\n{n}. Input - {x}\n{n}. Output - {o}\n"),
+    "response": lambda t: wire(t, head="{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Response:\n{o}\n"),
+    "spanish": lambda t: wire(t, head="{n}. Instrucción: {i}\n{n}. Entrada: {x}\n{n}. Salida: {o}\n", no="ninguna"),
+    "german": lambda t: wire(t, head="{n}. Anweisung: {i}\n{n}. Eingabe: {x}\n{n}. Ausgabe: {o}\n", no="keine"),
+    "quoted block": lambda t: re.sub("(?m)^", "> ", wire(t, between="\n")),
+    "fenced": lambda t: f"```\n{wire(t)}```\n",
+    "fenced text": lambda t: f"Here you go:\n\n```text\n{wire(t)}```",
+    "quotes": lambda t: wire([tuple(f'"{v}"' if v else v for v in task) for task in t], no='"<noinput>"'),
+    "json": lambda t: json.dumps([{"instruction": i, "input": x, "output": o} for i, x, o in t]),
+    "json in a fence": lambda t: "Sure!\n```json\n" + json.dumps(
+        {"tasks": [{"instruction": i, "input": x, "output": o} for i, x, o in t]}, indent=2) + "\n```",
+    "json lines": lambda t: "\n".join(json.dumps({"instruction": i, "input": x, "output": o}) for i, x, o in t),
+    "windows": lambda t: wire(t).replace("\n", "\r\n"),
+}  # fmt: skip
+CHINESE_STYLES = {
+    "chinese": lambda t: wire(t, head="{n}. 指令：{i}\n{n}. 输入：{x}\n{n}. 输出：{o}\n", no="无"),
+    "full width": lambda t: wire(t, between="\n", head="（{n}）指令：{i}\n（{n}）输入：{x}\n（{n}）输出：{o}\n", no="无需输入"),
+    "task headings": lambda t: wire(t, between="\n", head="**任务{n}：**\n- **指令：** {i}\n- **输入：** {x}\n- **输出：** {o}\n", no="（无）"),
+    "english labels": lambda t: wire(t, no="无输入"),
+    "brackets": lambda t: wire(t, between="\n", head="【指令】\n{i}\n【输入】\n{x}\n【输出】\n{o}\n", no="无"),
+    "questions": lambda t: wire(t, between="\n", head="{n}. 问题：{i}\n{n}. 输入：{x}\n{n}. 回答：{o}\n", no="空"),
+}  # fmt: skip
+DRAFT = (
+    "The user wants tasks.\n4. Instruction: Try a draft.\n4. Input:\n<noinput>\n4. Output:\nnot yet\nNow for real.\n"
+)
+# What stands around the tasks, or happens to them. All that is asked of these is that nothing wrong is kept.
+AROUND = {
+    "nothing": lambda text: text,
+    "preamble": lambda text: f"Sure, here are more tasks:\n\n{text}",
+    "think": lambda text: f"<think>\n{DRAFT}</think>\n\n{text}",
+    "thought": lambda text: f"<thought>{DRAFT}</thought>{text}",
+    "brackets": lambda text: f"[THINK]{DRAFT}[/THINK]\n{text}",
+    "seed": lambda text: f"<seed:think>\n{DRAFT}</seed:think>\n{text}",
+    "kimi": lambda text: f"◁think▷{DRAFT}◁/think▷\n{text}",
+    "cohere": lambda text: f"<|START_THINKING|>{DRAFT}<|END_THINKING|>\n{text}",
+    "only closed": lambda text: f"{DRAFT}</think>\n\n{text}",
+    "closed at a line's end": lambda text: f"{DRAFT.strip()}</think>\n{text}",
+    "harmony": lambda text: f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{text}<|return|>",
+    "harmony without marks": lambda text: f"analysis{DRAFT}assistantfinal{text}",
+    "unfinished draft": lambda text: f"<think>\n{DRAFT}{text}",
+    "im_end": lambda text: f"{text.rstrip()}<|im_end|>\n<|im_start|>user\nThanks!<|im_end|>\n<|im_start|>assistant\nAny time.",
+    "eot": lambda text: f"{text.rstrip()}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nMore, please.",
+    "gemma": lambda text: f"{text.rstrip()}<end_of_turn>\n<start_of_turn>user\nMore",
+    "llama 2": lambda text: f"{text.rstrip()} </s>",
+    "deepseek": lambda text: f"{text.rstrip()}<｜end▁of▁sentence｜>",
+    "head": lambda text: f"<|start_header_id|>assistant<|end_header_id|>\n\n{text}",
+    "answer tags": lambda text: f"<answer>\n{text}\n</answer>",
+    "farewell behind a separator": lambda text: f"{text.rstrip()}\n###\nLet me know if you need more tasks!",
+    "farewell": lambda text: f"{text.rstrip()}\n\nLet me know if you would like more tasks!",
+    "farewell without the word": lambda text: f"{text.rstrip()}\n\nI hope this helps!",
+    "chinese farewell": lambda text: f"{text.rstrip()}\n\n希望这些任务对您有帮助！",
+    "note": lambda text: f"{text.rstrip()}\n\nNote: These tasks are all original.",
+    "user turn": lambda text: f"{text.rstrip()}\n\nUser: Great, thanks!\nAssistant: You are welcome.",
+    "next heading": lambda text: f"{text.rstrip()}\n\nTask 10:",
+    "last separator": lambda text: f"{text.rstrip()}\n###\n",
+    "next prompt": lambda text: f"{text.rstrip()}\n\nList of 20 tasks:\n###\n1. Instruction: Name a colour.\n1. Input:\n<noinput>\n1. Output:\nRed\n",
+}  # fmt: skip
+NEXT_PROMPT = ("Name a colour.", "", "Red")
+
+
+def kept(text, finish_reason="stop"):
+    return [(t["instruction"], t["input"], t["output"]) for _, t in parse_response(text, finish_reason, 3)[0]]
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_each_style_is_read_exactly(name):
+    assert kept(STYLES[name](TASKS)) == TASKS
+
+
+@pytest.mark.parametrize("name", CHINESE_STYLES)
+def test_each_chinese_style_is_read_exactly(name):
+    assert kept(CHINESE_STYLES[name](CHINESE)) == CHINESE
+
+
+def test_whatever_stands_around_nothing_wrong_is_kept_and_little_is_lost():
+    exact, total, wrong = 0, 0, []
+    for (style, render), (around, change) in itertools.product(
+        [*STYLES.items(), *CHINESE_STYLES.items()], AROUND.items()
+    ):
+        tasks = CHINESE if render in CHINESE_STYLES.values() else TASKS
+        found = kept(change(render(tasks)))
+        more = [NEXT_PROMPT] if around == "next prompt" else []
+        wrong += [(style, around, row) for row in found if row not in [*tasks, *more]]
+        exact, total = exact + len([row for row in found if row in tasks]), total + len(tasks)
+    assert wrong == []
+    assert exact / total > 0.85
+
+
+LINES = re.compile(
+    r"(?i)instr|\b(in|out)put|response|anweisung|eingabe|ausgabe|entrada|salida|指令|输入|输出|问题|回答|^#|^---|task"
+)
+
+
+def test_a_label_or_separator_that_is_missing_or_doubled_glues_no_tasks():
+    wrong = []
+    for style, render in {**STYLES, **CHINESE_STYLES}.items():
+        tasks = CHINESE if render in CHINESE_STYLES.values() else TASKS
+        lines = render(tasks).split("\n")
+        for k, line in enumerate(lines):
+            # An input that stood on the line goes with it, and the answer holds a task without one.
+            known = [*tasks, *((i, "", o) for i, x, o in tasks if x and x in line)]
+            if LINES.search(line):
+                for changed in ([*lines[:k], *lines[k + 1 :]], [*lines[:k], line, *lines[k:]]):
+                    wrong += [(style, line, row) for row in kept("\n".join(changed)) if row not in known]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["length", "max_tokens", "MAX_TOKENS", "model_length", "content_filter", "error", "insufficient_system_resource"],
+)
+def test_what_was_cut_loses_its_last_task(reason):
+    assert kept(STYLES["wire"](TASKS).rstrip()[:-3], reason) == TASKS[:-1]
+
+
+@pytest.mark.parametrize("reason", ["stop", "STOP", "eos", "end_turn", "eos_token", "stop_sequence", None])
+def test_what_ended_by_itself_keeps_all(reason):
+    assert kept(STYLES["wire"](TASKS), reason) == TASKS
+
+
+def test_released_rows_that_end_like_separators_stay():
+    ends = [
+        "---\ntitle: x\n---",
+        "Fill in: ______",
+        "********",
+        "Title\n=====",
+        "a\n\n---",
+        "```\nx\n```",
+        "Thank you!\n\nBest,\nAnn",
+    ]
+    tasks = [("Write it down now.", "", end) for end in ends]
+    assert kept(wire(tasks)) == tasks
