@@ -242,12 +242,12 @@ def find_blocks(text, markers):
     heads = [before[k] for k, marker in enumerate(markers) if marker.label == "instruction"][1:]
     usual, count = max(collections.Counter(heads).items(), key=lambda one: (one[1], one[0] == "###"), default=("", 0))
     most_are = usual and len(heads) > 2 and count * 3 >= 2 * len(heads)
-    parted = [m for k, m in enumerate(markers) if m.label == "instruction" and before[k] == usual]
+    last = {m.number: k for k, m in enumerate(markers) if m.label == "instruction" and before[k] == usual}
     blocks, number = [], 0
     for k, marker in enumerate(markers):
         after = markers[k + 1] if k + 1 < len(markers) else marker
         is_own = blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"
-        is_twice = any(later.number == marker.number for later in parted if later > marker)
+        is_twice = last.get(marker.number, -1) > k
         is_quoted = blocks and marker.number >= 0 and before[k] != usual != ""
         is_quoted = is_quoted and (is_twice or (most_are and marker.number != number + 1))
         if marker.label == "instruction" and not is_own and not is_quoted:
