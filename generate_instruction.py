@@ -90,7 +90,7 @@ LABELS = {word: label for label, words in WORDS.items() for word in words.split(
 # A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "- Task 5 Output:", "（4）指令：",
 # "4. Input - ", "【出力】". Every repetition is bounded, so that no line can make the search slow.
 MARKER = re.compile(
-    rf"""^(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)(?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
+    rf"""^(?=[ \t]{{0,8}}\S)(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)(?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
     (?:(?:task|example|任务|任務|タスク|例)[ \t]{{0,3}})?
     (?:[(（\[]?(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[])）.:：．、-]{{0,2}}[ \t*_]{{0,5}})?
     (?P<label>{"|".join(sorted(LABELS, key=len, reverse=True))}|[a-z]{{5,12}}(?=[*_]{{0,3}}:))
