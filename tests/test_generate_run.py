@@ -26,8 +26,9 @@ SCRIPT = ROOT / "generate_instruction.py"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses, and no key or server of whoever runs the tests."""
-    monkeypatch.setattr(generate_instruction, "FIRST_PAUSE_S", 0.01)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    for name, seconds in {"FIRST_PAUSE_S": 0.01, "RATE_PAUSE_S": 0.1, "GAP_S": 0.002}.items():
+        monkeypatch.setattr(generate_instruction, name, seconds)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -139,6 +140,9 @@ def test_a_request_is_the_prompt_with_the_seeds_it_says(server, tmp_path):
         "prompt",
         "endpoint",
         "authorization",
+        "api_key",
+        "path",
+        "when",
     }
 
 
@@ -229,6 +233,7 @@ def test_an_answer_that_was_lost_behind_others_is_asked_for_again(server, tmp_pa
     path = tmp_path / "regen.journal.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join(line for line in lines if b'"request": 1,' not in line))
+    (tmp_path / "regen.json").unlink()
     sent = len(server.requests)
     assert generate(server, tmp_path, 40) == rows and len(server.requests) == sent + 1
 
@@ -400,19 +405,16 @@ def test_the_originals_regen_json_is_gone_on_from(server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[{"instruction": "a b', "not valid JSON; its writer may have been killed"),
-        ('{"a": 1}', "not a list of rows"),
-        (
-            '[{"instruction": "a"}]',
-            "regen.json[0]: no output; keys found: instruction; keys expected: instruction, input (optional), output",
-        ),
+        ('[{"instruction": "a b', ": Unterminated string"),
+        ('{"a": 1}', ": not a list of rows"),
+        ('[{"instruction": "a"}]', "[0]: no output"),
     ],
 )
 def test_a_regen_json_that_cannot_be_read_is_left_alone(text, problem, server, tmp_path):
     path = tmp_path / "regen.json"
     path.write_text(text, encoding="utf-8")
     said = refused(generate, server, tmp_path)
-    assert said == f"{path}: {problem}; mend it, move it away, or choose another --output_dir"
+    assert said.startswith(f"{path}{problem}") and "another --output_dir" in said
     assert path.read_text(encoding="utf-8") == text and server.requests == []
 
 
@@ -440,7 +442,9 @@ def test_other_settings_of_requests_are_said_and_recorded(server, tmp_path, caps
     capsys.readouterr()
     generate(server, tmp_path, 30, model_name="other", temperature=0.3)
     said = capsys.readouterr().err
-    assert f"{tmp_path}: from here on model_name was gpt-4o-mini and is other; temperature was 1.0 and is 0.3\n" in said
+    assert (
+        f"{tmp_path}: from here on model_name was gpt-4o-mini and is other; temperature was None and is 0.3\n" in said
+    )
     assert [line["run"]["asked"]["model_name"] for line in journal_of(tmp_path) if "run" in line] == [
         "gpt-4o-mini",
         "other",
@@ -473,7 +477,7 @@ def test_replay_needs_no_server_no_key_and_a_journal(server, tmp_path):
 
 def test_max_requests_counts_those_of_earlier_runs(server, tmp_path, capsys):
     assert len(generate(server, tmp_path, 100, max_requests=3)) == 21
-    assert "stopped at --max_requests 3; the same command goes on\n" in capsys.readouterr().err
+    assert "stopped at --max_requests 3; raise it to go on\n" in capsys.readouterr().err
     assert len(generate(server, tmp_path, 100, max_requests=3)) == 21
     assert len(generate(server, tmp_path, 100, max_requests=5)) == 35
     assert len(server.requests) == 5
@@ -585,7 +589,7 @@ def test_refusals_come_before_the_first_request(word, message, server, tmp_path,
 def test_too_many_words_are_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     said = refused(command_line, ["generate_instruction_following_data", *"abcdefghijk"], monkeypatch)
-    assert said == "Could not consume arg: j; --help lists the options"
+    assert said.startswith("unknown option: a, b")
 
 
 def test_several_problems_are_named_at_once(monkeypatch, tmp_path):
@@ -623,7 +627,8 @@ def test_help_shows_two_examples_and_every_option(tmp_path):
     assert text.count("python generate_instruction.py --output_dir out") == 2
     words = " ".join(text.split())
     for field in dataclasses.fields(generate_instruction.Options):
-        assert f"--{field.name}=" in text and field.metadata["help"] in words, field.name
+        assert f"\n  --{field.name} " in text and field.metadata["help"] in words, field.name
+    assert not any(word in text for word in ("FIRE", "GROUPS", "Optional", " -s", " -m"))
     assert list(tmp_path.iterdir()) == []
 
 
