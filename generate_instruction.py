@@ -347,7 +347,7 @@ class Journal:
     """
 
     def __init__(self, path):
-        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], {}, 0
+        self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
         self.latest = {}  # an answer, or the digest of a regen.json that holds all that stands above
         with open(self.path, "rb") if self.path.exists() else io.BytesIO() as file:
             for number, line in enumerate(file, 1):
@@ -366,7 +366,8 @@ class Journal:
         elif "run" in entry:
             self.runs.append(entry["run"])
         else:
-            self.wrote[entry["wrote"]], self.latest = entry.get("rows", 0), entry
+            self.wrote.add(entry["wrote"])
+            self.latest = entry
 
     def append(self, entry):
         """Append a line and wait for the disk; half a line, now or of a process that was killed, is cut off."""
@@ -856,11 +857,9 @@ def check_options(options):
         args.extra_body = json.loads(args.extra_body)
     if not isinstance(args.extra_body, dict | None):
         problems.append(f"""--extra_body {args.extra_body}: must be JSON such as '{{"enable_thinking": false}}'""")
-    rules = args.quality_rules
-    rules = re.split(r"[,\s]+", rules.strip()) if isinstance(rules, str) else list(rules)
-    args.quality_rules = [rule for rule in rules if rule not in ("", "none")]
-    wrong = [rule for rule in args.quality_rules if rule not in RULES]
-    if wrong:
+    rules = args.quality_rules.replace(",", " ").split() if isinstance(args.quality_rules, str) else args.quality_rules
+    args.quality_rules = [rule for rule in rules if rule != "none"]
+    if wrong := [rule for rule in args.quality_rules if rule not in RULES]:
         problems.append(f"--quality_rules {wrong[0]}: must be none, or some of {','.join(RULES)}")
     args.output_dir = Path(args.output_dir)
     if args.output_dir.exists() and not args.output_dir.is_dir():
@@ -870,8 +869,8 @@ def check_options(options):
     args.num_parallel_requests = args.num_parallel_requests or args.request_batch_size
     args.blacklist = BLACKLIST
     if args.blacklist_path:
-        text = utils.read_text(args.blacklist_path, "; --blacklist_path takes a text file of one word a line")
-        args.blacklist = [line.strip() for line in text.split("\n") if line.strip()]
+        words = utils.read_text(args.blacklist_path, "; --blacklist_path takes a text file of one word a line")
+        args.blacklist = [*filter(None, map(str.strip, words.split("\n")))]
     args.header = read_prompt(args.prompt_path)
     args.seed_tasks_path = args.seed_tasks_path or HERE / "seed_tasks.jsonl"
     if args.model_name == "text-davinci-003" and args.base_url == OPENAI_URL:
@@ -900,18 +899,20 @@ def read_seeds(args):
     for source, reason in reasons.items():
         if reason:
             say(f"{source}: never shown to the model, {reason}")
-    shown = list(reasons.values()).count("")
-    if shown < args.num_prompt_instructions:
-        asked = args.num_prompt_instructions
+    if (shown := [*reasons.values()].count("")) < (asked := args.num_prompt_instructions):
         raise UserError(f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {asked}")
     return list(seeds.values())
+
+
+def digest_of(path):
+    """The SHA-256 of a file; None where there is none."""
+    return utils.sha256_of(path) if path.exists() else None
 
 
 def adopt_rows(folder, journal):
     """Rows that the folder held before its journal began; kept in regen.start.json from then on."""
     path, start = folder / "regen.json", folder / "regen.start.json"
-    began_with = journal.runs[0].get("start") if journal.runs else None
-    if began_with and not (start.exists() and utils.sha256_of(start) == began_with):
+    if journal.runs and journal.runs[0].get("start") not in (None, digest_of(start)):
         advice = "put it back, or choose another --output_dir"
         raise UserError(f"{start}: gone or changed, and {journal.path.name} goes on from its rows; {advice}")
     if path.exists() and not journal.runs:
@@ -919,8 +920,7 @@ def adopt_rows(folder, journal):
         utils.write_text(start, path.read_text(encoding="utf-8-sig"))
         say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
     elif path.exists():
-        known = {*journal.wrote, utils.sha256_of(start) if start.exists() else ""}
-        if utils.sha256_of(path) not in known:
+        if digest_of(path) not in {*journal.wrote, digest_of(start)}:
             advice = "move it away, or choose another --output_dir"
             raise UserError(f"{path}: not as the run of {journal.path.name} wrote it; {advice}")
     return read_regenerated(start) if start.exists() else []
@@ -929,8 +929,8 @@ def adopt_rows(folder, journal):
 def record_run(args, journal):
     """Write the settings into the journal, and say what has changed; other rules are for --replay alone."""
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
-    judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
-    judged["blacklist"] = args.blacklist
+    judged = {name: getattr(args, name) for name in ("rouge_threshold", "quality_rules", "blacklist")}
+    judged["seed_tasks"] = seeds[:16]
     names = "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt"
     asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed", "extra_body"]}
     asked["stream"] = args.stream or None  # absent in older journals, as extra_body is
@@ -938,11 +938,10 @@ def record_run(args, journal):
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
     if args.replay:
         asked = last["asked"]  # nothing is
-    changes = {"judged": [], "asked": []}
+    changes = {}
     for key, settings in (("judged", judged), ("asked", asked)):
-        for name, now in settings.items():
-            if last[key].get(name) != now:
-                changes[key].append(f"{name} was {last[key].get(name)} and is {now}")
+        pairs = [(name, last[key].get(name), now) for name, now in settings.items()]
+        changes[key] = [f"{name} was {old} and is {now}" for name, old, now in pairs if old != now]
     if changes["judged"] and not args.replay:
         advice = "give the old settings, judge all answers anew with --replay, or choose another --output_dir"
         raise UserError(f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; {advice}")
@@ -950,8 +949,7 @@ def record_run(args, journal):
         say(f"{args.output_dir}: from here on {'; '.join(changes['asked'])}")
     if not journal.runs or any(changes.values()):
         facts = {"versions": utils.versions("openai", "rapidfuzz", "rouge_score"), "git_commit": utils.git_commit()}
-        start = args.output_dir / "regen.start.json"
-        facts["start"] = utils.sha256_of(start) if start.exists() else None
+        facts["start"] = digest_of(args.output_dir / "regen.start.json")
         journal.append({"run": {"judged": judged, "asked": asked, **facts}})
 
 
@@ -1062,8 +1060,6 @@ async def collect(collection, journal, client):
 
 def preview(args, collection):
     """--dry_run: the first request as it would be sent, and what the run may cost."""
-    given = {"temperature": args.temperature, "top_p": args.top_p, "extra_body": args.extra_body}
-    sampling = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None) or "its own sampling"
     usage, rows = collection.estimate(0), TASKS_PER_PROMPT - args.num_prompt_instructions
     requests = math.ceil(max(0, args.num_instructions_to_generate - collection.num_old) / rows)
     cost = f"at most about {collection.cost(usage) * requests:.4f} for these requests"
@@ -1071,7 +1067,7 @@ def preview(args, collection):
         cost = "give --price_in and --price_out, per million tokens"
     return (
         f"{encode_prompt(collection.draw(0), args.header)}\n"
-        f"--- {args.model_name} at {args.server}, {sampling}\n"
+        f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p} (None: its own)\n"
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests"
         f" beside the {collection.num_old:,} rows that are there, if each gave {rows} new rows\n"
@@ -1131,11 +1127,11 @@ def go_on(args, seeds, journal, client):
     if args.replay and not journal.runs:
         raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
     path, target = args.output_dir / "regen.json", args.num_instructions_to_generate
-    if not (args.replay or args.report) and journal.latest.get("rows", 0) >= target and path.exists():
-        if utils.sha256_of(path) == journal.latest["wrote"] and (args.output_dir / "regen.dropped.jsonl").exists():
+    if client and not args.report and journal.latest.get("wrote", "none") == digest_of(path):
+        count = journal.latest.get("rows") or len(read_regenerated(path))  # older journals do not count them
+        if count >= target:  # nothing is to be asked or judged
             record_run(args, journal)
-            say(f"{path}: holds as many rows as --num_instructions_to_generate {target} asks for")
-            print(f"{path}: {journal.latest['rows']:,} rows", flush=True)
+            print(f"{path}: {count:,} rows", flush=True)
             return
     collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
     record_run(args, journal)
@@ -1154,7 +1150,7 @@ def go_on(args, seeds, journal, client):
         raise UserError(message)  # now that all there is has been written
     if message:
         say(f"{message}; {'raise it to go on' if message.startswith('stopped at') else 'the same command goes on'}")
-    print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
+    print(f"{path}: {len(collection.rows):,} rows", flush=True)
     if code:
         sys.exit(code)
 

@@ -483,6 +483,51 @@ def test_max_requests_counts_those_of_earlier_runs(server, tmp_path, capsys):
     assert len(server.requests) == 5
 
 
+def test_a_finished_folder_judges_nothing_anew_and_other_folders_do(server, tmp_path, monkeypatch, capsys):
+    rows = generate(server, tmp_path, 20)
+    lines = (tmp_path / "regen.journal.jsonl").read_text(encoding="utf-8")
+    judged = []
+    real = generate_instruction.RougeFilter.judge
+    monkeypatch.setattr(generate_instruction.RougeFilter, "judge", lambda *a: judged.append(a) or real(*a))
+    assert generate(server, tmp_path, 20) == rows and judged == []
+    older = lines.replace(f', "rows": {len(rows)}}}', "}")
+    assert older != lines
+    (tmp_path / "regen.journal.jsonl").write_text(older, encoding="utf-8")
+    assert generate(server, tmp_path, 20) == rows and judged == []
+    assert f"{len(rows)} rows\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="judged otherwise"):
+        generate(server, tmp_path, 20, rouge_threshold=0.1)
+    last = answers_of(tmp_path)[-1]
+    with open(tmp_path / "regen.journal.jsonl", "ab") as file:  # an answer that came before a kill -9
+        file.write(json.dumps({**last, "request": last["request"] + 1}).encode() + b"\n")
+    assert generate(server, tmp_path, 20) == rows and len(judged) == len(answers_of(tmp_path))
+
+
+def test_dry_run_counts_the_rows_that_are_there(server, tmp_path, capsys):
+    generate(server, tmp_path, 20)
+    capsys.readouterr()
+    sent, before = len(server.requests), journal_of(tmp_path)
+    url = {"base_url": server.url, "output_dir": str(tmp_path), "dry_run": True}
+    for target, count in ((20, 0), (21, 0), (22, 1), (38, 1), (39, 2)):
+        generate_instruction_following_data(num_instructions_to_generate=target, **url)
+        assert f"at least {count} requests beside the 21 rows" in capsys.readouterr().out
+    assert len(server.requests) == sent and journal_of(tmp_path) == before
+
+
+def test_first_rows_that_are_gone_are_named(server, tmp_path):
+    old = [{"instruction": "Old instruction number one here.", "input": "", "output": "x"}]
+    (tmp_path / "regen.json").write_text(json.dumps(old), encoding="utf-8")
+    rows, start = generate(server, tmp_path, 10), tmp_path / "regen.start.json"
+    text = start.read_bytes()
+    start.unlink()
+    assert "regen.start.json: gone" in refused(generate, server, tmp_path, 30)
+    start.write_bytes(text.replace(b"Old", b"New"))
+    assert "regen.start.json: gone" in refused(generate, server, tmp_path, 30)
+    assert rows_of(tmp_path) == rows
+    start.write_bytes(text)
+    assert generate(server, tmp_path, 30)[: len(rows)] == rows
+
+
 def test_max_cost_is_not_passed(server, tmp_path, capsys):
     price = {"price_in": 10, "price_out": 20}  # 0.005 a request
     rows = generate(server, tmp_path, 1000, max_cost=0.0251, num_parallel_requests=3, max_tokens=200, **price)
