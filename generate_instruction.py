@@ -238,10 +238,11 @@ BLACKLIST = (
 
 def find_word_in_string(w, s):
     """The match of a whole word in a text, whatever its case; None where it does not occur."""
-    spaceless = regex.compile(f"[{NO_SPACES}]")  # such a character may have letters beside it
-    before = "" if spaceless.match(w[0]) else r"(?<!\w)"
-    after = "" if spaceless.match(w[-1]) else r"(?!\w)"
-    return re.search(before + re.escape(w) + after, s, re.IGNORECASE)
+    before, after = (
+        f"(?:(?<!\\w)|(?=[{NO_SPACES}]))",
+        f"(?:(?!\\w)|(?<=[{NO_SPACES}]))",
+    )  # these may have letters beside
+    return regex.search(before + regex.escape(w) + after, s, regex.IGNORECASE)
 
 
 def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
@@ -273,15 +274,6 @@ def tokenize(text):
     if text.isascii():
         return rouge_tokenize(text, None)
     return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
-
-
-def f_measures(lcs, length, lengths):
-    """ROUGE-L F1 of a text of `length` tokens with others: rouge_score's own float operations in its order.
-
-    `lcs` and `lengths` are integer arrays (pool,): how long the common subsequences are, and the others.
-    """
-    precision, recall = lcs / lengths, lcs / length
-    return 2 * precision * recall / np.maximum(precision + recall, 1e-300)  # 0 where nothing is common
 
 
 class RougeFilter:
@@ -321,7 +313,8 @@ class RougeFilter:
             if not code:
                 verdicts.append({"kept": False, "reason": "no words"})
                 continue
-            scores = f_measures(row, len(code), lengths)[is_known]
+            precision, recall = row / lengths, row / len(code)
+            scores = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[is_known]  # 0 for 0 in common
             if scores.max(initial=0) > self.threshold:
                 best = int(scores.argmax())
                 near = {"similar_to": self.texts[best], "score": float(scores[best])}
@@ -697,11 +690,12 @@ class ChatClient:
             return raw  # which has no choices
         whole, text, finish = {}, "", None
         async for event in await api.create(stream=True, **sent):
-            part = event.to_dict(warnings=False)
-            whole |= {key: part[key] for key in ("model", "usage") if part.get(key)}
-            for choice in part.get("choices") or []:
-                text += (choice.get("text") if is_text else joined(choice["delta"].get("content"))) or ""
-                finish = choice.get("finish_reason") or finish
+            with contextlib.suppress(AttributeError, TypeError):  # whatever a server sends
+                part = event.to_dict(warnings=False)
+                whole |= {key: part[key] for key in ("model", "usage") if part.get(key)}
+                for choice in part.get("choices") or []:
+                    text += (choice.get("text") if is_text else joined(choice["delta"].get("content"))) or ""
+                    finish = choice.get("finish_reason") or finish
         if finish is None:
             raise ValueError("the stream was cut off")
         return {**whole, "choices": [{"finish_reason": finish, "text": text, "message": {"content": text}}]}
@@ -818,9 +812,7 @@ class Options:
     patience: int = setting(20, "End after so many requests in a row of which nothing was kept.", 1)
     seed: int = setting(0, "Decides which tasks are shown in which request.", -math.inf)
     dry_run: bool = setting(False, "Show the first request and what the run may cost; send and write nothing.")
-    replay: bool = setting(
-        False, "Parse and judge all answers of the journal anew, with the rules given; send nothing."
-    )
+    replay: bool = setting(False, "Parse and judge the journal's answers anew, under the rules given; send nothing.")
     report: str = setting(None, "Write an HTML page about the rows to this file.")
 
 

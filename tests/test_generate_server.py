@@ -518,6 +518,27 @@ def test_streams(endpoint, tmp_path):
     assert journal_of(tmp_path / "stream")[0]["run"]["asked"]["stream"] is True
 
 
+ODD_STREAMS = {
+    "connection lost": (b'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n', "truncated"),
+    "half an event": (b'data: {"choices": [', None),
+    "no JSON": (b"data: {oops}\n\n", None),
+    "an error": (b'data: {"error": {"message": "mid way", "code": 502}}\n\n', None),
+    "no stream": (b'{"choices": []}', None),
+    "no delta": (b'data: {"choices": [{"index": 0, "delta": null}]}\n\n', None),
+    "a list": (b"data: [1]\n\n", None),
+    "null": (b"data: null\n\n", None),
+    "no events": (b"data: [DONE]\n\n", None),
+}
+
+
+@pytest.mark.parametrize(("raw", "fault"), ODD_STREAMS.values(), ids=ODD_STREAMS.keys())
+def test_a_stream_that_breaks_off_is_a_failed_attempt(raw, fault, tmp_path):
+    step = {"raw": raw, "fault": fault, "headers": {"Content-Type": "text/event-stream"}}
+    with Server(script={0: step}) as server:
+        assert len(generate(server, tmp_path, 5, stream=True)) == 7
+    assert answers_of(tmp_path)[0]["attempts"] == 2
+
+
 def test_stream_options_that_are_refused_are_dropped(tmp_path):
     with Server() as server:
         server.step_of = refusing("stream_options")
