@@ -238,10 +238,8 @@ BLACKLIST = (
 
 def find_word_in_string(w, s):
     """The match of a whole word in a text, whatever its case; None where it does not occur."""
-    before, after = (
-        f"(?:(?<!\\w)|(?=[{NO_SPACES}]))",
-        f"(?:(?!\\w)|(?<=[{NO_SPACES}]))",
-    )  # these may have letters beside
+    # A character of a script without spaces may have letters beside it.
+    before, after = rf"(?:(?<!\w)|(?=[{NO_SPACES}]))", rf"(?:(?!\w)|(?<=[{NO_SPACES}]))"
     return regex.search(before + regex.escape(w) + after, s, regex.IGNORECASE)
 
 
@@ -635,7 +633,8 @@ class ChatClient:
             most = min(self.args.max_retries, 1 if usage["completion_tokens"] else 100)  # what costs is asked for twice
             if of_prompt or not passes or "more than --max_tokens" in fault.text or attempts > most:
                 break
-            await self._sleep(pause_before(attempts) if fault.wait is None else fault.wait)
+            self.next_start = max(self.next_start, time.monotonic() + (fault.wait or 0))  # all wait as long as it asks
+            await self._sleep(pause_before(attempts) if fault.wait is None else 0)
         else:
             raise asyncio.CancelledError
         if not self.num_answers and not of_prompt:
@@ -738,8 +737,8 @@ class ChatClient:
         async with self.turn:
             while (wait := self.next_start - time.monotonic()) > 0 and not self.ending.is_set():
                 await self._sleep(min(wait, REPORT_S))
-                if wait > REPORT_S:
-                    say(f"{self.name}: for its rate limit the next request waits {wait - REPORT_S:.0f} s more")
+                if wait > 1.1 * REPORT_S:
+                    say(f"{self.name}: the next request waits {wait - REPORT_S:.0f} s more, as the server asks")
             now = time.monotonic()
             self.since, self.num_sent = self.since or now, self.num_sent + 1
             self.next_start = now + max(self.interval, GAP_S)
@@ -747,20 +746,20 @@ class ChatClient:
 
     def _hold(self, fault, started):
         """Let all requests wait behind a rate limit. Raises UserError where it lets none pass for long."""
-        now, self.num_sent = time.monotonic(), self.num_sent - 1
         if started < self.refused_at:  # it has met the same refusal as another
             return
-        self.num_refused, self.refused_since, self.refused_at = self.num_refused + 1, self.refused_since or now, now
+        now, self.num_sent, self.num_refused = time.monotonic(), self.num_sent - 1, self.num_refused + 1
+        self.refused_since, self.refused_at = self.refused_since or now, now
         pause = RATE_PAUSE_S * min(self.num_refused, 2) if fault.wait is None else fault.wait
         self.next_start = now + max(pause, pause_before(self.num_refused))
         if self.next_start - self.refused_since > max(self.args.timeout, 10 * RATE_PAUSE_S):
-            waited = f"nothing else for {now - self.refused_since:.0f} s"
-            raise UserError(f"{self.name}: {fault.text}: {waited}; the same command goes on, later")
+            waited = f"nothing else for {now - self.refused_since:.0f} s; wait, or give a longer --timeout"
+            raise UserError(f"{self.name}: {fault.text}: {waited}; then the same command goes on")
         say(f"{self.name}: {fault.text}; all requests wait {self.next_start - now:.2g} s")
         if self.num_sent > 0:  # what it took up to here tells the pace that it takes
             self.too_fast, pace = self.interval, (self.next_start - self.since) / self.num_sent
-            self.interval, self.since, self.num_sent = max(self.interval, pace), self.next_start, 0
-            self.num_passed = 0
+            self.interval, self.since = max(self.interval, pace), self.next_start
+            self.num_sent = self.num_passed = 0
 
     def _pass(self, started):
         """Note that a rate limit let a request pass; after eight a faster pace is tried, where it is a new one."""

@@ -100,7 +100,7 @@ def test_what_ends_the_run_does_not_wait_for_its_turn(tmp_path):
         refused_key = {"status": 401, "body": refusal("Incorrect API key")}
         server.step_of = lambda request: {"delay": 1} if request["prompt"] == first else refused_key
         assert "Incorrect API key" in refused(generate, server, tmp_path / "all", 1000, num_parallel_requests=3)
-        assert len(server.requests) == 3  # no other was started when the first answer had come
+        assert len(server.requests) <= 3  # no other was started when the first answer had come
     assert len(rows_of(tmp_path / "all")) == 7  # which is kept
 
 
@@ -129,6 +129,17 @@ def test_retry_after_is_obeyed(tmp_path):
         server.step_of = lambda request: arrivals.append(time.monotonic())
         generate(server, tmp_path, 5)
     assert len(arrivals) == 2 and arrivals[1] - arrivals[0] >= 2.9  # the pause of our own is 0.01 s
+
+
+def test_a_long_wait_is_said_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate_instruction, "REPORT_S", 0.3)
+    for status in (429, 503):
+        script = {1: {"status": status, "headers": {"Retry-After": "1"}, "body": {}}}
+        with Server(script=script) as server:
+            generate(server, tmp_path / str(status), 20)
+        said = capsys.readouterr().err
+        assert said.count("the next request waits") >= 3, said
+        assert ("all requests wait 1 s" in said) == (status == 429)
 
 
 def test_pauses_grow_up_to_a_limit_and_no_two_requests_wait_alike():
