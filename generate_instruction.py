@@ -246,17 +246,15 @@ def find_word_in_string(w, s):
 def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
     """The rule of Stanford Alpaca that an instruction breaks, as words; "" where it breaks none of `rules`."""
     num_words = len(WORD.findall(instruction))
-    if "length" in rules and num_words <= 3:
-        return "instruction too short"
-    if "length" in rules and num_words > 150:
-        return "instruction too long"
-    if "blacklist" in rules and any(find_word_in_string(word, instruction) for word in blacklist):
-        return "blacklisted word"
-    if "program" in rules and instruction.startswith("Write a program"):
-        return "starts with Write a program"
-    if "punctuation" in rules and unicodedata.normalize("NFKC", instruction[0])[0] in string.punctuation + "。、":
-        return "starts with punctuation"
-    return ""
+    first = unicodedata.normalize("NFKC", instruction[0])[0]
+    found = (
+        ("length", num_words <= 3, "instruction too short"),
+        ("length", num_words > 150, "instruction too long"),
+        ("blacklist", any(find_word_in_string(word, instruction) for word in blacklist), "blacklisted word"),
+        ("program", instruction.startswith("Write a program"), "starts with Write a program"),
+        ("punctuation", first in string.punctuation + "。、", "starts with punctuation"),
+    )
+    return next((reason for rule, is_broken, reason in found if is_broken and rule in rules), "")
 
 
 def post_process_gpt3_response(num_prompt_instructions, response):
@@ -553,7 +551,7 @@ def pause_before(attempt):
     return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
 
 
-def joined(content):
+def text_of_message(content):
     """The text of a message, which is a text or a list of parts; None where it is neither. Reasoning is left out."""
     if isinstance(content, list):
         texts = [part if isinstance(part, str) else part.get("text") for part in content]
@@ -658,7 +656,7 @@ class ChatClient:
         text, choice = None, None
         with contextlib.suppress(AttributeError, LookupError, TypeError):
             choice = body["choices"][0]
-            text = joined(choice["text"] if self.args.endpoint == "text" else choice["message"]["content"])
+            text = text_of_message(choice["text"] if self.args.endpoint == "text" else choice["message"]["content"])
         if not isinstance(choice, dict):
             return None, read_fault("bad answer (no choices)", body)
         counted = body.get("usage") if isinstance(body.get("usage"), dict) else {}
@@ -693,7 +691,7 @@ class ChatClient:
                 part = event.to_dict(warnings=False)
                 whole |= {key: part[key] for key in ("model", "usage") if part.get(key)}
                 for choice in part.get("choices") or []:
-                    text += (choice.get("text") if is_text else joined(choice["delta"].get("content"))) or ""
+                    text += (choice.get("text") if is_text else text_of_message(choice["delta"].get("content"))) or ""
                     finish = choice.get("finish_reason") or finish
         if finish is None:
             raise ValueError("the stream was cut off")
