@@ -99,7 +99,7 @@ def test_the_page_stands_alone_and_escapes_what_it_shows():
 def test_the_page_fits_a_narrow_window():
     text = render([make_row("Write a poem.")], {})
     pictures = [attributes for tag, attributes in Page(text).tags if tag == "svg"]
-    assert len(pictures) == 5 and all(attributes.keys() == {"viewbox", "width", *attributes} for attributes in pictures)
+    assert len(pictures) == 5 and all("viewbox" in attributes for attributes in pictures)  # they shrink
     assert re.search(r"svg\{[^}]*max-width:100%;height:auto", text) and "name=viewport" in text
 
 
