@@ -94,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ):
         """One step: `raw` bytes, or a JSON `body`, or an answer with `text`; `more` goes to `completion`.
 
-        `fault` is hang, drip (a byte every 20 ms), reset, truncated, or cut: a stream that ends without its last pieces.
+        `fault` is hang, drip (a byte every 20 ms), reset, truncated, or cut (a stream without its end).
         """
         time.sleep(delay)
         self.close_connection = fault is not None
