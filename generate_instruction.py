@@ -27,6 +27,7 @@ import string
 import sys
 import time
 import unicodedata
+import urllib.parse
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
 
 import numpy as np
+import regex
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 from rouge_score.tokenize import tokenize as rouge_tokenize
@@ -74,7 +76,9 @@ def cannot_be_shown(task):
     """Why a task must not stand in a prompt, where it would read as several; "" where it may."""
     for key in ("instruction", "input", "output"):
         for line in task[key].split("\n"):
-            if line.strip() == "###" or MARKER.match(line):
+            label = MARKER.match(line)
+            is_label = label and label["label"].lower() in OWN and (label["number"] or not label["label"][0].islower())
+            if line.strip() == "###" or is_label:
                 return f"its {key} holds the line {line.strip()[:40]!r}, which separates tasks"
     length = sum(len(task[key]) for key in ("instruction", "input", "output"))
     return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
@@ -86,6 +90,7 @@ WORDS = {  # labels in the languages that models answer in, and other words for 
     "input": "input 输入 輸入 入力 entrada entrée eingabe ввод 입력",
     "output": "output 输出 輸出 出力 回答 答案 salida saída sortie ausgabe вывод 출력 답변 response answer réponse respuesta antwort",
 }
+OWN = "instruction input output 指令 指示 输入 輸入 入力 输出 輸出 出力".split()  # which read as labels in a prompt too
 LABELS = {word: label for label, words in WORDS.items() for word in words.split()}
 # A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "- Task 5 Output:", "（4）指令：",
 # "4. Input - ", "【出力】". Every repetition is bounded, so that no line can make the search slow.
@@ -277,7 +282,7 @@ def read_block(text, markers, end):
     chosen = sorted([head, *inputs, outputs[0]])
     if chosen[-1] is not outputs[0]:
         return None, "labels out of order"
-    fields = {"input": ""}
+    fields = {"instruction": "", "input": "", "output": ""}
     for marker, stop in zip(chosen, [*(m.start for m in chosen[1:]), end], strict=True):
         field = text[marker.end : stop].strip()
         fields[marker.label] = field.removesuffix("**").rstrip() if field.count("**") % 2 and marker.is_open else field
@@ -424,7 +429,7 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     head = answer[: markers[0].start] if markers else ""
     has_fence = bool(FENCE.search(head))
     if goes_on(head) and markers[0].label != "instruction":
-        markers.insert(0, Marker(0, 0, "instruction", num_prompt_instructions + 1, "", False))
+        markers.insert(0, Marker(0, 0, "instruction", markers[0].number, "", False))
     blocks = find_blocks(answer, markers)
     if not blocks:
         return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
@@ -504,18 +509,13 @@ def without_loose_fence(output):
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is kept: the rules, and the filter by ROUGE-L with everything kept so far
-# ---------------------------------------------------------------------------------------------------------------------
+# --- What is kept: the rules, and the filter by ROUGE-L with everything kept so far ----------------------------------
 
 # Scripts that are written without spaces between words: Chinese characters, kana, hangul, and south-east Asian ones.
-NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3040-\u30ff\u3130-\u318f\u31f0-\u31ff" \
-    "\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"  # fmt: skip
-# Accents and vowel signs belong to the word that they stand in.
-MARKS = "\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0670\u0900-\u0963\u0966-\u0dff"
-TOKEN = re.compile(rf"[{NO_SPACES}]|(?:(?![{NO_SPACES}])[^\W_]|[{MARKS}])+")
+NO_SPACES = "".join(rf"\p{{{name}}}" for name in "Han Hiragana Katakana Hangul Thai Lao Myanmar Khmer".split()) + "ー"
+TOKEN = regex.compile(rf"[{NO_SPACES}]|[^\W_{NO_SPACES}]+")  # accents and vowel signs belong to the word they stand in
 # A character of a script without spaces counts as a word.
-WORD = re.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
+WORD = regex.compile(rf"[{NO_SPACES}]|[^\s{NO_SPACES}]+")
 RULES = ("length", "program", "punctuation", "blacklist")
 # What a model without eyes, ears and hands cannot do; the words are Stanford Alpaca's.
 BLACKLIST = (
@@ -526,26 +526,23 @@ BLACKLIST = (
 
 def find_word_in_string(w, s):
     """The match of a whole word in a text, whatever its case; None where it does not occur."""
-    spaceless = re.compile(f"[{NO_SPACES}]")  # such a character may have letters beside it
-    before = "" if spaceless.match(w[0]) else r"(?<!\w)"
-    after = "" if spaceless.match(w[-1]) else r"(?!\w)"
-    return re.search(before + re.escape(w) + after, s, re.IGNORECASE)
+    # A character of a script without spaces may have letters beside it.
+    before, after = rf"(?:(?<!\w)|(?=[{NO_SPACES}]))", rf"(?:(?!\w)|(?<=[{NO_SPACES}]))"
+    return regex.search(before + regex.escape(w) + after, s, regex.IGNORECASE)
 
 
 def broken_rule(instruction, rules=RULES, blacklist=BLACKLIST):
     """The rule of Stanford Alpaca that an instruction breaks, as words; "" where it breaks none of `rules`."""
     num_words = len(WORD.findall(instruction))
-    if "length" in rules and num_words <= 3:
-        return "instruction too short"
-    if "length" in rules and num_words > 150:
-        return "instruction too long"
-    if "blacklist" in rules and any(find_word_in_string(word, instruction) for word in blacklist):
-        return "blacklisted word"
-    if "program" in rules and instruction.startswith("Write a program"):
-        return "starts with Write a program"
-    if "punctuation" in rules and unicodedata.normalize("NFKC", instruction[0])[0] in string.punctuation + "。、":
-        return "starts with punctuation"
-    return ""
+    first = unicodedata.normalize("NFKC", instruction[0])[0]
+    found = (
+        ("length", num_words <= 3, "instruction too short"),
+        ("length", num_words > 150, "instruction too long"),
+        ("blacklist", any(find_word_in_string(word, instruction) for word in blacklist), "blacklisted word"),
+        ("program", instruction.startswith("Write a program"), "starts with Write a program"),
+        ("punctuation", first in string.punctuation + "。、", "starts with punctuation"),
+    )
+    return next((reason for rule, is_broken, reason in found if is_broken and rule in rules), "")
 
 
 def post_process_gpt3_response(num_prompt_instructions, response):
@@ -563,24 +560,6 @@ def tokenize(text):
     return TOKEN.findall(unicodedata.normalize("NFKC", text).lower())
 
 
-def f_measures(lcs, length, lengths):
-    """ROUGE-L F1 of a text of `length` tokens with others: rouge_score's own float operations in its order.
-
-    `lcs` and `lengths` are integer arrays (pool,): how long the common subsequences are, and the others.
-    """
-
-    def compute(lcs, lengths):
-        precision, recall = lcs / np.maximum(lengths, 1), lcs / length
-        with np.errstate(invalid="ignore"):
-            return np.where(lcs > 0, 2 * precision * recall / (precision + recall), 0.0)
-
-    height, width = int(lcs.max(initial=0)) + 1, int(lengths.max(initial=0)) + 1
-    if height * width > 100_000:  # else each case that there can be is computed once
-        return compute(lcs, lengths)
-    table = compute(np.arange(height)[:, None], np.arange(width)[None])
-    return table.ravel()[lcs * width + lengths]
-
-
 class RougeFilter:
     """A pool of texts to which a text is added where its ROUGE-L F1 with each of them is at most `threshold`.
 
@@ -593,7 +572,6 @@ class RougeFilter:
     def __init__(self, threshold=0.7, tokenize=tokenize):
         self.threshold, self.tokenize = threshold, tokenize
         self.ids, self.texts, self.coded = {}, [], []
-        self.lengths = np.zeros(1024, dtype=np.int32)  # in tokens, of self.coded; grown by doubling
 
     def code(self, text):
         """The tokens of a text as a string with one character for each; the string is never encoded."""
@@ -601,12 +579,8 @@ class RougeFilter:
 
     def add(self, text, coded=None):
         """Put a text into the pool without asking."""
-        coded = self.code(text) if coded is None else coded
-        if len(self.coded) == len(self.lengths):
-            self.lengths = np.concatenate([self.lengths, np.zeros_like(self.lengths)])
-        self.lengths[len(self.coded)] = len(coded)
         self.texts.append(text)
-        self.coded.append(coded)
+        self.coded.append(self.code(text) if coded is None else coded)
 
     def judge(self, texts):
         """Judge a batch in order; what is kept joins the pool, before the next is judged.
@@ -615,17 +589,18 @@ class RougeFilter:
         first and the older first among equals, "avg_similarity_score": mean over the pool}, or {"kept": False,
         "reason", and for a duplicate "similar_to" and "score"}.
         """
-        coded, known, verdicts = [self.code(text) for text in texts], len(self.coded), []
-        lcs = process.cdist(coded, self.coded + coded, scorer=LCSseq.similarity, dtype=np.int32)
-        fresh = []  # columns of this batch that have been kept
+        coded, verdicts = [self.code(text) for text in texts], []
+        columns, is_known = self.coded + coded, np.arange(len(self.coded) + len(coded)) < len(self.coded)
+        lengths = np.array([len(column) or 1 for column in columns], float)
+        lcs = process.cdist(coded, columns, scorer=LCSseq.similarity, dtype=np.int32)
         for text, code, row in zip(texts, coded, lcs, strict=True):
             if not code:
                 verdicts.append({"kept": False, "reason": "no words"})
                 continue
-            common = np.concatenate([row[:known], row[fresh]]) if fresh else row[:known]
-            scores = f_measures(common, len(code), self.lengths[: len(self.coded)])
-            best = int(scores.argmax()) if len(scores) else 0
-            if len(scores) and scores[best] > self.threshold:
+            precision, recall = row / lengths, row / len(code)
+            scores = (2 * precision * recall / np.maximum(precision + recall, 1e-300))[is_known]  # 0 for 0 in common
+            if scores.max(initial=0) > self.threshold:
+                best = int(scores.argmax())
                 near = {"similar_to": self.texts[best], "score": float(scores[best])}
                 verdicts.append({"kept": False, "reason": "duplicate", **near})
                 continue
@@ -635,69 +610,71 @@ class RougeFilter:
             nearest = {self.texts[i]: float(scores[i]) for i in top}
             mean = float(scores.mean()) if len(scores) else 0.0
             verdicts.append({"kept": True, "most_similar_instructions": nearest, "avg_similarity_score": mean})
-            fresh.append(known + len(verdicts) - 1)
+            is_known[len(verdicts) - len(texts) - 1] = True
             self.add(text, code)
         return verdicts
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The journal of all answers, and the rows that are taken from them
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The journal of all answers, and the rows that are taken from them -----------------------------------------------
 
 
 class Journal:
     """JSON Lines, only ever appended to: {"run": settings}, {"request": number, ...} an answer or a failure, and
-    {"wrote": sha256} of each regen.json. A line counts when it is on the disk with its end.
+    {"wrote": sha256, "rows": number} of each regen.json. A line counts when it is on the disk with its end.
     """
 
     def __init__(self, path):
         self.path, self.answers, self.runs, self.wrote, self.size = Path(path), {}, [], set(), 0
-        data = self.path.read_bytes() if self.path.exists() else b""
-        for number, line in enumerate(data.split(b"\n")[:-1], 1):  # behind the last line end stands a torn line or b""
-            try:
-                entry = json.loads(line)
-                if "request" in entry:
-                    self.answers.setdefault(entry["request"], entry)
-                elif "run" in entry:
-                    self.runs.append(entry["run"])
-                else:
-                    self.wrote.add(entry["wrote"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
-            self.size += len(line) + 1
-        if len(data) > self.size:
-            say(f"{path}: cut off {len(data) - self.size} bytes of an unfinished last line")
+        self.latest = {}  # an answer, or the digest of a regen.json that holds all that stands above
+        with open(self.path, "rb") if self.path.exists() else io.BytesIO() as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    say(f"{path}: cut off {len(line)} bytes of an unfinished last line")
+                    break
+                try:
+                    self.take(json.loads(line))
+                except (ValueError, KeyError, TypeError):
+                    raise UserError(f"{path}:{number}: not a line of a journal; mend or remove the line") from None
+                self.size += len(line)
+
+    def take(self, entry):
+        if "request" in entry:
+            self.latest = self.answers.setdefault(entry["request"], entry)
+        elif "run" in entry:
+            self.runs.append(entry["run"])
+        else:
+            self.wrote.add(entry["wrote"])
+            self.latest = entry
 
     def append(self, entry):
         """Append a line and wait for the disk; half a line, now or of a process that was killed, is cut off."""
         # A lone surrogate has no UTF-8 form; the escape that takes its place is JSON's too.
         line = json.dumps(entry, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
-        with open(self.path, "ab", buffering=0) as file:
-            file.truncate(self.size)
-            try:
-                rest = line
-                while rest:
-                    rest = rest[file.write(rest) :]
+        try:
+            with open(self.path, "ab") as file:
+                file.truncate(self.size)
+                file.write(line)
+                file.flush()
                 os.fsync(file.fileno())
-            except OSError as error:
-                with contextlib.suppress(OSError):
-                    file.truncate(self.size)
-                raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then go on") from None
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self.size)
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); make room, then go on") from None
         self.size += len(line)
-        if "request" in entry:
-            self.answers[entry["request"]] = entry
+        self.take(entry)
 
 
 def read_regenerated(path):
     """The rows of a regen.json, ours or the original's."""
-    text, problems = utils.read_text(path), ["not valid JSON; its writer may have been killed"]
-    with contextlib.suppress(ValueError, RecursionError):
-        rows = json.loads(text)
-        problems = ["not a list of rows"]
-        if isinstance(rows, list):
-            problems = utils.read_records([(os.path.basename(path), text)])[1]
-    if problems:
-        raise UserError(f"{path}: {problems[0]}; mend it, move it away, or choose another --output_dir")
+    where, text = path, utils.read_text(path)
+    try:
+        if not isinstance(rows := json.loads(text), list):
+            raise ValueError("not a list of rows")
+        for i, row in enumerate(rows):
+            where = f"{path}[{i}]"
+            utils.as_messages(row)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {error}; mend it, move it away, or choose another --output_dir") from None
     return [{**row, "input": row.get("input") or ""} for row in rows]
 
 
@@ -823,13 +800,20 @@ class Collection:
         return f"{kept + dropped:,} blocks = {kept:,} kept + {dropped:,} dropped{f' ({parts})' if parts else ''}{old}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Servers that speak OpenAI's protocol
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Servers that speak OpenAI's protocol ----------------------------------------------------------------------------
 
 OPENAI_URL = "https://api.openai.com/v1"
+URL_VARIABLES = ("OPENAI_BASE_URL", "OPENAI_API_BASE")  # the latter is the older
 DEFAULT_MODEL = "gpt-4o-mini"
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30  # before a request is tried again: doubled from time to time
+RATE_PAUSE_S = 60  # behind a rate limit that names no time: most count by the minute
+GAP_S = 0.05  # between two requests, so that a rate limit is heard of before all parallel requests have met it
+REPORT_S = 10  # how often a wait is said again
+# Where servers put their words, and their codes: of these alone, not of prose, a lack of credit is known.
+SAID = re.compile(r'"(?:message|msg|error|detail|code|type|param|title|raw|status_msg)": "((?:[^"\\]|\\.)+)"')
+NO_CREDIT = re.compile(r"insufficient_(quota|balance|credit)|billing_(hard|not)_|exceeded_current_quota|\bArrearage\b")
+TOO_LONG = re.compile("context.{0,20}(length|window|size)|too long|reduce the length", re.I)
+OF_THE_PROMPT = re.compile(f"{TOO_LONG.pattern}|filter|policy|moderat|flagged|safety|sensitive|inappropriat", re.I)
 
 
 def estimate_tokens(text):
@@ -838,7 +822,7 @@ def estimate_tokens(text):
     return ascii_only // 4 + len(text) - ascii_only
 
 
-def retry_after(headers):
+def retry_after(headers, said=""):
     """Seconds that a server asks to wait; None where it does not. A date is measured from the server's own."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         with contextlib.suppress(KeyError, ValueError):
@@ -846,7 +830,8 @@ def retry_after(headers):
     with contextlib.suppress(KeyError, ValueError, TypeError):
         until = parsedate_to_datetime(headers["retry-after"])
         return max(0.0, (until - parsedate_to_datetime(headers["date"])).total_seconds())
-    return None
+    told = re.search(r"(?:again|retry) in (\d+\.?\d*)(m?)s\b", said)
+    return float(told[1]) / (1000 if told[2] else 1) if told else None
 
 
 def pause_before(attempt):
@@ -854,8 +839,29 @@ def pause_before(attempt):
     return min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S) * random.uniform(0.75, 1)
 
 
+def text_of_message(content):
+    """The text of a message, which is a text or a list of parts; None where it is neither. Reasoning is left out."""
+    if isinstance(content, list):
+        texts = [part if isinstance(part, str) else part.get("text") for part in content]
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else None
+
+
+Fault = collections.namedtuple("Fault", "text body status wait")  # what comes instead of an answer; wait in seconds
+
+
+def read_fault(what, body="", status=0, headers=()):
+    """A server's refusal or bad answer: its words and codes, and a status that a body of status 200 names."""
+    said = body if isinstance(body, str) else json.dumps(body, ensure_ascii=False)
+    title = re.search("<title>(.*?)</title>", said, re.IGNORECASE | re.DOTALL)
+    words = [title[1] if title else body[:60]] if isinstance(body, str) else SAID.findall(said)
+    text = " ".join(f"{what}: {' '.join(dict.fromkeys(words))}".split()).removesuffix(":")
+    code = re.search(r'"(?:code|status)": "?([45]\d\d)\b', said)
+    return Fault(text, said, status or int(code[1] if code else 0), retry_after(dict(headers), text))
+
+
 class ChatClient:
-    """Asks one model of one server, with bounded retries, and learns which parameters the model refuses.
+    """Asks one model of one server, with bounded retries, and learns what it refuses: parameters, and a pace.
 
     `args.timeout` is the longest that an attempt, or a wait asked for by the server, may take, in seconds. `ending`,
     once set, lets requests on the wire arrive and starts no other attempt. Use it inside one event loop.
@@ -864,16 +870,28 @@ class ChatClient:
     def __init__(self, args):
         import openai
 
-        key = (os.environ.get("OPENAI_API_KEY") or "").strip()
-        if not key and args.base_url == OPENAI_URL:
+        self.openai, self.args, self.key = openai, args, (os.environ.get("OPENAI_API_KEY") or "").strip()
+        if not self.key and args.base_url == OPENAI_URL:
             raise UserError("no key: set the environment variable OPENAI_API_KEY, or give --base_url of another server")
-        if not (key.isascii() and key.isprintable()):
+        if not (self.key.isascii() and self.key.isprintable()):
             raise UserError("OPENAI_API_KEY holds characters that no key has; set it again")
-        self.openai, self.key, self.timeout, self.max_retries = openai, key, args.timeout, args.max_retries
-        client = openai.AsyncOpenAI(api_key=key or "none", base_url=args.base_url, timeout=args.timeout, max_retries=0)
-        self.client, self.model, self.endpoint = client, args.model_name, args.endpoint
-        self.parameters = {"temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens}
-        self.name, self.num_answers, self.ending = f"{self.model} at {args.server}", 0, asyncio.Event()
+        url = urllib.parse.urlsplit(args.base_url)  # Azure's has a query, and another header for the key
+        how = {"base_url": url._replace(query="").geturl(), "default_query": dict(urllib.parse.parse_qsl(url.query))}
+        how |= {"default_headers": {"api-key": self.key}} if url.query and self.key else {}
+        try:
+            if re.fullmatch(r"localhost|127\..*|::1|0\.0\.0\.0", url.hostname or ""):  # which no proxy can reach
+                how["http_client"] = openai.DefaultAsyncHttpxClient(trust_env=False)
+            self.client = openai.AsyncOpenAI(api_key=self.key or "none", timeout=None, max_retries=0, **how)
+        except (ImportError, ValueError) as error:  # of the HTTP library, which reads ALL_PROXY and its like
+            cure = "install what it asks for, or unset ALL_PROXY, HTTPS_PROXY and HTTP_PROXY"
+            raise UserError(f"the environment's proxy: {utils.first_line(error)}; {cure}") from None
+        asked = {"top_p": args.top_p, "temperature": args.temperature, "max_tokens": args.max_tokens}
+        asked["stream_options"] = {"include_usage": True} if args.stream else None
+        self.parameters = {name: value for name, value in asked.items() if value is not None}
+        self.name, self.num_answers, self.ending = f"{args.model_name} at {args.server}", 0, asyncio.Event()
+        # The pace of all requests together: times, seconds between two, and numbers of requests.
+        self.turn, self.next_start, self.interval, self.too_fast, self.since = asyncio.Lock(), 0, 0, 0, 0
+        self.refused_at = self.refused_since = self.num_refused = self.num_passed = self.num_sent = 0
 
     async def ask(self, prompt):
         """The answer to a text: {text, finish_reason, model, usage, attempts}; where it fails, {failed: why, usage}.
@@ -881,92 +899,97 @@ class ChatClient:
         The usage is that of all attempts. Raises UserError for what no other request can get past either, and
         CancelledError where `ending` is set before there is an answer.
         """
-        content, create = {"messages": [{"role": "user", "content": prompt}]}, self.client.chat.completions.create
-        if self.endpoint == "text":
-            content, create = {"prompt": prompt}, self.client.completions.create
         usage, attempts = {"prompt_tokens": 0, "completion_tokens": 0}, 0
-        while not self.ending.is_set():
-            sent, pause = dict(self.parameters), None
-            try:
-                async with asyncio.timeout(self.timeout):  # the client's own limit is for each read: a drip never ends
-                    response = await create(model=self.model, **content, **sent)
-                answer, problem = self._read(response, prompt, usage)
-                if answer:
-                    self.num_answers += 1
-                    return {**answer, "usage": usage, "attempts": attempts + 1}
-            except self.openai.APIStatusError as error:
-                if error.status_code in (400, 422) and self._adapt(error, sent):
-                    continue
-                problem, pause = self._public(error), retry_after(error.response.headers)
-                self._raise_if_final(error, problem, pause)
-                if error.status_code < 500 and error.status_code not in (408, 409, 425, 429):
-                    break
-            except (TimeoutError, self.openai.APITimeoutError):
-                problem = f"no answer within {self.timeout:g} s"
-            except self.openai.APIConnectionError as error:
-                problem = f"no connection ({self._public(error.__cause__ or error)})"
-            except (self.openai.APIError, ValueError) as error:  # ValueError: a body that is not JSON
-                problem = f"bad answer ({self._public(error)})"
+        while started := await self._wait_for_turn():
+            sent = dict(self.parameters)
+            answer, fault = await self._attempt(prompt, sent, usage)
+            if answer:
+                self._pass(started)
+                return {**answer, "usage": usage, "attempts": attempts + 1}
+            fault = fault._replace(text=fault.text.replace(self.key or "\n", "[key]")[:500])
+            if fault.status in (400, 422) and self._adapt(fault, sent):
+                continue
+            self._raise_if_final(fault)
+            if fault.status == 429:
+                self._hold(fault, started)
+                continue
             attempts += 1
-            if attempts > self.max_retries:
+            of_prompt = fault.status in (0, 400, 403, 413, 422, 451) and OF_THE_PROMPT.search(fault.text)
+            passes = not 400 <= fault.status < 500 or fault.status in (408, 409, 425)
+            most = min(self.args.max_retries, 1 if usage["completion_tokens"] else 100)  # what costs is asked for twice
+            if of_prompt or not passes or "more than --max_tokens" in fault.text or attempts > most:
                 break
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.ending.wait(), pause_before(attempts) if pause is None else pause)
+            self.next_start = max(self.next_start, time.monotonic() + (fault.wait or 0))  # all wait as long as it asks
+            await self._sleep(pause_before(attempts) if fault.wait is None else 0)
         else:
             raise asyncio.CancelledError
-        if not self.num_answers:
-            raise UserError(f"{self.name} has not answered once: {problem}; the same command tries again")
-        return {"failed": problem, "usage": usage}
+        if not self.num_answers and not of_prompt:
+            raise UserError(f"{self.name} has not answered once: {fault.text}; the same command tries again")
+        return {"failed": fault.text, "usage": usage}
 
-    def _public(self, error):
-        """The first line of an error, without the key."""
-        return utils.first_line(error).replace(self.key or "\n", "[key]")
-
-    def _raise_if_final(self, error, problem, pause):
-        """Raise UserError for what no request of this run can get past."""
-        status, said = error.status_code, f"{error.code} {error.type} {error.message}".lower()
-        if status == 429 and ("insufficient_quota" in said or "billing" in said):
-            status = 402
-        advice = {
-            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
-            402: "there is no credit left; put it in order",
-            403: "this key may not do that; choose another --model_name, or check the key",
-            404: "check --model_name and --base_url, which mostly ends in /v1",
-        }.get(status)
-        if pause is not None and pause > self.timeout:
-            advice = f"it asks to wait {pause:.0f} s; wait, or give a longer --timeout"
-        if advice:
-            raise UserError(f"{self.name}: {problem}: {advice}; then the same command goes on") from None
-
-    def _read(self, response, prompt, usage):
-        """({text, finish_reason, model}, "") or (None, what is wrong), whatever a server sends; adds to `usage`."""
-        if isinstance(response, str):
-            return None, f"bad answer (not JSON: {self._public(response)[:60]!r})"
-        text, problem, counted = None, "bad answer (no choices)", (None, None)
+    async def _attempt(self, prompt, sent, usage):
+        """({text, finish_reason, model}, None) or (None, the fault), whatever a server sends; adds to `usage`."""
+        try:
+            async with asyncio.timeout(self.args.timeout):  # the client's own is for each read: a drip never ends
+                body = await self._send(prompt, sent)
+        except TimeoutError:
+            return None, read_fault(f"no answer within {self.args.timeout:g} s")
+        except self.openai.APIStatusError as error:
+            status = error.status_code
+            return None, read_fault(f"HTTP {status}", error.body, status, error.response.headers)
+        except self.openai.APIConnectionError as error:
+            return None, read_fault(f"no connection ({utils.first_line(error.__cause__ or error)})")
+        except (self.openai.APIError, ValueError) as error:  # in the middle of a stream; no JSON
+            return None, read_fault("bad answer", getattr(error, "body", None) or str(error))
+        text, choice = None, None
         with contextlib.suppress(AttributeError, LookupError, TypeError):
-            choice = response.choices[0]
-            problem = f"bad answer (no text, finish_reason {choice.finish_reason})"
-            text = choice.text if self.endpoint == "text" else choice.message.content
-        with contextlib.suppress(AttributeError):
-            counted = response.usage.prompt_tokens, response.usage.completion_tokens
-        if not all(isinstance(count, int) for count in counted):
-            counted = estimate_tokens(prompt), estimate_tokens(text if isinstance(text, str) else "")
+            choice = body["choices"][0]
+            text = text_of_message(choice["text"] if self.args.endpoint == "text" else choice["message"]["content"])
+        if not isinstance(choice, dict):
+            return None, read_fault("bad answer (no choices)", body)
+        counted = body.get("usage") if isinstance(body.get("usage"), dict) else {}
+        if not all(isinstance(counted.get(key), int) for key in ("prompt_tokens", "completion_tokens")):
+            counted = {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": estimate_tokens(text or "")}
             usage["estimated"] = True
-        usage["prompt_tokens"] += counted[0]
-        usage["completion_tokens"] += counted[1]
-        if not isinstance(text, str):
-            return None, problem
-        model = response.model if isinstance(getattr(response, "model", None), str) else self.model
-        return {"text": text, "finish_reason": choice.finish_reason, "model": model}, ""
+        usage["prompt_tokens"] += counted["prompt_tokens"]
+        usage["completion_tokens"] += counted["completion_tokens"]
+        finish, model = choice.get("finish_reason"), body.get("model")
+        if text is None:
+            cure = f"; give more than --max_tokens {self.args.max_tokens}" if finish == "length" else ""
+            return None, read_fault(f"bad answer (no text, finish_reason {finish}{cure})", choice.get("error") or "")
+        self.num_answers += 1
+        model = model if isinstance(model, str) else self.args.model_name
+        return {"text": text, "finish_reason": finish, "model": model}, None
 
-    def _adapt(self, error, sent):
+    async def _send(self, prompt, sent):
+        """The parsed JSON of an answer; that of a stream in the form of one that comes at once."""
+        is_text, api = self.args.endpoint == "text", self.client.chat.completions
+        content = {"messages": [{"role": "user", "content": prompt}]}
+        if is_text:
+            content, api = {"prompt": prompt}, self.client.completions
+        sent = {"model": self.args.model_name, **content, **sent, "extra_body": self.args.extra_body}
+        if not self.args.stream:
+            raw = (await api.with_raw_response.create(**sent)).text
+            with contextlib.suppress(ValueError):
+                return json.loads(raw)
+            return raw  # which has no choices
+        whole, text, finish = {}, "", None
+        async for event in await api.create(stream=True, **sent):
+            with contextlib.suppress(AttributeError, TypeError):  # whatever a server sends
+                part = event.to_dict(warnings=False)
+                whole |= {key: part[key] for key in ("model", "usage") if part.get(key)}
+                for choice in part.get("choices") or []:
+                    text += (choice.get("text") if is_text else text_of_message(choice["delta"].get("content"))) or ""
+                    finish = choice.get("finish_reason") or finish
+        if finish is None:
+            raise ValueError("the stream was cut off")
+        return {**whole, "choices": [{"finish_reason": finish, "text": text, "message": {"content": text}}]}
+
+    def _adapt(self, fault, sent):
         """Rename or drop the parameter that the server refuses; whether there is something new to try."""
-        said = error.message.replace("`", "'")
-        named = [key for key in sent if key == error.param]
-        if not named and re.search("support|unknown|unexpected|unrecognized|extra|permitted|allowed|invalid", said):
-            named = [key for key in sent if re.search(rf"\b{key}\b", said)]
-        if not named or re.search(r"context.{0,20}(length|window|size)", f"{error.code} {said}"):
-            return False  # the latter says that the prompt is too long, and speaks of max_tokens too
+        named = [key for key in sent if re.search(rf"\b{key}\b", fault.body, re.I)]
+        if not named or TOO_LONG.search(fault.text):  # the latter speaks of max_tokens too
+            return False
         name, how = named[0], "sent without it"
         if name in self.parameters:  # else another request has met the same
             value = self.parameters.pop(name)
@@ -975,10 +998,64 @@ class ChatClient:
             say(f"{self.name}: refuses {name} {value}; from here on {how}")
         return True
 
+    def _raise_if_final(self, fault):
+        """Raise UserError for what no request of this run can get past."""
+        status = 402 if fault.status in (400, 403, 429) and NO_CREDIT.search(fault.text) else fault.status
+        advice = {
+            401: "check OPENAI_API_KEY" if self.key else "set the environment variable OPENAI_API_KEY",
+            402: "there is no credit left; put it in order",
+            403: "this key may not do that; choose another --model_name, or check the key",
+            404: "check --model_name and --base_url, which mostly ends in /v1",
+        }.get(status)
+        if fault.wait is not None and fault.wait > self.args.timeout:
+            advice = f"it asks to wait {fault.wait:.0f} s; wait, or give a longer --timeout"
+        if status == 400 and not self.args.stream and re.search("stream|enable_thinking", fault.text):
+            advice = """give --stream, or for example --extra_body '{"enable_thinking": false}'"""
+        if advice and not (status == 403 and OF_THE_PROMPT.search(fault.text)):
+            raise UserError(f"{self.name}: {fault.text}: {advice}; then the same command goes on")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Before the first request: arguments, seeds, and what the folder holds already
-# ---------------------------------------------------------------------------------------------------------------------
+    async def _sleep(self, seconds):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.ending.wait(), seconds)
+
+    async def _wait_for_turn(self):
+        """Wait until a request may start: none behind a rate limit, then each an interval apart. Returns when."""
+        async with self.turn:
+            while (wait := self.next_start - time.monotonic()) > 0 and not self.ending.is_set():
+                await self._sleep(min(wait, REPORT_S))
+                if wait > 1.1 * REPORT_S:
+                    say(f"{self.name}: the next request waits {wait - REPORT_S:.0f} s more, as the server asks")
+            now = time.monotonic()
+            self.since, self.num_sent = self.since or now, self.num_sent + 1
+            self.next_start = now + max(self.interval, GAP_S)
+        return 0 if self.ending.is_set() else now
+
+    def _hold(self, fault, started):
+        """Let all requests wait behind a rate limit. Raises UserError where it lets none pass for long."""
+        if started < self.refused_at:  # it has met the same refusal as another
+            return
+        now, self.num_sent, self.num_refused = time.monotonic(), self.num_sent - 1, self.num_refused + 1
+        self.refused_since, self.refused_at = self.refused_since or now, now
+        pause = RATE_PAUSE_S * min(self.num_refused, 2) if fault.wait is None else fault.wait
+        self.next_start = now + max(pause, pause_before(self.num_refused))
+        if self.next_start - self.refused_since > max(self.args.timeout, 10 * RATE_PAUSE_S):
+            waited = f"nothing else for {now - self.refused_since:.0f} s; wait, or give a longer --timeout"
+            raise UserError(f"{self.name}: {fault.text}: {waited}; then the same command goes on")
+        say(f"{self.name}: {fault.text}; all requests wait {self.next_start - now:.2g} s")
+        if self.num_sent > 0:  # what it took up to here tells the pace that it takes
+            self.too_fast, pace = self.interval, (self.next_start - self.since) / self.num_sent
+            self.interval, self.since = max(self.interval, pace), self.next_start
+            self.num_sent = self.num_passed = 0
+
+    def _pass(self, started):
+        """Note that a rate limit let a request pass; after eight a faster pace is tried, where it is a new one."""
+        if started > self.refused_at:
+            self.num_refused, self.refused_since, self.num_passed = 0, 0, self.num_passed + 1
+            if self.num_passed % 8 == 0 and self.interval / 2 > max(self.too_fast, GAP_S):
+                self.interval /= 2
+
+
+# --- Before the first request: arguments, seeds, and what the folder holds already -----------------------------------
 
 
 def setting(default, text, least=None, most=math.inf):
@@ -996,13 +1073,15 @@ class Options:
     model_name: str = setting(None, f"The model that writes (default: {DEFAULT_MODEL}).")
     num_prompt_instructions: int = setting(3, "Tasks shown in a request.", 0, TASKS_PER_PROMPT - 1)
     request_batch_size: int = setting(5, "The old name of --num_parallel_requests.", 1, 1000)
-    temperature: float = setting(1.0, "Sampling temperature.", 0, 2)
-    top_p: float = setting(1.0, "Share of probability that is sampled from.", 0, 1)
+    temperature: float = setting(None, "Sampling temperature (default: the server's, mostly 1).", 0, 2)
+    top_p: float = setting(None, "Share of probability that is sampled from (default: the server's).", 0, 1)
     num_cpus: int = setting(None, "Has no meaning any more.")
     _: dataclasses.KW_ONLY
-    base_url: str = setting(None, "The server (default: OPENAI_BASE_URL, else OpenAI's), as http://HOST:8000/v1.")
+    base_url: str = setting(None, "The server (default: OPENAI_BASE_URL or OPENAI_API_BASE, else OpenAI's).")
     endpoint: str = setting("chat", "chat, or text for base models (text completions).")
     max_tokens: int = setting(3072, "The longest answer, in tokens.", 1)
+    extra_body: str = setting(None, "JSON that is added to each request, such as '{\"enable_thinking\": false}'.")
+    stream: bool = setting(False, "Ask for answers piece by piece, for servers that give no others.")
     num_parallel_requests: int = setting(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
     num_generated_in_prompt: int = setting(0, "How many of the shown tasks are taken from those generated so far.", 0)
     prompt_path: str = setting(None, "What the model is told before the tasks (default: this script's prompt.txt).")
@@ -1018,9 +1097,7 @@ class Options:
     patience: int = setting(20, "End after so many requests in a row of which nothing was kept.", 1)
     seed: int = setting(0, "Decides which tasks are shown in which request.", -math.inf)
     dry_run: bool = setting(False, "Show the first request and what the run may cost; send and write nothing.")
-    replay: bool = setting(
-        False, "Parse and judge all answers of the journal anew, with the rules given; send nothing."
-    )
+    replay: bool = setting(False, "Parse and judge the journal's answers anew, under the rules given; send nothing.")
     report: str = setting(None, "Write an HTML page about the rows to this file.")
 
 
@@ -1049,15 +1126,17 @@ def check_options(options):
         problems.append("--max_cost needs --price_in and --price_out, per million tokens")
     if args.endpoint not in ("chat", "text"):
         problems.append(f"--endpoint {args.endpoint}: must be chat or text")
-    args.base_url = args.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    args.base_url = next(filter(None, [args.base_url, *map(os.environ.get, URL_VARIABLES), OPENAI_URL]))
     args.server = re.sub("//[^/@]*@", "//", args.base_url.partition("?")[0])  # without what may be secret in it
     if not re.match("https?://[^/]", args.base_url):
         problems.append(f"--base_url {args.base_url}: must begin with http:// or https://")
-    rules = args.quality_rules
-    rules = re.split(r"[,\s]+", rules.strip()) if isinstance(rules, str) else list(rules)
-    args.quality_rules = [rule for rule in rules if rule not in ("", "none")]
-    wrong = [rule for rule in args.quality_rules if rule not in RULES]
-    if wrong:
+    with contextlib.suppress(TypeError, ValueError):  # as Python gives it, or not JSON
+        args.extra_body = json.loads(args.extra_body)
+    if not isinstance(args.extra_body, dict | None):
+        problems.append(f"""--extra_body {args.extra_body}: must be JSON such as '{{"enable_thinking": false}}'""")
+    rules = args.quality_rules.replace(",", " ").split() if isinstance(args.quality_rules, str) else args.quality_rules
+    args.quality_rules = [rule for rule in rules if rule != "none"]
+    if wrong := [rule for rule in args.quality_rules if rule not in RULES]:
         problems.append(f"--quality_rules {wrong[0]}: must be none, or some of {','.join(RULES)}")
     args.output_dir = Path(args.output_dir)
     if args.output_dir.exists() and not args.output_dir.is_dir():
@@ -1067,8 +1146,8 @@ def check_options(options):
     args.num_parallel_requests = args.num_parallel_requests or args.request_batch_size
     args.blacklist = BLACKLIST
     if args.blacklist_path:
-        text = utils.read_text(args.blacklist_path, "; --blacklist_path takes a text file of one word a line")
-        args.blacklist = [line.strip() for line in text.split("\n") if line.strip()]
+        words = utils.read_text(args.blacklist_path, "; --blacklist_path takes a text file of one word a line")
+        args.blacklist = [*filter(None, map(str.strip, words.split("\n")))]
     args.header = read_prompt(args.prompt_path)
     args.seed_tasks_path = args.seed_tasks_path or HERE / "seed_tasks.jsonl"
     if args.model_name == "text-davinci-003" and args.base_url == OPENAI_URL:
@@ -1097,23 +1176,28 @@ def read_seeds(args):
     for source, reason in reasons.items():
         if reason:
             say(f"{source}: never shown to the model, {reason}")
-    shown = list(reasons.values()).count("")
-    if shown < args.num_prompt_instructions:
-        asked = args.num_prompt_instructions
+    if (shown := [*reasons.values()].count("")) < (asked := args.num_prompt_instructions):
         raise UserError(f"{path}: {shown} tasks can be shown, --num_prompt_instructions asks for {asked}")
     return list(seeds.values())
+
+
+def digest_of(path):
+    """The SHA-256 of a file; None where there is none."""
+    return utils.sha256_of(path) if path.exists() else None
 
 
 def adopt_rows(folder, journal):
     """Rows that the folder held before its journal began; kept in regen.start.json from then on."""
     path, start = folder / "regen.json", folder / "regen.start.json"
+    if journal.runs and journal.runs[0].get("start") not in (None, digest_of(start)):
+        advice = "put it back, or choose another --output_dir"
+        raise UserError(f"{start}: gone or changed, and {journal.path.name} goes on from its rows; {advice}")
     if path.exists() and not journal.runs:
         rows = read_regenerated(path)
         utils.write_text(start, path.read_text(encoding="utf-8-sig"))
         say(f"{path}: going on from its {len(rows):,} rows, which are kept in {start.name}")
     elif path.exists():
-        known = journal.wrote | {utils.sha256_of(start) if start.exists() else ""}
-        if utils.sha256_of(path) not in known:
+        if digest_of(path) not in {*journal.wrote, digest_of(start)}:
             advice = "move it away, or choose another --output_dir"
             raise UserError(f"{path}: not as the run of {journal.path.name} wrote it; {advice}")
     return read_regenerated(start) if start.exists() else []
@@ -1122,19 +1206,19 @@ def adopt_rows(folder, journal):
 def record_run(args, journal):
     """Write the settings into the journal, and say what has changed; other rules are for --replay alone."""
     seeds = hashlib.sha256(Path(args.seed_tasks_path).read_bytes()).hexdigest()
-    judged = {"rouge_threshold": args.rouge_threshold, "quality_rules": args.quality_rules, "seed_tasks": seeds[:16]}
-    judged["blacklist"] = args.blacklist
+    judged = {name: getattr(args, name) for name in ("rouge_threshold", "quality_rules", "blacklist")}
+    judged["seed_tasks"] = seeds[:16]
     names = "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt"
-    asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed"]}
+    asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed", "extra_body"]}
+    asked["stream"] = args.stream or None  # absent in older journals, as extra_body is
     asked["base_url"], asked["prompt"] = args.server, hashlib.sha256(args.header.encode()).hexdigest()[:16]
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
     if args.replay:
         asked = last["asked"]  # nothing is
-    changes = {"judged": [], "asked": []}
+    changes = {}
     for key, settings in (("judged", judged), ("asked", asked)):
-        for name, now in settings.items():
-            if last[key].get(name) != now:
-                changes[key].append(f"{name} was {last[key].get(name)} and is {now}")
+        pairs = [(name, last[key].get(name), now) for name, now in settings.items()]
+        changes[key] = [f"{name} was {old} and is {now}" for name, old, now in pairs if old != now]
     if changes["judged"] and not args.replay:
         advice = "give the old settings, judge all answers anew with --replay, or choose another --output_dir"
         raise UserError(f"{args.output_dir}: its rows were judged otherwise: {'; '.join(changes['judged'])}; {advice}")
@@ -1142,12 +1226,11 @@ def record_run(args, journal):
         say(f"{args.output_dir}: from here on {'; '.join(changes['asked'])}")
     if not journal.runs or any(changes.values()):
         facts = {"versions": utils.versions("openai", "rapidfuzz", "rouge_score"), "git_commit": utils.git_commit()}
+        facts["start"] = digest_of(args.output_dir / "regen.start.json")
         journal.append({"run": {"judged": judged, "asked": asked, **facts}})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The story
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The story -------------------------------------------------------------------------------------------------------
 
 
 class Requests:
@@ -1198,7 +1281,8 @@ class Requests:
             reasons += [self.journal.answers[i].get("failed") for i in self.fruitless]
             why = ", ".join(filter(None, dict.fromkeys(reasons)))
             what = f"nothing was kept of the last {len(self.fruitless)} requests ({why}); see {self.journal.path.name}"
-            advice = "then try another --model_name, more --max_tokens or more --patience"
+            tokens = "fewer --num_prompt_instructions or less" if TOO_LONG.search(why) else "more"
+            advice = f"then try another --model_name, {tokens} --max_tokens or more --patience"
             raise UserError(f"{self.client.name}: {what}, {advice}")
 
     def stop(self, number):
@@ -1254,15 +1338,16 @@ async def collect(collection, journal, client):
 def preview(args, collection):
     """--dry_run: the first request as it would be sent, and what the run may cost."""
     usage, rows = collection.estimate(0), TASKS_PER_PROMPT - args.num_prompt_instructions
-    requests = math.ceil((args.num_instructions_to_generate - collection.num_old) / rows)
+    requests = math.ceil(max(0, args.num_instructions_to_generate - collection.num_old) / rows)
     cost = f"at most about {collection.cost(usage) * requests:.4f} for these requests"
     if args.price_in is None and args.price_out is None:
         cost = "give --price_in and --price_out, per million tokens"
     return (
         f"{encode_prompt(collection.draw(0), args.header)}\n"
-        f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p}\n"
+        f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p} (None: its own)\n"
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
-        f"{args.max_tokens:,} out; at least {requests:,} requests, if each gave {rows} new rows\n"
+        f"{args.max_tokens:,} out; at least {requests:,} requests"
+        f" beside the {collection.num_old:,} rows that are there, if each gave {rows} new rows\n"
         f"--- cost: {cost}"
     )
 
@@ -1276,8 +1361,8 @@ def write_results(args, collection, journal):
     utils.write_text(args.output_dir / "regen.dropped.jsonl", dropped)
     text = json.dumps(collection.rows, indent=4, ensure_ascii=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if digest not in journal.wrote:
-        journal.append({"wrote": digest})
+    if journal.latest.get("rows") != len(collection.rows) or digest not in journal.wrote:
+        journal.append({"wrote": digest, "rows": len(collection.rows)})
     utils.write_text(args.output_dir / "regen.json", text)
     if args.report:
         sys.path.insert(0, str(HERE / "examples"))
@@ -1302,24 +1387,29 @@ def generate_instruction_following_data(*positional, **options):
     args = check_options(Options(*positional, **options))
     seeds = read_seeds(args)
     if args.dry_run:
-        print(preview(args, Collection(args, seeds, [])))
+        path = args.output_dir / "regen.json"
+        print(preview(args, Collection(args, seeds, read_regenerated(path) if path.exists() else [])))
         return
     client = None if args.replay else ChatClient(args)
     with utils.claim_folder(args.output_dir):
         go_on(args, seeds, Journal(args.output_dir / "regen.journal.jsonl"), client)
 
 
-# To fire, and to whoever asks for the signature, it is a function of the options.
+# To whoever asks for the signature it is a function of the options.
 generate_instruction_following_data.__signature__ = inspect.signature(Options)
-ABOUT = "".join(f"      {field.name}: {field.metadata['help']}\n" for field in dataclasses.fields(Options))
-if generate_instruction_following_data.__doc__:  # python -OO has none
-    generate_instruction_following_data.__doc__ += f"\n    Args:\n{ABOUT}"
 
 
 def go_on(args, seeds, journal, client):
     """Bring the folder from what the journal holds to what is asked for; without a client nothing is sent."""
     if args.replay and not journal.runs:
         raise UserError(f"{journal.path}: no answers to replay; leave --replay out")
+    path, target = args.output_dir / "regen.json", args.num_instructions_to_generate
+    if client and not args.report and journal.latest.get("wrote", "none") == digest_of(path):
+        count = journal.latest.get("rows") or len(read_regenerated(path))  # older journals do not count them
+        if count >= target:  # nothing is to be asked or judged
+            record_run(args, journal)
+            print(f"{path}: {count:,} rows", flush=True)
+            return
     collection = Collection(args, seeds, adopt_rows(args.output_dir, journal))
     record_run(args, journal)
     if journal.answers:
@@ -1336,8 +1426,8 @@ def go_on(args, seeds, journal, client):
     if code == 2:
         raise UserError(message)  # now that all there is has been written
     if message:
-        say(f"{message}; the same command goes on")
-    print(f"{args.output_dir / 'regen.json'}: {len(collection.rows):,} rows", flush=True)
+        say(f"{message}; {'raise it to go on' if message.startswith('stopped at') else 'the same command goes on'}")
+    print(f"{path}: {len(collection.rows):,} rows", flush=True)
     if code:
         sys.exit(code)
 
@@ -1351,9 +1441,15 @@ def main(task="generate_instruction_following_data", **kwargs):
 
 def command_line():
     """Parse the command line with fire, wholly, and only then run."""
+    words, said, given = sys.argv[1:], io.StringIO(), []
+    if {"--help", "-h"} & set(words):  # fire's own help speaks of flags and groups
+        print(inspect.getdoc(generate_instruction_following_data) or "", "\nOptions:")  # python -OO has no docstrings
+        for field in dataclasses.fields(Options):
+            default = "" if field.default is None or field.type is bool else f" (default: {field.default})"
+            print(f"  --{field.name} {field.type.__name__.upper()}\n        {field.metadata['help']}{default}")
+        return
     import fire
 
-    words, said, given = sys.argv[1:], io.StringIO(), []
     task = words.pop(0) if words and not words[0].startswith("-") else generate_instruction_following_data.__name__
 
     @fire.decorators.SetParseFn(str, *(field.name for field in dataclasses.fields(Options) if field.type is str))
@@ -1362,11 +1458,9 @@ def command_line():
         given.append(Options(*positional, **options))
 
     try:
-        with contextlib.redirect_stderr(sys.stderr if {"--help", "-h"} & set(words) else said):
+        with contextlib.redirect_stderr(said):
             fire.Fire(parse, command=words, name="generate_instruction.py")
-    except fire.core.FireExit as stop:
-        if stop.code == 0:
-            raise
+    except fire.core.FireExit:
         what = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue()).strip().split("\n")[0].removeprefix("ERROR: ")
         unknown = what.removeprefix("Could not consume arg: ")
         if unknown.startswith("--"):

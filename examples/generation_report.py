@@ -158,9 +158,10 @@ def render(rows, reasons, num_samples=12):
         fields = "".join(f"<dt>{key}<dd><pre>{html.escape(row[key])}</pre>" for key in FIELDS if row[key])
         parts.append(f"<dl>{fields}</dl>")
     return (
-        "<!DOCTYPE html><html lang=en><meta charset=utf-8><title>Generated tasks</title><style>"
+        "<!DOCTYPE html><html lang=en><meta charset=utf-8><meta name=viewport content=width=device-width>"
+        "<title>Generated tasks</title><style>"
         "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-        ".row{display:flex;gap:2em;flex-wrap:wrap}"
+        ".row{display:flex;gap:2em;flex-wrap:wrap}svg{max-width:100%;height:auto}pre,td{overflow-wrap:anywhere}"
         "svg text{font-size:11px}.ring text{text-anchor:middle;dominant-baseline:middle}rect{fill:#4e79a7}"
         "td{padding:.1em 1em .1em 0}dl{border-left:3px solid #4e79a7;padding-left:1em}"
         "pre{white-space:pre-wrap;margin:0}"

@@ -62,6 +62,18 @@ def completion(text, finish_reason="stop", model="scripted", usage=(100, 200), e
     return body | changes
 
 
+def stream(body, is_cut=False):
+    """A completion as server-sent events: the text in three pieces, the reason of its end, the usage."""
+    choice = body["choices"][0]
+    text, pieces = choice.get("text") or choice["message"]["content"], []
+    for part in (text[:10], text[10:20], text[20:]):
+        pieces.append({"index": 0, "finish_reason": None, "text": part, "delta": {"content": part}})
+    pieces.append({"index": 0, "finish_reason": choice["finish_reason"], "text": "", "delta": {}})
+    events = [{**body, "choices": [piece], "usage": None} for piece in pieces] + [{**body, "choices": []}]
+    lines = [f"data: {json.dumps(event)}\n\n" for event in events[: 2 if is_cut else None]]
+    return "".join([*lines, "" if is_cut else "data: [DONE]\n\n"]).encode()
+
+
 def refusal(message, code=None, param=None, kind=None):
     """The JSON of an error."""
     return {"error": {"message": message, "code": code, "param": param, "type": kind}}
@@ -82,7 +94,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     ):
         """One step: `raw` bytes, or a JSON `body`, or an answer with `text`; `more` goes to `completion`.
 
-        `fault` is hang, drip (a byte every 20 ms), reset or truncated.
+        `fault` is hang, drip (a byte every 20 ms), reset, truncated, or cut (a stream without its end).
         """
         time.sleep(delay)
         self.close_connection = fault is not None
@@ -97,6 +109,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 text = usual_answer(request["prompt"], count) if text is None else text
                 body = completion(text, endpoint=request["endpoint"], **more)
             raw = json.dumps(body).encode()
+            if request.get("stream") and status == 200:
+                raw, headers = stream(body, fault == "cut"), {"Content-Type": "text/event-stream"}
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **dict(headers)}.items():
             self.send_header(name, value)
@@ -115,7 +129,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """`script` maps the number of a request, in the order of arrival, to its step; `default` is for all others.
 
-    `requests` keeps what was asked for: the JSON, with `prompt`, `endpoint` and `authorization`.
+    `requests` keeps what was asked for: the JSON, with `prompt`, `endpoint`, `authorization`, `api_key`, `path` and
+    `when` they came.
     """
 
     daemon_threads = True
@@ -130,9 +145,10 @@ class Server(http.server.ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def take(self, handler, body):
-        endpoint = "chat" if handler.path.endswith("/chat/completions") else "text"
+        endpoint = "chat" if handler.path.partition("?")[0].endswith("/chat/completions") else "text"
         prompt = body["messages"][0]["content"] if endpoint == "chat" else body["prompt"]
         request = {**body, "prompt": prompt, "endpoint": endpoint, "authorization": handler.headers["Authorization"]}
+        request |= {"path": handler.path, "api_key": handler.headers["api-key"], "when": time.monotonic()}
         with self.lock:
             number = len(self.requests)
             self.requests.append(request)

@@ -96,6 +96,13 @@ def test_the_page_stands_alone_and_escapes_what_it_shows():
     assert "write: 2" in page.text and "write letter: 1" in page.text
 
 
+def test_the_page_fits_a_narrow_window():
+    text = render([make_row("Write a poem.")], {})
+    pictures = [attributes for tag, attributes in Page(text).tags if tag == "svg"]
+    assert len(pictures) == 5 and all("viewbox" in attributes for attributes in pictures)  # they shrink
+    assert re.search(r"svg\{[^}]*max-width:100%;height:auto", text) and "name=viewport" in text
+
+
 def test_no_rows_and_rows_of_the_original_make_a_page():
     assert "0 generated tasks" in render([], {})
     assert "1 generated tasks" in render([{"instruction": "写一首诗", "input": "", "output": "诗"}], {})

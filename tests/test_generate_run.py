@@ -26,8 +26,9 @@ SCRIPT = ROOT / "generate_instruction.py"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Short pauses, and no key or server of whoever runs the tests."""
-    monkeypatch.setattr(generate_instruction, "FIRST_PAUSE_S", 0.01)
-    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+    for name, seconds in {"FIRST_PAUSE_S": 0.01, "RATE_PAUSE_S": 0.1, "GAP_S": 0.002}.items():
+        monkeypatch.setattr(generate_instruction, name, seconds)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -140,6 +141,9 @@ def test_a_request_is_the_prompt_with_the_seeds_it_says(server, tmp_path):
         "prompt",
         "endpoint",
         "authorization",
+        "api_key",
+        "path",
+        "when",
     }
 
 
@@ -230,6 +234,7 @@ def test_an_answer_that_was_lost_behind_others_is_asked_for_again(server, tmp_pa
     path = tmp_path / "regen.journal.jsonl"
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join(line for line in lines if b'"request": 1,' not in line))
+    (tmp_path / "regen.json").unlink()
     sent = len(server.requests)
     assert generate(server, tmp_path, 40) == rows and len(server.requests) == sent + 1
 
@@ -401,19 +406,16 @@ def test_the_originals_regen_json_is_gone_on_from(server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ('[{"instruction": "a b', "not valid JSON; its writer may have been killed"),
-        ('{"a": 1}', "not a list of rows"),
-        (
-            '[{"instruction": "a"}]',
-            "regen.json[0]: no output; keys found: instruction; keys expected: instruction, input (optional), output",
-        ),
+        ('[{"instruction": "a b', ": Unterminated string"),
+        ('{"a": 1}', ": not a list of rows"),
+        ('[{"instruction": "a"}]', "[0]: no output"),
     ],
 )
 def test_a_regen_json_that_cannot_be_read_is_left_alone(text, problem, server, tmp_path):
     path = tmp_path / "regen.json"
     path.write_text(text, encoding="utf-8")
     said = refused(generate, server, tmp_path)
-    assert said == f"{path}: {problem}; mend it, move it away, or choose another --output_dir"
+    assert said.startswith(f"{path}{problem}") and "another --output_dir" in said
     assert path.read_text(encoding="utf-8") == text and server.requests == []
 
 
@@ -441,7 +443,9 @@ def test_other_settings_of_requests_are_said_and_recorded(server, tmp_path, caps
     capsys.readouterr()
     generate(server, tmp_path, 30, model_name="other", temperature=0.3)
     said = capsys.readouterr().err
-    assert f"{tmp_path}: from here on model_name was gpt-4o-mini and is other; temperature was 1.0 and is 0.3\n" in said
+    assert (
+        f"{tmp_path}: from here on model_name was gpt-4o-mini and is other; temperature was None and is 0.3\n" in said
+    )
     assert [line["run"]["asked"]["model_name"] for line in journal_of(tmp_path) if "run" in line] == [
         "gpt-4o-mini",
         "other",
@@ -474,10 +478,55 @@ def test_replay_needs_no_server_no_key_and_a_journal(server, tmp_path):
 
 def test_max_requests_counts_those_of_earlier_runs(server, tmp_path, capsys):
     assert len(generate(server, tmp_path, 100, max_requests=3)) == 21
-    assert "stopped at --max_requests 3; the same command goes on\n" in capsys.readouterr().err
+    assert "stopped at --max_requests 3; raise it to go on\n" in capsys.readouterr().err
     assert len(generate(server, tmp_path, 100, max_requests=3)) == 21
     assert len(generate(server, tmp_path, 100, max_requests=5)) == 35
     assert len(server.requests) == 5
+
+
+def test_a_finished_folder_judges_nothing_anew_and_other_folders_do(server, tmp_path, monkeypatch, capsys):
+    rows = generate(server, tmp_path, 20)
+    lines = (tmp_path / "regen.journal.jsonl").read_text(encoding="utf-8")
+    judged = []
+    real = generate_instruction.RougeFilter.judge
+    monkeypatch.setattr(generate_instruction.RougeFilter, "judge", lambda *a: judged.append(a) or real(*a))
+    assert generate(server, tmp_path, 20) == rows and judged == []
+    older = lines.replace(f', "rows": {len(rows)}}}', "}")
+    assert older != lines
+    (tmp_path / "regen.journal.jsonl").write_text(older, encoding="utf-8")
+    assert generate(server, tmp_path, 20) == rows and judged == []
+    assert f"{len(rows)} rows\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="judged otherwise"):
+        generate(server, tmp_path, 20, rouge_threshold=0.1)
+    last = answers_of(tmp_path)[-1]
+    with open(tmp_path / "regen.journal.jsonl", "ab") as file:  # an answer that came before a kill -9
+        file.write(json.dumps({**last, "request": last["request"] + 1}).encode() + b"\n")
+    assert generate(server, tmp_path, 20) == rows and len(judged) == len(answers_of(tmp_path))
+
+
+def test_dry_run_counts_the_rows_that_are_there(server, tmp_path, capsys):
+    generate(server, tmp_path, 20)
+    capsys.readouterr()
+    sent, before = len(server.requests), journal_of(tmp_path)
+    url = {"base_url": server.url, "output_dir": str(tmp_path), "dry_run": True}
+    for target, count in ((20, 0), (21, 0), (22, 1), (38, 1), (39, 2)):
+        generate_instruction_following_data(num_instructions_to_generate=target, **url)
+        assert f"at least {count} requests beside the 21 rows" in capsys.readouterr().out
+    assert len(server.requests) == sent and journal_of(tmp_path) == before
+
+
+def test_first_rows_that_are_gone_are_named(server, tmp_path):
+    old = [{"instruction": "Old instruction number one here.", "input": "", "output": "x"}]
+    (tmp_path / "regen.json").write_text(json.dumps(old), encoding="utf-8")
+    rows, start = generate(server, tmp_path, 10), tmp_path / "regen.start.json"
+    text = start.read_bytes()
+    start.unlink()
+    assert "regen.start.json: gone" in refused(generate, server, tmp_path, 30)
+    start.write_bytes(text.replace(b"Old", b"New"))
+    assert "regen.start.json: gone" in refused(generate, server, tmp_path, 30)
+    assert rows_of(tmp_path) == rows
+    start.write_bytes(text)
+    assert generate(server, tmp_path, 30)[: len(rows)] == rows
 
 
 def test_max_cost_is_not_passed(server, tmp_path, capsys):
@@ -624,7 +673,8 @@ def test_help_shows_two_examples_and_every_option(tmp_path):
     assert text.count("python generate_instruction.py --output_dir out") == 2
     words = " ".join(text.split())
     for field in dataclasses.fields(generate_instruction.Options):
-        assert f"--{field.name}=" in text and field.metadata["help"] in words, field.name
+        assert f"\n  --{field.name} " in text and field.metadata["help"] in words, field.name
+    assert not any(word in text for word in ("FIRE", "GROUPS", "Optional", " -s", " -m"))
     assert list(tmp_path.iterdir()) == []
 
 
