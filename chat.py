@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils
-from utils import GIB, PROMPT_STYLES, UserError, say
+from utils import PROMPT_STYLES, UserError, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -103,8 +103,10 @@ def parse_questions(text, name):
     Returns (records, problems) as `utils.read_records` does; a line of text is an instruction without input, and
     blank lines are no questions. Raises UserError for a JSON list that is no JSON.
     """
-    if re.search(r'^\s*\[?\s*\{\s*"', text, re.MULTILINE):
+    if re.search(r'^\s*\[?\s*\{\s*"|\A\s*\[\s*\]\s*\Z|\A"?instruction"?[,;\t]', text, re.MULTILINE):
         records, problems = utils.read_records([(name, text)], needs_answer=False)
+        if unused := utils.unused_keys(records):
+            say(f"{name}: no part of the prompt: {', '.join(unused)}")
     else:
         lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
@@ -250,7 +252,7 @@ def choose_dtype(asked, stored, num_params, free_memory=None):
     if free_memory is None:
         return stored or "auto", "as its files have it"
     if stored in ("bfloat16", "float16") and 4 * num_params > free_memory:
-        return stored, f"as its files have it; float32 needs {4 * num_params / GIB:.1f} GiB"
+        return stored, f"as its files have it; float32 needs {utils.size_of(4 * num_params)}"
     return "float32", "the CPU's own"
 
 
