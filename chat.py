@@ -103,11 +103,12 @@ def parse_questions(text, name):
     Returns (records, problems) as `utils.read_records` does; a line of text is an instruction without input, and
     blank lines are no questions. Raises UserError for a JSON list that is no JSON.
     """
-    if re.search(r'^\s*\[?\s*\{\s*"|\A\s*\[\s*\]\s*\Z|\A"?instruction"?[,;\t]', text, re.MULTILINE):
+    if re.search(r'^\s*\[?\s*\{\s*"|\A"?instruction"?[,;\t]', text, re.MULTILINE):
         records, problems = utils.read_records([(name, text)], needs_answer=False)
         if unused := utils.unused_keys(records):
             say(f"{name}: no part of the prompt: {', '.join(unused)}")
     else:
+        name = os.path.basename(name)
         lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
         problems = []
@@ -126,9 +127,9 @@ def read_questions(path):
             raise utils.unreadable(name, error) from None
     else:
         name, text = os.path.basename(path), utils.read_text(path)
-    if not text.strip():
+    if not text.strip("[] \t\r\n"):
         raise UserError(f"{name}: no questions; give lines of text, or JSON records with an instruction")
-    return parse_questions(text, name)
+    return parse_questions(text, name if path == "-" else path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

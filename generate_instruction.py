@@ -413,7 +413,7 @@ def read_regenerated(path):
         rows = json.loads(text)
         problems = ["not a list of rows"]
         if isinstance(rows, list):
-            problems = utils.read_records([(os.path.basename(path), text)])[1]
+            problems = utils.read_records([(path, text)])[1]
     if problems:
         raise UserError(f"{path}: {problems[0]}; mend it, move it away, or choose another --output_dir")
     return [{**row, "input": row.get("input") or ""} for row in rows]
@@ -802,7 +802,7 @@ def read_seeds(args):
     """The seed tasks: [{instruction, input, output, source}], of several instances the first."""
     path = args.seed_tasks_path
     text = utils.read_text(path, "; --seed_tasks_path takes JSON Lines or a JSON list of tasks")
-    found, problems = utils.read_records([(os.path.basename(path), text)]) if text.strip() else ([], [])
+    found, problems = utils.read_records([(path, text)]) if text.strip() else ([], [])
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}; mend the file, or choose another --seed_tasks_path")
