@@ -415,8 +415,9 @@ def read_records(sources, needs_answer=True):
 
     `sources` are paths, or pairs (name, text) of what is read already. Returns (records, problems): records as
     {instruction, input, output, source, messages}, where source is "name[index]" in a list and "name:line" in JSON
-    Lines and messages are of `as_messages`; problems as one line of text each. Where no answer is needed, the other
-    keys of a record are kept in `others`. Raises UserError for a file that is missing, empty, not UTF-8 or not JSON.
+    Lines and messages are of `as_messages`; problems as one line of text each. Keys with text that no script uses are
+    listed in `unused`; where no answer is needed, all other keys are kept in `others`. Raises UserError for a file that
+    is missing, a pipe, empty, not UTF-8 or not JSON.
     """
     records, problems = [], []
     for source in sources:
