@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import utils
-from utils import GIB, PROMPT_STYLES, UserError, say
+from utils import PROMPT_STYLES, UserError, say
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arguments
@@ -103,9 +103,12 @@ def parse_questions(text, name):
     Returns (records, problems) as `utils.read_records` does; a line of text is an instruction without input, and
     blank lines are no questions. Raises UserError for a JSON list that is no JSON.
     """
-    if re.search(r'^\s*\[?\s*\{\s*"', text, re.MULTILINE):
+    if re.search(r'^\s*\[?\s*\{\s*"|\A"?instruction"?[,;\t]', text, re.MULTILINE):
         records, problems = utils.read_records([(name, text)], needs_answer=False)
+        if unused := utils.unused_keys(records):
+            say(f"{name}: no part of the prompt: {', '.join(unused)}")
     else:
+        name = os.path.basename(name)
         lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
         problems = []
@@ -126,9 +129,9 @@ def read_questions(path):
             raise utils.unreadable(name, error) from None
     else:
         name, text = os.path.basename(path), utils.read_text(path)
-    if not text.strip():
+    if not text.strip("[] \t\r\n"):
         raise UserError(f"{name}: no questions; give lines of text, or JSON records with an instruction")
-    return parse_questions(text, name)
+    return parse_questions(text, name if path == "-" else path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +255,7 @@ def choose_dtype(asked, stored, num_params, free_memory=None):
     if free_memory is None:
         return stored or "auto", "as its files have it"
     if stored in ("bfloat16", "float16") and 4 * num_params > free_memory:
-        return stored, f"as its files have it; float32 needs {4 * num_params / GIB:.1f} GiB"
+        return stored, f"as its files have it; float32 needs {utils.size_of(4 * num_params)}"
     return "float32", "the CPU's own"
 
 

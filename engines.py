@@ -9,7 +9,7 @@ import accelerate
 import torch
 import transformers
 
-from utils import GIB, UserError, first_line, free_host_memory, read_json, say
+from utils import UserError, first_line, free_host_memory, read_json, say, size_of
 
 
 def fit_device(args):
@@ -233,8 +233,8 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
         if device_free is None:
             device, host = 0, host + device * local_world_size
         if device > (device_free or 0):
-            return f"{device / GIB:.1f} GiB on each GPU, where {device_free / GIB:.1f} GiB are free"
-        return f"{host / GIB:.1f} GiB of host memory, where {host_free / GIB:.1f} GiB are free" * (host > host_free)
+            return f"{size_of(device)} on each GPU, where {size_of(device_free)} are free"
+        return f"{size_of(host)} of host memory, where {size_of(host_free)} are free" * (host > host_free)
 
     if engine not in needs or not lack(engine):
         return ""

@@ -1163,7 +1163,7 @@ def read_seeds(args):
     """The seed tasks: [{instruction, input, output, source}], of several instances the first."""
     path = args.seed_tasks_path
     text = utils.read_text(path, "; --seed_tasks_path takes JSON Lines or a JSON list of tasks")
-    found, problems = utils.read_records([(os.path.basename(path), text)]) if text.strip() else ([], [])
+    found, problems = utils.read_records([(path, text)]) if text.strip() else ([], [])
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}; mend the file, or choose another --seed_tasks_path")

@@ -310,7 +310,16 @@ class SupervisedDataset(torch.utils.data.Dataset):
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
         paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
-        records, problems = utils.read_records(paths)
+        records, problems, unused = [], [], {}
+        for path in paths:
+            found, wrong = utils.read_records([path])
+            if not found:
+                why = f"no record of {len(wrong)} can be used: {wrong[0]}" if wrong else "the list is empty"
+                raise UserError(f"{path}: {why}; it should hold records {{instruction, input (optional), output}}")
+            records += found
+            problems += wrong
+            if keys := utils.unused_keys(found):
+                unused[str(path)] = keys
         count = len(records) + len(problems)
         if problems and not skip_bad_records:
             shown = "; ".join(problems[:3] + ["..."] * (len(problems) > 3))
@@ -323,7 +332,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         rows, outcomes = cut(rows, tokenizer.model_max_length)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         special, fields = [token for token in tokenizer.all_special_tokens if token], ("instruction", "input", "output")
-        self.report = {"read": count, "kept": len(kept), "unreadable": problems} | {
+        self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused} | {
             "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
             "truncated": [name[i] for i, outcome in enumerate(outcomes) if outcome == "truncated"],
             "straddling": [name[i] for i in kept if rows[i]["straddling"]],
@@ -363,6 +372,8 @@ def account(report, window):
     for key, what in kinds.items():
         if names := report[key]:
             lines.append(f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
+    for path, keys in report["unused"].items():
+        lines.append(f"data: {path}: not used: {', '.join(f'{key} ({count:,})' for key, count in keys.items())}")
     lines.append(f"data: the end token is trained in {ends:,} of {kept:,} rows ({ends / max(kept, 1):.1%})")
     rare = "warning: models that seldom see the end token do not stop; raise --model_max_length"
     lines += [rare] if ends < 0.99 * kept or not kept else []
@@ -844,7 +855,7 @@ def check_disk(args, num_params, steps):
     if args.overwrite_output_dir:  # what there is goes before the first step
         free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     if disk > free:
-        what = f"the model and {kept} checkpoints need {disk / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        what = f"the model and {kept} checkpoint{'s' * (kept != 1)} need {utils.size_of(disk)}, {utils.size_of(free)} are free"
         cure = "use --save_total_limit 1, --save_only_model True or --save_strategy no"
         raise UserError(f"{args.output_dir}: {what}; {cure}; to try all the same: --memory_check False")
 
@@ -878,7 +889,7 @@ def started_run(args, given, settings, hashes, dataset):
     arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
     if os.path.isdir(given.get("model_name_or_path", "")):
         arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
-    counts = {key: value if isinstance(value, int) else len(value) for key, value in dataset.report.items()}
+    counts = {key: value if isinstance(value, (int, dict)) else len(value) for key, value in dataset.report.items()}
     about = {"made_by": "cria", "status": "started", "arguments": arguments, "settings": settings, "seed": args.seed}
     about |= {"prompt_style": "alpaca", "data": hashes, "counts": counts, "filled": dataset.num_filled}
     versions = utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers")
@@ -1195,7 +1206,7 @@ def train():
     longest, steps = max(map(len, dataset.input_ids)), engines.num_steps(len(dataset), args)
     num_params = check_run(args, model_args, utils.skeleton(config), longest, steps)
     if dataset.num_filled:
-        say(f"data: {dataset.num_filled} rows without targets fill the last global batch of {batch}")
+        say(f"data: rows without targets, to fill the last global batch of {batch}: {dataset.num_filled}")
     run = started_run(args, given, settings, hashes, dataset)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))

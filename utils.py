@@ -206,6 +206,8 @@ def jload(f, mode="r"):
         except json.JSONDecodeError:
             if len(lines) < 2:
                 raise
+        except RecursionError:
+            raise ValueError("JSON is nested too deeply to be read") from None
     return [json.loads(line) for line in lines]
 
 
@@ -245,12 +247,64 @@ def write_json(obj, path):
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False, default=str))
 
 
+def size_of(count):
+    """A number of bytes in words: "2.5 GiB", "12.0 MiB"."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+# How a file begins that is not what a script reads, what it is, and what makes of it a file that can be read.
+PYTHON = "python -c 'import json, sys, {}; json.dump({}, sys.stdout)' {{path}} > converted.json"
+PANDAS = PYTHON.format("pandas", 'json.loads(pandas.read_{}(sys.argv[1]).to_json(orient="records"))')
+CSV = '[*csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""), delimiter=chr({sep}))]'
+FILE_KINDS = (
+    (rb"\x1f\x8b", "gzip data", "gzip -dc < {path} > converted.json"),
+    (rb"BZh\d1AY", "bzip2 data", "bzip2 -dc < {path} > converted.json"),
+    (rb"\xfd7zXZ", "xz data", "xz -dc < {path} > converted.json"),
+    (rb"\x28\xb5\x2f\xfd", "zstd data", "zstd -dc < {path} > converted.json"),
+    (rb"PK\x03\x04(?=.{0,3000}xl/)", "an Excel workbook", PANDAS.replace("{}", "excel")),
+    (rb"PK\x03\x04", "a zip archive", "unzip {path}"),
+    (rb"PAR1", "Parquet", PANDAS.replace("{}", "parquet")),
+    (rb"ARROW1|\xff\xff\xff\xff", "Arrow", PYTHON.format("datasets", "[*datasets.Dataset.from_file(sys.argv[1])]")),
+    (rb"SQLite format 3", "an SQLite database", "sqlite3 -json {path} 'select * from TABLE' > converted.json"),
+    (rb"\x80[\x02-\x05]", "a Python pickle", "let the program that wrote it write JSON"),
+    (rb"version https://git-lfs", "a Git LFS pointer in place of the file", "git lfs pull"),
+    (rb"(?i)\s*<(?:!doctype|html|\?xml)", "a web page or XML", "download the file itself, not the page that shows it"),
+)
+RECORD_KINDS = (  # text, where records are expected
+    (rb"[\w\" \x80-\xff]+(?:([,;\t])[\w\" \x80-\xff]+)+\r?\n", "a table", PYTHON.format("csv", CSV)),
+    (rb"(?:---\s*|\w+:\s*|- +\w+:.*?)\n", "YAML", PYTHON.format("yaml", 'yaml.safe_load(open(sys.argv[1], "rb"))')),
+)
+ICONV = "iconv -f {} -t UTF-8 {} > converted.json"
+EVERYDAY = {  # encoding: a charset of its characters, the first bytes there of the most used, how many times all are
+    "GB18030": ("gb2312", rb"[\xa1-\xa3\xb0-\xd7]", 1),
+    "BIG5": ("big5", rb"[\xa1-\xc6]", 1),
+    "CP949": ("euc_kr", rb"[\xb0-\xc8]", 1),
+    "CP932": ("euc_jp", rb"\xa4", 3),  # a third of Japanese is kana
+    "EUC-JP": ("euc_jp", rb"\xa4", 3),
+}
+
+
 def read_text(path, hint=""):
     """The text of a UTF-8 file, without a byte order mark. Raises UserError, with `hint`, where it cannot be read."""
     try:
-        return Path(path).read_bytes().decode("utf-8").removeprefix("\ufeff")
+        data = Path(path).read_bytes()
+        if kind := file_kind(path, data):
+            raise UserError(f"{path}: {kind}")
+        return data.decode("utf-8").removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error, hint) from None
+
+
+def file_kind(path, data, kinds=FILE_KINDS):
+    """What a file is by its first bytes, with the cure, where it is none of text; else ""."""
+    for pattern, what, cure in kinds:
+        if match := re.match(pattern, data.removeprefix(b"\xef\xbb\xbf"), re.DOTALL):
+            return f"it is {what}; {cure.format(path=shlex.quote(str(path)), sep=match.lastindex and ord(match[1]))}"
+    name = json.detect_encoding(data).upper()  # by its first bytes, which are ASCII in JSON; NUL is UTF-8 too
+    with contextlib.suppress(UnicodeDecodeError):
+        if not name.startswith("UTF-8") and data.decode(name):
+            return f"it is {name}; {ICONV.format(re.sub('-(?=.E)', '', name), shlex.quote(str(path)))}"
+    return ""
 
 
 def unreadable(path, error, hint=""):
@@ -258,9 +312,33 @@ def unreadable(path, error, hint=""):
     if isinstance(error, OSError):
         return UserError(f"{path}: {error.strerror}{hint}")
     data, offset = error.object, error.start
-    line, encoding = data.count(b"\n", 0, offset) + 1, "UTF-16" if data[:1] in (b"\xff", b"\xfe") else "GB18030"
-    cure = f"convert the file, for example: iconv -f {encoding} -t UTF-8 {path} > converted.json"
-    return UserError(f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8; {cure}")
+    if kind := file_kind(path, data):
+        return UserError(f"{path}: {kind}")
+    line, names = data.count(b"\n", 0, offset) + 1, encodings_of(data)
+    where = f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8"
+    likely = (
+        f"it looks like {' or '.join(names)}" if names else "its writer may know the ENCODING; no clue in its bytes"
+    )
+    return UserError(f"{where}; {likely}: {ICONV.format((names or ['ENCODING'])[0], shlex.quote(str(path)))}")
+
+
+def encodings_of(data):
+    """What text that is not UTF-8 may be in, the likeliest first, by its share of everyday characters; [] for no clue.
+
+    A letter of Western Europe stands alone between others.
+    """
+    alone, high = rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", rb"[\x80-\xff]"
+    shares = {"WINDOWS-1252": len(re.findall(alone, data)) / len(re.findall(high, data))}
+    for name, (charset, everyday, times) in EVERYDAY.items():
+        with contextlib.suppress(UnicodeDecodeError):
+            found = [char.encode(charset, "ignore") for char in data.decode(name) if char > "\x7f"]
+            shares[name] = min(1, times * sum(bool(re.match(everyday, char)) for char in found) / len(found))
+            shares[name] += 0.2 * (name == "CP949" and len(found) > 20)  # all Hangul is hardly chance
+    return [
+        name
+        for name in sorted(shares, key=lambda name: -shares[name])
+        if 0.5 <= shares[name] > max(shares.values()) - 0.15
+    ]
 
 
 def read_json(path, text=None, hint=""):
@@ -277,6 +355,7 @@ def read_json(path, text=None, hint=""):
 def json_problem(error):
     """What is wrong with JSON, in words, by the exception of its parser."""
     where = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else first_line(error)
+    where += "; a file holds one list, or one record a line" * where.startswith("Extra data")
     return f"not valid JSON, {where}"
 
 
@@ -297,10 +376,22 @@ PROMPT_DICT = {
 }
 
 
+# The keys of a record, and those that our own files hold beside them: the generator's rows, chat.py's answers.
+USED = {"instruction", "input", "output", "instances"}
+KNOWN = USED | {"most_similar_instructions", "model", "demonstrations", "finish_reason"}
+
+
 def json_type(value):
     """What a value read from JSON is, in JSON's words: "a number", "text", "null"."""
     words = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return words.get(type(value)) or json.dumps(value)
+    return json.dumps(value) if value != value else words.get(type(value)) or json.dumps(value)  # "NaN" is a float
+
+
+def once(pairs):
+    """A JSON object as a dict, for the parser; raises ValueError where a key stands twice, as one would win silently."""
+    if len(made := dict(pairs)) < len(pairs):
+        raise ValueError(f"a key stands twice in the object of {', '.join(f'{k}: {str(v)[:40]!r}' for k, v in pairs)}")
+    return made
 
 
 def as_messages(record, needs_answer=True):
@@ -314,6 +405,10 @@ def as_messages(record, needs_answer=True):
         raise ValueError(f"{json_type(record)}, expected an object with the keys instruction, input (optional), output")
     missing = [key for key in needed if key not in record]
     if missing:
+        inner = [k for k, v in record.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        if inner and "instruction" in record[inner[0]][0]:
+            take = f"the records are its list {inner[0]}; take that out: jq '.{inner[0]}' FILE > converted.json"
+            raise ValueError(f"no {' and no '.join(missing)}: {take}")
         raise ValueError(
             f"no {' and no '.join(missing)}; keys found: {', '.join(map(str, record)) or 'none'}; "
             f"keys expected: instruction, input (optional), output{' (optional)' * (not needs_answer)}"
@@ -334,34 +429,36 @@ def read_records(sources, needs_answer=True):
 
     `sources` are paths, or pairs (name, text) of what is read already. Returns (records, problems): records as
     {instruction, input, output, source, messages}, where source is "name[index]" in a list and "name:line" in JSON
-    Lines and messages are of `as_messages`; problems as one line of text each. Where no answer is needed, the other
-    keys of a record are kept in `others`. Raises UserError for a file that is missing, empty, not UTF-8 or not JSON.
+    Lines and messages are of `as_messages`; problems as one line of text each. Keys with text that no script uses are
+    listed in `unused`; where no answer is needed, all other keys are kept in `others`. Raises UserError for a file that
+    is missing, a pipe, empty, not UTF-8 or not JSON.
     """
     records, problems = [], []
     for source in sources:
-        name, text = source if isinstance(source, tuple) else (os.path.basename(source), None)
+        where, text = source if isinstance(source, tuple) else (source, None)
+        name, rows, broken = os.path.basename(where), [], []  # rows: (source, value)
         try:
-            text = Path(source).read_bytes().decode("utf-8").removeprefix("\ufeff") if text is None else text
+            if text is None and Path(where).is_fifo():
+                raise UserError(f"{where}: a pipe, which can be read only once; write it to a file first")
+            text = Path(where).read_bytes().decode("utf-8").removeprefix("\ufeff") if text is None else text
         except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(source, error, "; --data_path takes JSON or JSON Lines files") from None
+            raise unreadable(where, error, "; --data_path takes JSON or JSON Lines files") from None
         if not text.strip():
-            where = name if isinstance(source, tuple) else source
             raise UserError(f"{where}: the file is empty; it should hold a JSON list or JSON Lines")
-        rows, broken = [], []  # rows: (source, value)
-        if text.lstrip().startswith("["):
+        is_list = text.lstrip().startswith("[")
+        for number, line in enumerate([] if is_list else text.split("\n"), 1):  # not splitlines(): U+2028 in strings
             try:
-                rows = [(f"{name}[{i}]", value) for i, value in enumerate(json.loads(text))]
+                rows += [(f"{name}:{number}", json.loads(line, object_pairs_hook=once))] if line.strip() else []
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}") from None
-        else:
-            for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a string
-                try:
-                    rows += [(f"{name}:{number}", json.loads(line))] if line.strip() else []
-                except (ValueError, RecursionError) as error:
-                    broken.append(f"{name}:{number}: {json_problem(error)}")
-            if broken and not rows:
-                with contextlib.suppress(ValueError, RecursionError):  # one record, written over several lines
-                    rows, broken = [(f"{name}:1", json.loads(text))], []
+                broken.append(f"{name}:{number}: {json_problem(error)}")
+        if not rows:
+            try:  # a list, or one record that is written over several lines
+                value, broken = json.loads(text, object_pairs_hook=once), []
+            except (ValueError, RecursionError) as error:
+                kind = file_kind(where, text.encode("utf-8", "replace"), (*FILE_KINDS, *RECORD_KINDS))
+                what = f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}"
+                raise UserError(f"{where}: {kind}" if kind else what) from None
+            rows = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if is_list else [(f"{name}:1", value)]
         problems += broken
         for place, value in rows:
             examples = [value]
@@ -378,9 +475,16 @@ def read_records(sources, needs_answer=True):
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
                 records.append({**fields, "source": place, "messages": messages})
                 if not needs_answer:
-                    others = {**value, **example}
-                    records[-1]["others"] = {k: others[k] for k in others if k not in (*fields, "instances")}
+                    records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}
+                if not KNOWN.issuperset(example):
+                    texts = [k for k, v in example.items() if k not in KNOWN and v and isinstance(v, (str, list, dict))]
+                    records[-1] |= {"unused": texts} if texts else {}
     return records, problems
+
+
+def unused_keys(records):
+    """{key: records of `read_records` that have text under it which no script uses}, in the order of their counts."""
+    return dict(collections.Counter(key for record in records for key in record.get("unused", ())).most_common())
 
 
 # "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
@@ -1096,7 +1200,7 @@ def find_checkpoints(folder):
     found, whole = [path for path in Path(folder).glob("checkpoint-*") if path.name[11:].isdigit()], {}
     found.sort(key=lambda path: int(path.name[11:]))
     for path in found:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             marker = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
             if all((path / name).stat().st_size == size for name, size in marker["files"].items()):
                 whole[path] = marker

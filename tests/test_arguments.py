@@ -259,8 +259,9 @@ def test_error_is_said_once_by_two_processes(base, tmp_path):
     (tmp_path / "data.json").write_text('[{"instruction": "x"}]')
     run = train(basic_options(base, tmp_path / "data.json", tmp_path / "out"), processes=2)
     assert run.error() == (
-        "error: 1 of 1 records cannot be used: data.json[0]: no output; keys found: instruction; keys expected: "
-        "instruction, input (optional), output; mend them, or drop and count them with --skip_bad_records True"
+        f"error: {tmp_path}/data.json: no record of 1 can be used: data.json[0]: no output; keys found: instruction; "
+        "keys expected: instruction, input (optional), output; "
+        "it should hold records {instruction, input (optional), output}"
     )
 
 

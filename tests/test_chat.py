@@ -795,3 +795,19 @@ def test_a_conversation_on_a_terminal(endless):
     finally:
         process.kill()
         os.close(master)
+
+
+def test_a_list_without_questions_and_a_table_are_no_questions(tmp_path):
+    for text, why in (("[]\n", "no questions"), ("instruction,input\nAdd.,1\n", "python -c")):
+        path = tmp_path / "my questions"
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(UserError) as caught:
+            chat.read_questions(str(path))
+        assert why in str(caught.value)
+    assert str(path) in str(caught.value)  # so that the command works from any folder
+
+
+def test_keys_that_are_no_part_of_the_prompt_are_named(capsys):
+    records, _ = chat.parse_questions('{"instruction": "Add.", "system": "Sing.", "id": 3}', "q.jsonl")
+    assert records[0]["others"] == {"system": "Sing.", "id": 3}
+    assert capsys.readouterr().err.splitlines() == ["q.jsonl: no part of the prompt: system"]

@@ -483,7 +483,7 @@ def test_params_that_are_no_params(source):
     good = json.loads(path.read_text())
     again, there = "download the file again", "Meta has it beside the shards, download it from there"
     for text, message in {
-        "<!DOCTYPE html>": f"{path}:1: not valid JSON, Expecting value at column 1; {there}",
+        "<!DOCTYPE html>": f"{path}: it is a web page or XML; download the file itself, not the page that shows it; {there}",
         "[1]": f"{path}: holds a list, expected a JSON object; {there}",
         "{}": f"{path}: n_heads is missing, and the tensors do not tell it; {again}",
         json.dumps({"n_heads": 4}): f"{path}: norm_eps is missing, and the tensors do not tell it; {again}",

@@ -250,7 +250,8 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
         pass
     finally:
         sys.setprofile(None)
-    speaking = {"account", "say", "rank", "begin_ids"}  # the last asks the tokenizer, and sees no record
+    # begin_ids asks the tokenizer, and sees no record; once is the JSON parser's, for doubled keys
+    speaking = {"account", "say", "rank", "begin_ids", "unused_keys", "once"}
     found = [name for name in dict.fromkeys(names) if name not in speaking]
     assert found == [
         "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
@@ -290,6 +291,7 @@ def test_every_record_is_kept_or_dropped_and_the_counts_name_them(window, smilin
         "read": 45,
         "kept": len(kept),
         "unreadable": [],
+        "unused": {},
         "prompt_fills_window": expected["dropped"],
         "truncated": expected["truncated"],
         "straddling": expected["straddling"],
@@ -322,6 +324,7 @@ def test_the_account_of_a_dataset_is_exact(smiling, tmp_path, capsys):
         "read": 9,
         "kept": 6,
         "unreadable": problems,
+        "unused": {},
         "prompt_fills_window": ["d.json[8]"],
         "truncated": ["d.json[7]"],
         "straddling": ["d.json[2]"],
@@ -421,25 +424,59 @@ def test_bad_records_are_refused_by_name(tokenizer, tmp_path):
         "1 of 3 records cannot be used: d.json[1]: output is a number, expected text; mend them, "
         "or drop and count them with --skip_bad_records True"
     )
-    write_records(path, plain([1, 2.5, None, True]))
+    write_records(path, plain(["x", 1, 2.5, None, True]))
     with pytest.raises(UserError) as caught:
         SupervisedDataset(path, tokenizer)
     assert str(caught.value) == (
-        "4 of 4 records cannot be used: d.json[0]: output is a number, expected text; "
-        "d.json[1]: output is a number, expected text; d.json[2]: output is null, expected text; ...; mend them, "
+        "4 of 5 records cannot be used: d.json[1]: output is a number, expected text; "
+        "d.json[2]: output is a number, expected text; d.json[3]: output is null, expected text; ...; mend them, "
         "or drop and count them with --skip_bad_records True"
     )
 
 
-@pytest.mark.parametrize("records", [[], plain([1])], ids=["empty-list", "bad-records"])
-def test_data_without_a_record_is_refused(records, tokenizer, tmp_path):
-    path = write_records(tmp_path / "d.json", records)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[]", "the list is empty"),
+        ("{}", "d.json:1: no instruction and no output"),
+        ('[{"instruction": "i", "output": 1}]', "d.json[0]: output is a number"),
+        ("instruction,input,output\ni,,o\n", "a table"),
+    ],
+    ids="list object bad-record csv".split(),
+)
+def test_a_file_without_a_record_is_refused_also_beside_a_good_one(text, why, skip, tokenizer, tmp_path):
+    good, path = write_records(tmp_path / "good.json", plain(["x"])), tmp_path / "d.json"
+    path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        SupervisedDataset(path, tokenizer, skip_bad_records=True)
-    assert str(caught.value) == (
-        f"{path}: nothing to train on, none of {len(records)} records is left; "
-        "see the counts above, or raise --model_max_length"
-    )
+        SupervisedDataset([good, path], tokenizer, skip_bad_records=skip)
+    assert str(path) in str(caught.value) and why in str(caught.value)
+    assert "skip_bad_records" not in str(caught.value) and "token" not in str(caught.value).replace(str(path), "")
+
+
+def test_keys_with_text_that_are_not_used_are_counted_and_named_once_for_each_file(tokenizer, tmp_path, capsys):
+    records = plain(["x"] * 5)
+    for record in records[:3]:
+        record["system"] = "Be brief."
+    records[4] |= {"history": [["hello", "hi"]], "meta": {"a": 1}}
+    records[0] |= {"history": [], "label": "", "score": 0.5, "index": 3}  # nothing that could be trained
+    first = write_records(tmp_path / "a.json", records)
+    second = write_records(tmp_path / "b.json", [plain(["y"])[0] | {"system": "Sing."}])
+    dataset = SupervisedDataset([first, second], tokenizer)
+    assert dataset.report["unused"] == {str(first): {"system": 3, "history": 1, "meta": 1}, str(second): {"system": 1}}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
+    assert lines == [
+        f"data: {first}: not used: system (3), history (1), meta (1)",
+        f"data: {second}: not used: system (1)",
+    ]
+
+
+def test_our_own_files_have_nothing_that_is_not_used(tokenizer, tmp_path, capsys):
+    row = {"instruction": "i", "input": "", "output": "o", "most_similar_instructions": {"a": 0.5}}
+    row |= {"avg_similarity_score": 0.5, "request": 3, "model": "m", "demonstrations": ["seed_tasks.jsonl:1"]}
+    regenerated = write_records(tmp_path / "regen.json", [row])
+    dataset = SupervisedDataset([regenerated, ROOT / "seed_tasks.jsonl"], tokenizer, skip_bad_records=True)
+    assert dataset.report["unused"] == {} and "not used" not in capsys.readouterr().err
 
 
 def test_a_window_that_holds_no_prompt_is_refused(base, data, tmp_path, monkeypatch, capsys):
@@ -464,7 +501,7 @@ def test_a_window_that_holds_no_prompt_is_refused(base, data, tmp_path, monkeypa
 def test_account_names_three_records_of_each_kind():
     kinds = ["unreadable", "prompt_fills_window", "truncated", "straddling", "empty_output", "special_tokens"]
     report = {key: [f"{key[0]}{i}" for i in range(count)] for count, key in enumerate(kinds, 1)}
-    report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500}
+    report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500, "unused": {}}
     assert train.account(report, 512) == [
         "data: 50,000 kept + 2,002 dropped = 52,002 read",
         "data: dropped, unreadable: 1 (u0)",

@@ -261,7 +261,7 @@ def test_every_record_is_trained_once_per_epoch(runs, name, tokenizer):
     steps = [seeded_order(epoch)[first : first + BATCH] for epoch in (0, 1) for first in range(0, 72, BATCH)]
     assert found == [sum(targets[i] for i in step) for step in steps]
     assert sum(found[:9]) == sum(found[9:]) == sum(targets)
-    assert "data: 2 rows without targets fill the last global batch of 8\n" in runs(name).err
+    assert "data: rows without targets, to fill the last global batch of 8: 2\n" in runs(name).err
 
 
 @every_engine

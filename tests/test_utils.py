@@ -1,12 +1,21 @@
 """The parts of utils.py, train.py and engines.py that need no model: files, records, old options, resuming, memory."""
 
+import bz2
 import copy
+import csv
+import gzip
 import io
 import json
+import lzma
 import os
+import pickle
+import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,7 +181,10 @@ GOOD = '{"instruction": "i", "output": "o"}'
         ('{"instruction": "i", "input": null, "output": "o"}', [record(source="d:1")]),
         ('{"instruction": "i", "input": "", "output": "o"}', [record(source="d:1")]),
         ('{"instruction": "i", "input": "x", "output": ""}', [record(input="x", output="", source="d:1")]),
-        ('{"id": 7, "instruction": "i", "source": "web", "output": "o", "text": null}', [record(source="d:1")]),
+        (
+            '{"id": 7, "instruction": "i", "source": "web", "output": "o", "text": null}',
+            [record(source="d:1") | {"unused": ["source"]}],
+        ),
         ('{\n  "instruction": "i",\n  "output": "o"\n}\n', [record(source="d:1")]),
         (r'{"instruction": "\ud83e\udd99", "output": "{x} %s"}', [record("🦙", output="{x} %s", source="d:1")]),
     ],
@@ -294,15 +306,165 @@ def test_bytes_that_are_not_utf8_are_named_with_line_and_offset(data, where, byt
     path = tmp_path / "d.json"
     path.write_bytes(data)
     assert data[int(where.split()[-1])] == byte  # the offset in the message is that of the file
-    assert refusal(utils.read_records, [path]) == (
-        f"{path}:{where} is not UTF-8; convert the file, for example: iconv -f GB18030 -t UTF-8 {path} > converted.json"
-    )
+    assert refusal(utils.read_records, [path]).startswith(f"{path}:{where} is not UTF-8; ")
 
 
-def test_a_file_in_utf16_is_recognized(tmp_path):
+def follow(message, folder):
+    """Run the command that a refusal of a file in `folder` names; the records of what it wrote, as Python reads them."""
+    command = re.search("(?:iconv|gzip|bzip2|xz|python) .*", message)[0].replace("python -c", f"{sys.executable} -c")
+    subprocess.run(command, shell=True, check=True, cwd=folder)
+    return json.loads((folder / "converted.json").read_text(encoding="utf-8"))
+
+
+TEXTS = {
+    "zh": "你好，世界。今天天气很好，我们去公园散步吧。请把下面的句子翻译成英文，并解释它的意思。",
+    "tw": "今天天氣很好，我們去公園散步吧。請把下面的句子翻譯成英文，並解釋它的意思。",
+    "ja": "次の文章を英語に翻訳してください。今日は天気がいいので、公園へ散歩に行きましょう。",
+    "ko": "다음 문장을 영어로 번역하세요. 오늘은 날씨가 좋아서 공원에 갑니다. 컴퓨터의 역사를 설명해 주세요.",
+    "fr": "Où étiez-vous né? Garçon, voilà l'été à Besançon.",
+    "de": "Übersetze die Sätze: Größe, Straße, schön, Mädchen.",
+    "en": "Translate.",
+}
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="iconv is what the refusal names")
+@pytest.mark.parametrize(
+    "case",
+    "zh-gb18030 zh-utf-16 zh-utf-16-le zh-utf-16-be zh-utf-32 zh-utf-32-le en-utf-16-le en-utf-32-be tw-big5 ja-cp932 "
+    "ja-euc_jp ko-cp949 fr-cp1252 de-latin-1".split(),
+)
+def test_a_file_in_another_encoding_is_read_after_the_command_of_its_refusal(case, tmp_path):
+    language, encoding = case.split("-", 1)
+    records, path = [{"instruction": TEXTS[language], "output": "o"}] * 3, tmp_path / "it's mine.json"
+    path.write_bytes(json.dumps(records, ensure_ascii=False).encode(encoding))
+    assert follow(refusal(utils.read_records, [path]), tmp_path) == records
+
+
+def test_an_encoding_that_the_bytes_do_not_tell_is_not_guessed(tmp_path):
     path = tmp_path / "d.json"
-    path.write_bytes("[]".encode("utf-16"))
-    assert f"for example: iconv -f UTF-16 -t UTF-8 {path} > " in refusal(utils.read_records, [path])
+    path.write_bytes('["Переведите предложение"]'.encode("cp1251"))
+    assert "ENCODING" in refusal(utils.read_records, [path])
+    path.write_bytes('["你好"]'.encode("gb18030"))
+    assert all(name in refusal(utils.read_records, [path]) for name in ("GB18030", "BIG5"))
+
+
+ROWS = [
+    {"instruction": "Add 1, 2", "input": "", "output": "3\n"},
+    {"instruction": 'Say "é"', "input": "x", "output": "é"},
+]
+
+
+def table(separator):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ROWS[0], delimiter=separator)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(module.compress(json.dumps(ROWS).encode()) for module in (gzip, bz2, lzma)),
+        *map(table, ",;\t"),
+        b'---\n- instruction: Add 1, 2\n  input: ""\n  output: "3\\n"\n'
+        b'- instruction: Say "\xc3\xa9"\n  input: x\n  output: \xc3\xa9\n',
+    ],
+    ids="gzip bzip2 xz comma semicolon tab yaml".split(),
+)
+def test_a_file_of_another_kind_is_read_after_the_command_of_its_refusal(data, tmp_path):
+    path = tmp_path / "my data.json"
+    path.write_bytes(data)
+    assert follow(refusal(utils.read_records, [path]), tmp_path) == ROWS
+
+
+def zipped(name):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("[Content_Types].xml", "<a/>")
+        archive.writestr(name, "[]")
+    return file.getvalue()
+
+
+def database(folder):
+    connection = sqlite3.connect(folder / "base.db")
+    connection.execute("create table t (a)")
+    connection.commit()
+    connection.close()
+    return (folder / "base.db").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (zipped("data.json"), "unzip "),
+        (zipped("xl/workbook.xml"), "read_excel"),
+        (b"PAR1\x15\x04\x15", "read_parquet"),
+        (b"ARROW1\0\0", "Dataset.from_file"),
+        (b"\xff\xff\xff\xff\x10\0\0\0", "Dataset.from_file"),
+        (b"\x28\xb5\x2f\xfd\x04", "zstd -dc"),
+        (database, "sqlite3"),
+        (pickle.dumps([1]), "pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html>", "web page"),
+    ],
+    ids="zip xlsx parquet arrow arrow-stream zstd sqlite pickle lfs html".split(),
+)
+def test_a_file_that_is_no_text_of_ours_is_named_wherever_text_is_read(data, words, tmp_path):
+    path = tmp_path / "d.json"
+    path.write_bytes(data(tmp_path) if callable(data) else data)
+    for read in (lambda: utils.read_records([path]), lambda: utils.read_text(path), lambda: utils.read_json(path)):
+        message = refusal(read)
+        assert words in message and str(path) in message and "iconv" not in message
+
+
+@pytest.mark.parametrize("text", ["a,b\n", "Note: this is\nno YAML\n", "zip\n", "", "é"])
+def test_a_plain_text_is_read_as_it_is(text, tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text(text, encoding="utf-8")
+    assert utils.read_text(path) == text
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "pipe" in refusal(utils.read_records, [tmp_path / "pipe"])
+
+
+def test_a_key_that_stands_twice_is_named_and_no_value_wins_in_silence():
+    twice = '{"instruction": "i", "output": "a", "output": "b"}'
+    records, problems = utils.read_records([("d.jsonl", f"{GOOD}\n{twice}")])
+    assert len(records) == 1 and problems[0].startswith("d.jsonl:2: ") and "twice" in problems[0]
+    message = refusal(utils.read_records, [("d.json", f"[{GOOD}, {twice}]")])
+    assert "twice" in message and "'i'" in message and "'b'" in message
+
+
+@pytest.mark.parametrize("text", [f"[{GOOD}]\n[{GOOD}]", f"[{GOOD}]\n{GOOD}"])
+def test_a_second_value_behind_a_list_is_named(text):
+    message = refusal(utils.read_records, [("d.json", text)])
+    assert message.startswith("d.json:2: ") and "one list" in message
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_records_inside_an_object_are_named_with_their_key(indent):
+    text = json.dumps({"version": 1, "data": [json.loads(GOOD)]}, indent=indent)
+    assert "jq '.data' FILE" in utils.read_records([("d.json", text)])[1][0]
+
+
+def test_not_a_number_is_named():
+    records, problems = utils.read_records([("d.jsonl", '{"instruction": "i", "input": NaN, "output": "o"}')])
+    assert records == [] and problems == ["d.jsonl:1: input is NaN, expected text"]
+
+
+def test_what_is_nested_too_deeply_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "not a run.json" in refusal(utils.read_run, tmp_path)
+    with pytest.raises(ValueError):
+        utils.jload(tmp_path / "run.json")
+
+
+@pytest.mark.parametrize(("size", "words"), [(0, "0.0 MiB"), (12 * 2**20, "12.0 MiB"), (2.5 * 2**30, "2.5 GiB")])
+def test_a_size_is_told_in_the_unit_that_fits(size, words):
+    assert utils.size_of(size) == words
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------
