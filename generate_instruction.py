@@ -140,7 +140,7 @@ OPENING = re.compile(
     r"<\|message\|>|<(?:answer|response|final|output|bos|s)>|<start_of_turn>(?:model)?|\[ANSWER\])\s{0,9})+"
 )
 CLOSING = ("</s>", "<s>", "<eos>", "</answer>", "</response>", "</final>", "</output>", "[/ANSWER]")
-WHOLE = (
+ENDS = (
     "stop",
     "eos",
     "eos_token",
@@ -171,19 +171,19 @@ Marker = collections.namedtuple("Marker", "start end label number style is_open"
 def unwrapped(text):
     """The answer without a draft before it, another turn behind it, a fence or quote marks around all of its lines.
 
-    Returns (answer, whether more than white space was left behind it). A draft that does not end leaves "".
+    A draft that does not end leaves "".
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if finals := list(FINAL.finditer(text)):
         text = text[finals[-1].end() :]
     elif re.match(r"\s*(?:<\|channel\|>)?analysis", text) or re.match(r"\s*here is my thought process", text, re.I):
-        return "", False
+        return ""
     head, closes = OPENS.search(text), list(CLOSES.finditer(text))
     # One without a beginning was opened by the template; one inside a line is spoken of.
     ends = [m for m in closes if re.match(r"[ \t]*(?:\n|\Z)", text[m.end() :]) or MARKER.match(text, m.end())]
     if head and not text[: head.start()].strip():
         if not closes:
-            return "", False
+            return ""
         text = text[closes[-1].end() :]
     elif ends and not (head and head.start() < ends[0].start() and MARKER.search(text, 0, head.start())):
         text = text[ends[-1].end() :]
@@ -198,7 +198,7 @@ def unwrapped(text):
     if quoted and all(line.startswith(">") or not line.strip() for line in lines[quoted[0] : quoted[-1]]):
         bare = "\n".join(re.sub("^> ?", "", line) for line in lines[quoted[0] : quoted[-1] + 1])
         answer = bare if MARKER.search(bare) else answer
-    return answer, bool(turn and TURN.sub("", text[turn.start() :]).strip())
+    return answer
 
 
 def find_markers(text):
@@ -411,6 +411,35 @@ def goes_on(head):
     return bool(head) and "\n" not in head and not (is_lead or FENCE.match(head) or BETWEEN.fullmatch(head))
 
 
+def read_blocks(answer, markers, head):
+    """[(task or None, why there is none, its number, its text, what follows it)] of all blocks of an answer."""
+    if not (blocks := find_blocks(answer, markers)):
+        return []
+    stops = [*blocks[1:], len(markers)]
+    ends = [*(markers[stop].start for stop in blocks[1:]), len(answer)]
+    own = [markers[first:stop] for first, stop in zip(blocks, stops, strict=True)]
+    read = [read_block(answer, some, end) for some, end in zip(own, ends, strict=True)]
+    texts = [answer[some[0].start : end] for some, end in zip(own, ends, strict=True)]
+    outputs = [task["output"] if task else text.strip() for (task, _), text in zip(read, texts, strict=True)]
+    if has_fence := bool(FENCE.search(head)):
+        outputs[-1] = re.sub(r"(?:\n###[ ]{0,9}){1,3}\Z", "", outputs[-1])
+        outputs = [without_loose_fence(output) for output in outputs]
+    numbers = [next(m.number for m in some if m.label == "instruction") for some in own]
+    has_input = [any(m.label == "input" for m in some) for some in own]
+    found = []
+    for k, (output, rest, unclear) in enumerate(separated(outputs)):
+        task, reason = read[k]
+        if task:
+            task["output"] = (without_loose_fence(output) if has_fence else output).strip()
+            if "\n" in task["instruction"] and not has_input[k] and sum(has_input) * 2 > len(own):
+                unclear = unclear or "no input label"
+            if numbers[k + 1 : k + 2] == [1] and numbers[k] > 1 and re.search(r"\n\s*\n", output):
+                unclear = unclear or "another document behind it"
+            reason = problem_of(task, unclear)
+        found.append((task, reason, numbers[k], texts[k], rest))
+    return found
+
+
 def parse_response(text, finish_reason, num_prompt_instructions):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
     [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble.
@@ -418,65 +447,37 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     A task is kept only if it is exactly what the answer holds: labels, and what stands between tasks, are of one style
     in all of an answer; where it cannot be told where a task ends, it is dropped.
     """
-    answer, has_tail = unwrapped(text)
-    is_whole = str(finish_reason or "").lower() in WHOLE
+    answer, is_whole = unwrapped(text), str(finish_reason or "").lower() in ENDS
     if is_whole and (rows := read_json_tasks(answer)):
-        return [
-            (k, row | {"input": "" if is_no_input(row["input"]) else row["input"]}) for k, row in enumerate(rows)
-        ], []
-    markers = find_markers(answer)
-    markers = chosen_markers(markers)
-    head = answer[: markers[0].start] if markers else ""
-    has_fence = bool(FENCE.search(head))
-    if goes_on(head) and markers[0].label != "instruction":
-        markers.insert(0, Marker(0, 0, "instruction", markers[0].number, "", False))
-    blocks = find_blocks(answer, markers)
-    if not blocks:
-        return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
-    ends = [*(markers[stop].start for stop in blocks[1:]), len(answer)]
-    own = [markers[a:b] for a, b in zip(blocks, [*blocks[1:], len(markers)], strict=True)]
-    num_inputs = sum(any(m.label == "input" for m in some) for some in own)
-    read = [
-        read_block(answer, markers[a:b], end)
-        for a, b, end in zip(blocks, [*blocks[1:], len(markers)], ends, strict=True)
-    ]
-    outputs = [
-        task["output"] if task else answer[markers[k].start : end].strip()
-        for (task, _), k, end in zip(read, blocks, ends)
-    ]
-    if has_fence:
-        outputs[-1] = re.sub(r"(?:\n###[ ]{0,9}){1,3}\Z", "", outputs[-1])
-        outputs = [without_loose_fence(output) for output in outputs]
-    parted, tasks, dropped = separated(outputs), [], []
-    numbers = [next(m.number for m in markers[k:] if m.label == "instruction") for k in blocks]
-    for k, ((task, reason), (output, rest, unclear)) in enumerate(zip(read, parted, strict=True)):
-        output = without_loose_fence(output) if has_fence else output
-        is_last = k == len(read) - 1
-        if is_last and not is_whole:
+        found = [(row, problem_of(row, ""), -1, json.dumps(row), "") for row in rows]
+    else:
+        markers = chosen_markers(find_markers(answer))
+        head = answer[: markers[0].start] if markers else ""
+        if goes_on(head) and markers[0].label != "instruction":
+            markers.insert(0, Marker(0, 0, "instruction", markers[0].number, "", False))
+        found = read_blocks(answer, markers, head)
+    tasks, dropped = [], []
+    for k, (task, reason, number, block, rest) in enumerate(found):
+        if k == len(found) - 1 and not is_whole:
             reason, rest = (
-                f"cut off ({finish_reason})" if finish_reason != "length" else "cut off by the token limit",
+                "cut off by the token limit" if finish_reason == "length" else f"cut off ({finish_reason})",
                 "",
             )
-        elif task:
-            task["output"] = output.strip()
-            has_no_input = "\n" in task["instruction"] and not any(m.label == "input" for m in own[k])
-            unclear = unclear or "no input label" * (has_no_input and num_inputs * 2 > len(read))
-            is_next = (
-                not is_last and numbers[k + 1] == 1 < numbers[k] and re.search(r"\n\s*\n", output)
-            )  # of another document
-            reason = problem_of(task, unclear or "another text behind it" * bool(is_next))
         if reason:
-            dropped.append((k, reason, answer[markers[blocks[k]].start : ends[k]]))
-            if reason in STRUCTURE and tasks and tasks[-1][0] == k - 1 and numbers[k] < 0:  # a label in the text before
-                dropped.append((k - 1, "unclear end", answer[markers[blocks[k - 1]].start : ends[k - 1]]))
+            dropped.append((k, reason, block))
+            if (
+                reason in STRUCTURE and number < 0 and tasks and tasks[-1][0] == k - 1
+            ):  # a label quoted in the task before
                 tasks.pop()
+                dropped.append((k - 1, "unclear end", found[k - 1][3]))
         else:
             tasks.append((k, task))
-        if rest:
-            dropped.append((k, "text between tasks", rest))
-    bare = unquote([task for _, task in tasks])
-    for task in bare:
-        task["input"] = "" if is_no_input(task["input"]) else task["input"]
+        dropped += [(k, "text between tasks", rest)] if rest else []
+    if not found:
+        return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
+    bare = [
+        task | {"input": "" if is_no_input(task["input"]) else task["input"]} for task in unquote([t for _, t in tasks])
+    ]
     return [(k, task) for (k, _), task in zip(tasks, bare, strict=True)], dropped
 
 

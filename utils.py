@@ -182,10 +182,11 @@ def run_main(main):
             raise
         where = f"{error.filename}: " if error.filename else ""
         message, code = f"error: {where}{error.strerror or error}", 2
-    if process_group() and not message:  # in step with the others; after an error they may wait for this one for ever
+    is_group = process_group() is not None
+    if is_group and not message:  # in step with the others; after an error they may wait for this one for ever
         process_group().barrier()
         process_group().destroy_process_group()
-    if process_group() or message:  # threads of DeepSpeed at times abort the interpreter's own way out
+    if is_group or message:  # threads of DeepSpeed at times abort the interpreter's own way out
         leave(message, code)
     sys.exit(code)
 
