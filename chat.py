@@ -495,7 +495,11 @@ def answer_all(chat, args, records, problems):
     for start in range(0, len(ready), args.batch_size):
         batch, prompts = zip(*ready[start : start + args.batch_size], strict=True)
         answers = [make_answer(chat, ids, args.max_new_tokens) for ids in prompts]
-        generate(chat, prompts, answers)
+        try:
+            generate(chat, prompts, answers)
+        except KeyboardInterrupt:
+            what = f"interrupted: {start} of {len(ready)} answers are written"
+            raise UserError(f"{what}; ask again from {batch[0]['source']} on", 130) from None
         for record, answer in zip(batch, answers, strict=True):
             print(utils.printable(json.dumps(answered(record, answer), ensure_ascii=False)))  # the same JSON
             reasons[answer.finish_reason] = reasons.get(answer.finish_reason, 0) + 1

@@ -1257,9 +1257,10 @@ def openai_completion(
         message = prompt if isinstance(prompt, dict) else {"role": "user", "content": prompt}
         response = client.chat.completions.create(model=model, messages=[message], **sent)
         choices = getattr(response, "choices", None)  # an HTML page, for example, is handed through as a str
-        empty = [f"no text, finish_reason {c.finish_reason}" for c in choices or [] if c.message.content is None]
+        empty = [c.finish_reason for c in choices or [] if not c.message or c.message.content is None]
         if not choices or empty:
-            raise ValueError((empty or [f"no completion, but {str(response)[:60]!r}"])[0])
+            text = f"no text, finish_reason {empty[0]}" if empty else f"no completion, but {str(response)[:60]!r}"
+            raise ValueError(text)
         facts = {"model": response.model, "total_tokens": response.usage and response.usage.total_tokens}
         found = [Completion(text=c.message.content, finish_reason=c.finish_reason, **facts) for c in choices]
         found = [completion.text for completion in found] if return_text else found

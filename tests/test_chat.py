@@ -811,3 +811,22 @@ def test_keys_that_are_no_part_of_the_prompt_are_named(capsys):
     records, _ = chat.parse_questions('{"instruction": "Add.", "system": "Sing.", "id": 3}', "q.jsonl")
     assert records[0]["others"] == {"system": "Sing.", "id": 3}
     assert capsys.readouterr().err.splitlines() == ["q.jsonl: no part of the prompt: system"]
+
+
+def test_ctrl_c_in_a_file_of_questions_says_what_is_answered(base, tmp_path, monkeypatch, capsys):
+    records = [{"instruction": f"Say {i}.", "input": "", "output": "", "source": f"q:{i}"} for i in range(1, 5)]
+    batches = []
+
+    def generate(model, prompts, answers):
+        batches.append(len(prompts))
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        for answer in answers:
+            answer.finish("end_token")
+
+    monkeypatch.setattr(chat, "generate", generate)
+    args = chat.parse_arguments(["--model_name_or_path", str(base), "--batch_size", "2", "--instruction", "x"])
+    with pytest.raises(utils.UserError) as caught:
+        chat.answer_all(chat.load_chat(args), args, records, [])
+    assert caught.value.code == 130 and "2 of 4 answers are written; ask again from q:3 on" in str(caught.value)
+    assert capsys.readouterr().out.count("\n") == 2

@@ -703,7 +703,7 @@ def started(source, target):
     [
         (signal.SIGTERM, 143, "stopped by SIGTERM; nothing is left of this run"),
         pytest.param(signal.SIGHUP, 129, "stopped by SIGHUP; nothing is left of this run", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, "stopped by SIGINT; nothing is left of this run", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_leaves_nothing(number, code, line, source, tmp_path):
