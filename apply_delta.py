@@ -115,7 +115,7 @@ def merge(base, product, embedding=False):
 
 
 def lora_scaling(config, module):
-    """(rank, scaling) of a module: alpha / rank, or for rslora (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank)."""
+    """(rank, scaling) of a module: alpha / rank, for rslora (https://arxiv.org/abs/2312.03732) alpha / sqrt(rank)."""
 
     def pick(patterns, default):  # the first pattern that names the module counts, then the default
         return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), default)

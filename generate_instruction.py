@@ -95,7 +95,8 @@ LABELS = {word: label for label, words in WORDS.items() for word in words.split(
 # A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "- Task 5 Output:", "（4）指令：",
 # "4. Input - ", "【出力】". Every repetition is bounded, so that no line can make the search slow.
 MARKER = re.compile(
-    rf"""^(?=[ \t]{{0,8}}\S)(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)(?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
+    rf"""^(?=[ \t]{{0,8}}\S)(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)
+    (?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
     (?:(?:task|example|任务|任務|タスク|例)[ \t]{{0,3}})?
     (?:[(（\[]?(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[])）.:：．、-]{{0,2}}[ \t*_]{{0,5}})?
     (?P<label>{"|".join(sorted(LABELS, key=len, reverse=True))}|[a-z]{{5,12}}(?=[*_]{{0,3}}:))
@@ -108,13 +109,15 @@ NUMERAL = "(?:[0-9０-９]{1,4}|[一二三四五六七八九十]{1,3})"
 # A line that may stand between two tasks: "###", "---", "**Task #5:**", "### 示例 5", "任务五：", "List of 20 tasks:".
 BETWEEN = re.compile(
     rf"""[ \t]*(?:[#*_=-]{{2,40}}
-    |[#*_ \t>-]{{0,8}}(?:task|example|instruction|任务|任務|タスク|例|示例|例题)[ \t]?(?:no\.?|number)?[ \t]?\#?[ \t]?{NUMERAL}[.:：)]{{0,2}}[*_]{{0,3}}[.:：]?
+    |[#*_ \t>-]{{0,8}}(?:task|example|instruction|任务|任務|タスク|例|示例|例题)[ \t]?(?:no\.?|number)?[ \t]?
+        \#?[ \t]?{NUMERAL}[.:：)]{{0,2}}[*_]{{0,3}}[.:：]?
     |[#*_ \t]{{0,8}}第[ \t]?{NUMERAL}[ \t]?(?:个|個|题|題)?(?:任务|任務|例|問)?[.:：]?[*_]{{0,3}}[.:：]?
     |(?:[#*_]{{1,6}}[ \t]?)?list[ ]of[ ]\d{{1,3}}[ ](?:more[ ])?tasks:[*_]{{0,3}})[ \t]*""",
     re.IGNORECASE | re.VERBOSE,
 )
 NO_INPUT = re.compile(  # what an input says that says that there is none
-    r"(?:input:? )?(?:no ?input|none|n/?a|nil|null|nothing|empty|blank|not (?:applicable|needed|required|provided)|-|—|–)"
+    r"(?:input:? )?(?:no ?input|none|n/?a|nil|null|nothing|empty|blank|-|—|–|"
+    r"not (?:applicable|needed|required|provided))"
     r"(?: (?:input|is|was|are|given|needed|required|necessary|provided|available|applicable|for this task)){0,3}"
     r"(?: # ?no input)?|no (?:additional |further |extra |specific )?(?:input|context)"
     r"(?: (?:is|was|given|needed|required|necessary|provided|available)){0,2}|"
@@ -129,7 +132,8 @@ CLOSES = re.compile(
     rf"<\|?/(?:\w{{1,8}}[:_])?{THINK}\|?>|<\|end_(?:of_)?{THINK}\|>|\[/{THINK}\]|◁/{THINK}▷", re.IGNORECASE
 )
 FINAL = re.compile(
-    r"<\|channel\|>final(?: ?<\|constrain\|>\w{0,20})?<\|message\|>|\Aanalysis[\s\S]*assistantfinal|here is my response:\s*"
+    r"<\|channel\|>final(?: ?<\|constrain\|>\w{0,20})?<\|message\|>|\Aanalysis[\s\S]*assistantfinal|"
+    r"here is my response:\s*"
 )
 # What templates put around turns. HTML strikes out with <s> and </s>, so these end an answer at its very end alone.
 TURN = re.compile(
@@ -154,10 +158,12 @@ ENDS = (
     "",
 )
 FAREWELL = re.compile(  # of one who hands tasks over; in a task's own text these words hardly ever meet
-    r"(?:let me know|i hope|hope|feel free|if you|would you like|these|those|this|that|here|there|note|please|do you|i'?ve|"
+    r"(?:let me know|i hope|hope|feel free|if you|would you like|these|those|this|that|here|there|note|please|"
+    r"do you|i'?ve|"
     r"i (?:have|can|could)|all|enjoy|happy to|want|want me|shall i|should i|希望|如果|如需|需要|以上|这些|這些|请|請|ご|以上が|以上です|他に|さらに)"
     r"[^\n]{0,200}?(?:tasks?\b|instructions?\b|examples?\b|任务|任務|指令|タスク|例题|示例)[^\n]{0,200}"
-    r"|(?:let me know if|feel free to|i hope (?:this|these|that)|hope (?:this|these|that) helps?|is there anything|would you like|"
+    r"|(?:let me know if|feel free to|i hope (?:this|these|that)|hope (?:this|these|that) helps?|"
+    r"is there anything|would you like|"
     r"if you(?:'d like| need| want| have)|希望(?:这些|这|對|对)|如果(?:你|您)|请告诉我|請告訴我|お役に立|ご不明|ご質問|何か(?:他|ほか))[^\n]{0,300}",
     re.IGNORECASE,
 )

@@ -259,7 +259,7 @@ def encode(conversations, tokenizer):
 
 
 def compare_ids(names, conversations, rows, tokenizer, model_path):
-    """Raise UserError where a row of `encode` has other ids than the SentencePiece model at `model_path` gives its text.
+    """Raise UserError where a row of `encode` has other ids than the SentencePiece model at `model_path` gives it.
 
     Looks at 1,000 rows or more, evenly spread, of those without special tokens: SentencePiece knows none inside a text.
     """
@@ -455,7 +455,7 @@ def make_supervised_data_module(tokenizer, data_args):
 
 
 def watch_compiler():
-    """Say what DeepSpeed compiles at its first use, and what lock of another process, perhaps a killed one, it awaits."""
+    """Say what DeepSpeed compiles at its first use, and what lock of another process, perhaps killed, it awaits."""
     from torch.utils.cpp_extension import get_default_build_root
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
@@ -545,7 +545,7 @@ class Watch(threading.Thread):
 
 
 def shutdown_patience(longest):
-    """Seconds that a signal waits for the end of a step; `longest` is that of a step so far. torchrun kills after 30."""
+    """Seconds that a signal waits for a step's end; `longest` is that of a step so far. torchrun kills after 30."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return max(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 3, 1)
     return max(30, 3 * longest)
@@ -855,7 +855,8 @@ def check_disk(args, num_params, steps):
     if args.overwrite_output_dir:  # what there is goes before the first step
         free += sum(path.stat().st_size for path in Path(args.output_dir).rglob("*") if path.is_file())
     if disk > free:
-        what = f"the model and {kept} checkpoint{'s' * (kept != 1)} need {utils.size_of(disk)}, {utils.size_of(free)} are free"
+        what = f"the model and {kept} checkpoint{'s' * (kept != 1)} need {utils.size_of(disk)}"
+        what += f", {utils.size_of(free)} are free"
         cure = "use --save_total_limit 1, --save_only_model True or --save_strategy no"
         raise UserError(f"{args.output_dir}: {what}; {cure}; to try all the same: --memory_check False")
 
@@ -1152,7 +1153,7 @@ def load_data(data_args, args, base, tokenizer, config):
 
 
 def check_run(args, model_args, bones, longest, steps):
-    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns its number of parameters."""
+    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns its parameters' number."""
     engines.check_layers(args, bones, longest)
     num_params = sum(p.numel() for p in bones.parameters())
     if args.memory_check:
@@ -1164,7 +1165,7 @@ def check_run(args, model_args, bones, longest, steps):
 
 
 def run_steps(trainer, checkpoint):
-    """Train to the last step, or to the first after a signal. Raises UserError for that end, and for fp16's overflow."""
+    """Train to the last step, or the first after a signal. Raises UserError for that end, and for fp16's overflow."""
     with contextlib.suppress(AlreadyTrained):
         trainer.train(resume_from_checkpoint=checkpoint)
     step, number = trainer.state.global_step, trainer.stopped_by

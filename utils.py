@@ -51,7 +51,7 @@ def rank():
 
 
 def printable(text):
-    """The text with what a terminal would obey, not show, as \\x1b or \\u009b: all but newline and tab; JSON stays JSON."""
+    """The text with what a terminal would obey as \\x1b or \\u009b: all but newline and tab; JSON stays JSON."""
     unsafe = "[\0-\b\v-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"  # C0, C1, directions, halves of UTF-16
     return re.sub(unsafe, lambda c: f"\\x{ord(c[0]):02x}" if c[0] < " " else f"\\u{ord(c[0]):04x}", text)
 
@@ -63,7 +63,7 @@ def terminal_width(stream):
 
 
 def say(message, anyone=False):
-    """Print one line on stderr, in the place of a progress line, from the first process of the run, or from `anyone`."""
+    """Print one line on stderr, in the place of a progress line, from the run's first process, or from `anyone`."""
     if sys.stderr and (anyone or rank() == 0):
         print("\r\x1b[K" * bool(terminal_width(sys.stderr)) + printable(message), file=sys.stderr, flush=True)
 
@@ -389,7 +389,7 @@ def json_type(value):
 
 
 def once(pairs):
-    """A JSON object as a dict, for the parser; raises ValueError where a key stands twice, as one would win silently."""
+    """A JSON object as a dict, for the parser; raises ValueError where a key stands twice: one would win silently."""
     if len(made := dict(pairs)) < len(pairs):
         raise ValueError(f"a key stands twice in the object of {', '.join(f'{k}: {str(v)[:40]!r}' for k, v in pairs)}")
     return made
@@ -791,8 +791,8 @@ CURES = {  # by what lies where a model is expected; `check_model` fills in the 
     "empty": "copy or download the model into it",
     "unfinished": "{whole}",
     "the state of a run": "give the model that the run writes when it ends; {whole}",
-    "": "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a name on the hub (HF_ENDPOINT "
-    "names a mirror of it)",
+    "": "--model_name_or_path takes a folder with config.json, weights and tokenizer, or a name on the hub "
+    "(HF_ENDPOINT names a mirror of it)",
 }
 
 
@@ -845,7 +845,7 @@ def what_config_says(config):
 
 
 def last_inside(folder, name):
-    """The subfolder, or its own, that holds a file like `name`: a whole checkpoint first, then the last; None if none."""
+    """The subfolder, or its own, with a file like `name`: a whole checkpoint first, then the last; None if none."""
     found = [path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{name}")]
     return max(
         found, key=lambda p: ((p / COMPLETE).exists(), [int(n) for n in re.findall(r"\d+", p.name)]), default=None
