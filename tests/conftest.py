@@ -64,8 +64,11 @@ class Run:
         return self
 
     def error(self):
-        """The one line of a refusal; fails the test where there is not exactly one, or where there is a traceback."""
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        """The one line of a refusal; fails the test where there is not exactly one, or where there is a traceback.
+
+        Under a launcher it is said twice, the second time behind the launcher's own report.
+        """
+        lines = list(dict.fromkeys(line for line in self.err.splitlines() if line.startswith("error: ")))
         assert self.code != 0 and len(lines) == 1, self.err[-3000:]
         assert not any(f'File "{ROOT / script}"' in self.err for script in ("train.py", "engines.py", "utils.py")), (
             self.err[-3000:]

@@ -661,7 +661,7 @@ def test_a_terminated_run_of_two_processes_resumes_to_the_same_bits(engine, stop
     if stop is signal_last_worker:
         assert "exitcode  : 143 " in stopped.err and "\nSIGTERM: saving" not in stopped.err  # the first heard nothing
     else:
-        assert "\nSIGTERM: saving a checkpoint after this step, then exit 143\n" in stopped.err
+        assert "\nSIGTERM: saving a checkpoint after this step, then exit 143" in stopped.err
     step = assert_stopped_with_a_checkpoint(stopped)
     assert_same_end(play(options, 2), unbroken(engine), step)
 
