@@ -525,7 +525,7 @@ class Watch(threading.Thread):
     def tell(self, text):
         """Print on every machine, not on the first process's alone: it may be the lost one."""
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"{text}{last_checkpoint(self.arguments)}", file=sys.stderr, flush=True)
+            utils.put(f"{text}{last_checkpoint(self.arguments)}")
 
     def hear(self, numbers):
         for self.number in numbers:
@@ -534,6 +534,8 @@ class Watch(threading.Thread):
                 self.end("asked twice")
             if not self.heard:
                 text = f"saving a checkpoint after this step, then exit {128 + self.number}; once more ends it at once"
+                if self.doing == "writing the model":
+                    text = "the model is being written, which ends the run; once more ends it at once"
                 say(f"{signal.Signals(self.number).name}: {text}")
             self.heard, self.heard_at = self.heard + 1, now
 

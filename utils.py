@@ -62,10 +62,18 @@ def terminal_width(stream):
         return os.environ.get("TERM") != "dumb" and (os.get_terminal_size(stream.fileno()).columns or 80)
 
 
+def put(text, end="\n"):
+    """Print on stderr; where its terminal or its reader is gone, as tee is after Ctrl-C, all goes on without it."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
+
+
 def say(message, anyone=False):
     """Print one line on stderr, in the place of a progress line, from the run's first process, or from `anyone`."""
     if sys.stderr and (anyone or rank() == 0):
-        print("\r\x1b[K" * bool(terminal_width(sys.stderr)) + printable(message), file=sys.stderr, flush=True)
+        put("\r\x1b[K" * bool(terminal_width(sys.stderr)) + printable(message))
 
 
 def show_progress(line, is_due=False, is_last=False):
@@ -73,7 +81,7 @@ def show_progress(line, is_due=False, is_last=False):
     if width := terminal_width(sys.stderr):
         from tqdm.utils import disp_trim
 
-        print(f"\r{disp_trim(line, width - 1)}\x1b[K", end="\n" * is_last, file=sys.stderr, flush=True)
+        put(f"\r{disp_trim(line, width - 1)}\x1b[K", end="\n" * is_last)
     elif is_due or is_last:
         say(line)
 
@@ -825,7 +833,8 @@ def what_tensors_say(folder, config):
     norms = []
     with contextlib.suppress(Exception):  # what is damaged is told by those who load it
         for name, dtype, read in stored_tensors(folder):
-            if QUANTISED.search(name) or (dtype.lower().endswith("8") and dtype[0] in "IUiu"):
+            is_mask = name.endswith(("bias", "mask"))  # of causal attention, as older releases stored it
+            if QUANTISED.search(name) or (dtype.lower().endswith("8") and dtype[0] in "IUiu" and not is_mask):
                 return "quantised", f"by its tensor {name}"
             if dtype[0] in "IUiu" and name.endswith(".weight"):
                 return "a delta", f"an exact one: {name} is {dtype}"
@@ -836,10 +845,12 @@ def what_tensors_say(folder, config):
 
 def what_config_says(config):
     """What `what_it_is` says of a model by its config, a dict."""
-    head, how = (config.get("architectures") or [""])[0], config.get("quantization_config")
+    heads, how = config.get("architectures"), config.get("quantization_config")
+    head = str(heads[0] or "") if isinstance(heads, list) and heads else ""
     if how:
-        return "quantised", f"by its config: {how.get('quant_method', 'quantization_config')}"
+        return "quantised", f"by its config: {how.get('quant_method', 'no method') if isinstance(how, dict) else how}"
     is_encoder = config.get("is_decoder") is False and "add_cross_attention" in config
+    is_encoder = is_encoder and not str(config.get("model_type")).startswith(("gpt", "openai-gpt", "ctrl", "xglm"))
     is_other = config.get("is_encoder_decoder") or OTHER_HEADS.search(head) or is_encoder
     return ("not causal", head or str(config.get("model_type"))) if is_other else ("", "")
 

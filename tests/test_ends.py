@@ -229,3 +229,16 @@ def test_the_files_of_a_run_are_as_the_umask_says_and_the_model_is_whole(base, d
 def umask():
     os.umask(mask := os.umask(0))
     return mask
+
+
+def test_ctrl_c_with_tee_behind_still_saves_a_checkpoint(base, data, tmp_path):
+    """tee dies of the same Ctrl-C, and what is printed on stderr then has no reader."""
+    read, write = os.pipe()
+    words = [sys.executable, str(ROOT / "train.py"), *map(str, basic_options(base, data, tmp_path / "out", **LONG))]
+    process = subprocess.Popen(words, stdout=write, stderr=write, env=environment(), start_new_session=True)
+    os.close(write)
+    with os.fdopen(read, encoding="utf-8") as reader:
+        next(line for line in reader if line.startswith("step 3/"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert utils.find_checkpoints(tmp_path / "out")[0]

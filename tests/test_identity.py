@@ -211,3 +211,16 @@ def test_a_delta_from_the_hub_is_refused_once_it_is_there(zoo, tmp_path, monkeyp
     with pytest.raises(utils.UserError) as caught:
         utils.load_weights("lmsys/vicuna-delta", config, torch.float32, tmp_path)
     assert "is a delta (the weights of all 5 norms are near 0)" in str(caught.value)
+
+
+def test_a_mask_of_bytes_and_odd_configs_are_no_quantised_model(zoo, tmp_path):
+    """Older releases stored the causal mask of GPT-2 and GPT-NeoX as uint8."""
+    weights = load_file(zoo["model"] / "model.safetensors")
+    config = json.loads((zoo["model"] / "config.json").read_text(encoding="utf-8"))
+    mask = {"model.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
+    assert utils.check_model(write(tmp_path / "mask", weights | mask, config)) == ""
+    assert utils.what_config_says({"architectures": [None], "model_type": "llama"}) == ("", "")
+    assert utils.what_config_says({"architectures": 7}) == ("", "")
+    assert utils.what_config_says({"quantization_config": "awq"})[0] == "quantised"
+    gpt2 = transformers.GPT2Config().to_dict() | {"is_decoder": False, "architectures": ["GPT2LMHeadModel"]}
+    assert utils.what_config_says(gpt2) == ("", "")
