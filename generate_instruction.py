@@ -85,7 +85,7 @@ def cannot_be_shown(task):
 
 
 WORDS = {  # labels in the languages that models answer in, and other words for the same
-    "instruction": "instruction 指令 指示 问题 問題 instrucción instrução istruzione anweisung инструкция 지시 지시사항 명령 질문 "
+    "instruction": "instruction 指令 指示 问题 問題 instrucción instrução istruzione anweisung инструкция 지시 지시문 지시사항 명령 질문 "
     "question prompt aufgabe tâche tarea consigne",
     "input": "input 输入 輸入 入力 entrada entrée eingabe ввод 입력",
     "output": "output 输出 輸出 出力 回答 答案 salida saída sortie ausgabe вывод 출력 답변 response answer réponse respuesta antwort",
@@ -111,6 +111,7 @@ BETWEEN = re.compile(
     rf"""[ \t]*(?:[#*_=-]{{2,40}}
     |[#*_ \t>-]{{0,8}}(?:task|example|instruction|任务|任務|タスク|例|示例|例题)[ \t]?(?:no\.?|number)?[ \t]?
         \#?[ \t]?{NUMERAL}[.:：)]{{0,2}}[*_]{{0,3}}[.:：]?
+    |(?:\#{{1,6}}[ \t]?|\*\*)\d{{1,4}}[.:)]?(?:\*\*)?
     |[#*_ \t]{{0,8}}第[ \t]?{NUMERAL}[ \t]?(?:个|個|题|題)?(?:任务|任務|例|問)?[.:：]?[*_]{{0,3}}[.:：]?
     |(?:[#*_]{{1,6}}[ \t]?)?list[ ]of[ ]\d{{1,3}}[ ](?:more[ ])?tasks:[*_]{{0,3}})[ \t]*""",
     re.IGNORECASE | re.VERBOSE,
@@ -123,7 +124,7 @@ NO_INPUT = re.compile(  # what an input says that says that there is none
     r"(?: (?:is|was|given|needed|required|necessary|provided|available)){0,2}|"
     r"(?:无|無|不|没有|沒有|空)(?:需|用|须|要|必)?(?:要)?(?:额外|額外|任何)?(?:的)?(?:输入|輸入)?(?:内容|內容)?|空白|不适用|不適用|"
     r"(?:入力)?(?:は|が)?(?:なし|不要|無し|ありません|必要ありません|特になし|該当なし)|入力不要|없음|입력 ?없음|해당 ?없음|불필요|"
-    r"aucune?(?: entrée)?|keine?(?: eingabe)?|ninguna?(?: entrada)?|sin entrada|nessuno?|nenhuma?|нет|без ввода",
+    r"aucune?(?: entrée)?|keine?(?: eingabe)?|ninguna?(?: entrada)?|sin entrada|nessuno?|nenhuma?|нет(?: ввода| входных данных)?|без ввода",
     re.IGNORECASE,
 )
 THINK = r"(?:think|thinking|thought|thoughts|thought_process|reason|reasoning|reflection|scratchpad|analysis|cot)"
@@ -199,6 +200,8 @@ def unwrapped(text):
     answer, turn = text, TURN.search(text)
     if turn:
         answer = text[: turn.start()]
+        while (bare := answer.rstrip()).endswith(CLOSING):
+            answer = bare.removesuffix(next(mark for mark in CLOSING if bare.endswith(mark)))
     lines = answer.split("\n")
     quoted = [k for k, line in enumerate(lines) if line.startswith(">")]
     if quoted and all(line.startswith(">") or not line.strip() for line in lines[quoted[0] : quoted[-1]]):
@@ -297,7 +300,10 @@ def read_block(text, markers, end):
 
 def is_no_input(text):
     """Whether an input says that there is none: "<noinput>", "(None)", "-", "无需输入"."""
-    lines = [re.sub(r"[\s<>\[\](){}（）「」\"'“”`*_.。!]+", " ", line).strip() for line in text.strip().split("\n")]
+    lines = [
+        re.sub(r"&[lg]t;|[\\\s<>‹›\[\](){}（）「」\"'“”`*_.。!]+", " ", line).strip()
+        for line in text.strip().split("\n")
+    ]
     return not any(lines) or all(NO_INPUT.fullmatch(line) for line in lines)
 
 
@@ -355,7 +361,7 @@ def split_tail(output, separator, num_tasks):
     paragraphs = re.split(r"\n\s*\n", output)
     if rest:
         return output, rest, "unclear end" * bool(MARKER.search(rest) and len(paragraphs) > 1)
-    if BETWEEN.fullmatch(last) and (num_tasks == 1 or not separator or re.search(r"[a-z\u3040-\u9fff]", last, re.I)):
+    if BETWEEN.fullmatch(last):
         is_rule = not re.search(r"[#\w]", last.replace("_", "-"))
         return (output, "", "unclear end" * bool(body)) if is_rule else (body.rstrip(), "", "")
     ends = [part.strip(" *_") for part in (paragraphs[-1] * (len(paragraphs) > 1), last * bool(body))]
@@ -417,6 +423,17 @@ def goes_on(head):
     return bool(head) and "\n" not in head and not (is_lead or FENCE.match(head) or BETWEEN.fullmatch(head))
 
 
+def quoting(numbers):
+    """Places of tasks that quote others, and of the quoted: where numbers fall, and then go on behind the first."""
+    places, last = set(), {}
+    for k, number in enumerate(numbers):
+        first = last.get(number - 1, k)
+        if 1 < k - first <= 20 and number != numbers[k - 1] + 1 and max(numbers[first + 1 : k]) < number:
+            places |= {*range(first, k)}
+        last[number] = k
+    return places
+
+
 def read_blocks(answer, markers, head):
     """[(task or None, why there is none, its number, its text, what follows it)] of all blocks of an answer."""
     if not (blocks := find_blocks(answer, markers)):
@@ -431,6 +448,7 @@ def read_blocks(answer, markers, head):
         outputs[-1] = re.sub(r"(?:\n###[ ]{0,9}){1,3}\Z", "", outputs[-1])
         outputs = [without_loose_fence(output) for output in outputs]
     numbers = [next(m.number for m in some if m.label == "instruction") for some in own]
+    enclosed = quoting(numbers)
     has_input = [any(m.label == "input" for m in some) for some in own]
     found = []
     for k, (output, rest, unclear) in enumerate(separated(outputs)):
@@ -441,7 +459,14 @@ def read_blocks(answer, markers, head):
                 unclear = unclear or "no input label"
             if numbers[k + 1 : k + 2] == [1] and numbers[k] > 1 and re.search(r"\n\s*\n", output):
                 unclear = unclear or "another document behind it"
-            reason = problem_of(task, unclear)
+            label = rf"^[#*_ ]{{0,6}}{numbers[k]}[.)] ?\**[^\W\d]\w{{2,15}}\**[:：]"  # as "4. Explanation:"
+            if (
+                numbers[k] >= 0
+                and re.search(label, task["output"], re.MULTILINE)
+                and f"{numbers[k] - 1}." not in output
+            ):
+                unclear = unclear or "unclear end"
+            reason = problem_of(task, "labels of another task in it" if k in enclosed else unclear)
         found.append((task, reason, numbers[k], texts[k], rest))
     return found
 
