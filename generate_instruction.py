@@ -293,7 +293,10 @@ def read_block(text, markers, end):
         return None, "labels out of order"
     fields = {"instruction": "", "input": "", "output": ""}
     for marker, stop in zip(chosen, [*(m.start for m in chosen[1:]), end], strict=True):
-        field = text[marker.end : stop].strip()
+        field, label = text[marker.end : stop].strip(), text[marker.start : marker.end]
+        indent, more = " " * (len(label) - len(label.lstrip(" "))), field.split("\n")[1:]
+        if all(line.startswith(indent) or not line.strip() for line in more):  # all of it stands under its label
+            field = "\n".join([field.split("\n")[0], *(line.removeprefix(indent) for line in more)])
         fields[marker.label] = field.removesuffix("**").rstrip() if field.count("**") % 2 and marker.is_open else field
     return fields, ""
 

@@ -179,3 +179,30 @@ def test_released_rows_that_end_like_separators_stay():
     ]
     tasks = [("Write it down now.", "", end) for end in ends]
     assert kept(wire(tasks)) == tasks
+
+
+def test_what_is_indented_with_its_label_is_read_without_the_indent():
+    tasks = [
+        ("Sort the food.", "apple, oat", "Fruit: apple\nGrain: oat"),
+        ("Name a tree.", "", "Oak"),
+        ("Count.", "a b", "2"),
+    ]
+    lines = [line for i, (a, b, c) in enumerate(tasks, 4) for line in (
+        f"{i}. Instruction: {a}", f"   Input: {b or '<noinput>'}", f"   Output: {c}".replace("\n", "\n   "), "")]  # fmt: skip
+    assert kept("\n".join(lines)) == tasks
+
+
+QUOTING = [("Name a tree.", "", "Oak"), ("Name a fish.", "", "Trout"), ("Count the words.", "a b", "2")]
+
+
+def test_a_task_that_quotes_others_is_dropped():
+    quote = "6. Instruction: Go on.\n6. Input:\n1. Instruction: Add.\n1. Input:\n2, 3\n1. Output:\n5\n"
+    quote += "6. Output:\n2. Instruction: Multiply.\n2. Input:\n2, 3\n2. Output:\n6\n"
+    text = wire(QUOTING[:2]) + "###\n" + quote + "###\n" + wire(QUOTING[2:], first=7)
+    assert kept(text) == QUOTING
+
+
+@pytest.mark.parametrize("label", ["{n}. Explanation:", "**{n}. Note:**"])
+def test_a_label_of_the_model_s_own_behind_an_output_is_not_part_of_it(label):
+    heads = "{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n" + label + " Because.\n"
+    assert kept(wire(QUOTING, head=heads)) == []
