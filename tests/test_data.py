@@ -251,7 +251,7 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
     finally:
         sys.setprofile(None)
     # begin_ids asks the tokenizer, and sees no record; once is the JSON parser's, for doubled keys
-    speaking = {"account", "say", "rank", "begin_ids", "unused_keys", "once", "printable", "terminal_width"}
+    speaking = {"account", "say", "rank", "begin_ids", "unused_keys", "once", "printable", "terminal_width", "put"}
     found = [name for name in dict.fromkeys(names) if name not in speaking]
     assert found == [
         "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
