@@ -12,11 +12,11 @@ import bisect
 import collections
 import contextlib
 import dataclasses
-import difflib
 import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -25,6 +25,7 @@ import re
 import signal
 import string
 import sys
+import textwrap
 import time
 import unicodedata
 import urllib.parse
@@ -38,7 +39,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import numpy as np
 import regex
 from rapidfuzz import process
-from rapidfuzz.distance import LCSseq
+from rapidfuzz.distance import OSA, LCSseq
 from rouge_score.tokenize import tokenize as rouge_tokenize
 
 import utils
@@ -76,472 +77,515 @@ def cannot_be_shown(task):
     """Why a task must not stand in a prompt, where it would read as several; "" where it may."""
     for key in ("instruction", "input", "output"):
         for line in task[key].split("\n"):
-            label = MARKER.match(line)
-            is_label = label and label["label"].lower() in OWN and (label["number"] or not label["label"][0].islower())
-            if line.strip() == "###" or is_label:
+            if line.strip() == "###" or any(not label.rare for label in find_markers(line)):
                 return f"its {key} holds the line {line.strip()[:40]!r}, which separates tasks"
     length = sum(len(task[key]) for key in ("instruction", "input", "output"))
     return f"it is {length:,} characters long" if length > SHOWN_CHARACTERS else ""
 
 
-WORDS = {  # labels in the languages that models answer in, and other words for the same
-    "instruction": "instruction 指令 指示 问题 問題 instrucción instrução istruzione anweisung инструкция 지시 지시문 지시사항 명령 질문 "
-    "question prompt aufgabe tâche tarea consigne",
-    "input": "input 输入 輸入 入力 entrada entrée eingabe ввод 입력",
-    "output": "output 输出 輸出 出力 回答 答案 salida saída sortie ausgabe вывод 출력 답변 response answer réponse respuesta antwort",
+WORDS = {  # for the labels, in the languages that models answer in; those behind the bar count where no others are
+    "instruction": "instruction 指令 指示 instrucción instruções instrução istruzione anweisung инструкция 지시사항 지시 명령 "
+    "| question prompt aufgabe consigne tarea задание 问题 問題 任务 任務 질문",
+    "input": "input 输入 輸入 入力 entrada entrée eingabe ingresso ввод 입력 | context contexte kontext 上下文",
+    "output": "output 输出 輸出 出力 salida saída sortie ausgabe uscita вывод 출력 "
+    "| response answer réponse respuesta resposta risposta antwort ответ 回答 答案 답변",
 }
-OWN = "instruction input output 指令 指示 输入 輸入 入力 输出 輸出 出力".split()  # which read as labels in a prompt too
-LABELS = {word: label for label, words in WORDS.items() for word in words.split()}
-# A line that begins with a label: "4. Instruction:", "**Input:**", "### Output 5:", "- Task 5 Output:", "（4）指令：",
-# "4. Input - ", "【出力】". Every repetition is bounded, so that no line can make the search slow.
-MARKER = re.compile(
-    rf"""^(?=[ \t]{{0,8}}\S)(?P<lead>[ \t]{{0,8}}(?:[-*•+>][ \t]{{1,4}})?\#{{0,6}}[ \t]?)
-    (?P<open>[*_]{{0,3}})(?P<bracket>[【\[<]?)
-    (?:(?:task|example|任务|任務|タスク|例)[ \t]{{0,3}})?
-    (?:[(（\[]?(?P<number>\d{{1,4}})[ \t*_]{{0,3}}[])）.:：．、-]{{0,2}}[ \t*_]{{0,5}})?
-    (?P<label>{"|".join(sorted(LABELS, key=len, reverse=True))}|[a-z]{{5,12}}(?=[*_]{{0,3}}:))
-    (?:[ \t]?\#?(?P<behind>\d{{1,4}}))?
-    (?P<close>[*_\]】>]{{0,4}})(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t])|(?=[ \t]{{0,3}}$))(?P<end>[*_]{{0,3}})""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+LABELS = {word: name for name, words in WORDS.items() for word in words.replace("|", "").split()}
+RARE = {word for words in WORDS.values() for word in words.partition("|")[2].split()}
+TASK = "(?:task|example|exercise|任务|任務|タスク|例题|示例|例|과제|課題|문제|tarea|tâche|aufgabe|задание)"
+# A line that begins with a label: "4. Instruction:", "**Input:**", "- Output 5 -", "（4）指令：", "【入力】", "### Output".
+# Every repetition is bounded, so that no line can make the search slow.
+LINE = r"""^(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
+    (?:(?:%s[ \t]{0,3})?[(（\[]?(?P<number>\d{1,4})(?:\.\d)?[*_]{0,3}[ \t]?[])）.:：．、-]{0,2}[*_ \t]{0,6})?
+    (?P<label>%s)s?(?:[ \t]?\#?(?P<behind>\d{1,4}))?(?P<close>[*_\]】>]{0,4})
+    (?:(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t]))|(?=[ \t]{0,9}$)|(?<=[】\]>]))"""
+FLAGS = re.IGNORECASE | re.MULTILINE | re.VERBOSE
+MARKER = re.compile(LINE % (TASK, "|".join(sorted(LABELS, key=len, reverse=True))), FLAGS)
+OTHER_LABEL = re.compile(LINE % (TASK, r"[^\W\d_]{3,14}"), FLAGS)
+EXTRA = "explanation rationale reasoning category difficulty hint note notes type topic reason 解释 说明".split()
+NUMBERED = re.compile(r"^[ \t#*_(（\[>-]{0,12}(\d{1,4})[])）.:：．、](?!\d)(?=[ \t]*\S)", re.MULTILINE)
+HASHES, RULE = re.compile(r"#{2,6}"), re.compile(r"(?=\S)[-=_*~.#•—–+ ]{1,80}")
+HEADING = re.compile(  # "**Task #5:**", "### Example 5: Rain", "任务五：", "第5题", "## 5.", "5. **Rain**"
+    rf"""(?P<deco>[ \t]*[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
+    (?:{TASK}[ \t]?(?:no\.?[ ]?)?\#?[ \t]?(?:\d{{1,4}}|[一二三四五六七八九十]{{1,3}})
+    |第.{{1,3}}[题題个個]|\d{{1,4}}(?:(?<=[#* ]\d)|(?<=[#* ]\d\d))|\d{{1,4}}\.(?=[ ]\*\*[^*]{{1,60}}\*\*:?$))
+    (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]*""",
+    FLAGS,
 )
-FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
-NUMERAL = "(?:[0-9０-９]{1,4}|[一二三四五六七八九十]{1,3})"
-# A line that may stand between two tasks: "###", "---", "**Task #5:**", "### 示例 5", "任务五：", "List of 20 tasks:".
-BETWEEN = re.compile(
-    rf"""[ \t]*(?:[#*_=-]{{2,40}}
-    |[#*_ \t>-]{{0,8}}(?:task|example|instruction|任务|任務|タスク|例|示例|例题)[ \t]?(?:no\.?|number)?[ \t]?
-        \#?[ \t]?{NUMERAL}[.:：)]{{0,2}}[*_]{{0,3}}[.:：]?
-    |(?:\#{{1,6}}[ \t]?|\*\*)\d{{1,4}}[.:)]?(?:\*\*)?
-    |[#*_ \t]{{0,8}}第[ \t]?{NUMERAL}[ \t]?(?:个|個|题|題)?(?:任务|任務|例|問)?[.:：]?[*_]{{0,3}}[.:：]?
-    |(?:[#*_]{{1,6}}[ \t]?)?list[ ]of[ ]\d{{1,3}}[ ](?:more[ ])?tasks:[*_]{{0,3}})[ \t]*""",
+FENCE = re.compile(r"^[ \t]*```(?P<info>[^`\n]*)$", re.MULTILINE)
+SWALLOWED = re.compile(r"^###\n+\d{1,4}\. ?Instruction:", re.MULTILINE)  # in a fence: it should have been closed before
+THINK = "(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|inner_monologue|plan)"
+OPENED = re.compile(
+    rf"[<\[◁]\|?(?:begin_of_|start_)?{THINK}\|?[>\]▷]|<\|?channel\|?>(?!final)|<unused94>"
+    r"|analysis(?:(?-i:(?=[A-Z]))|(?=<\|message))|here is my thought process:",
+    re.IGNORECASE,
+)
+CLOSED = re.compile(
+    rf"[<\[◁](?:/|\|end_of_|\|end_){THINK}\|?[>\]▷]|<channel\|>|<unused95>|<\|channel\|>final<\|message\|>"
+    "|assistantfinal|^here is my response:",
+    re.IGNORECASE | re.MULTILINE,
+)
+ALWAYS = ("unused95", "channelfinalmessage", "assistantfinal", "hereismyresponse")
+TEMPLATE = re.compile(  # of a chat template, or the tag that ends an answer
+    r"<[|｜][\w▁]{2,40}[|｜]>|</?s>|<[be]os>|<(?:end|start)_of_turn>|\[/?INST\]"
+    r"|</(?:answer|response|solution)>|\[/ANSWER\]"
+)
+LEADING = re.compile(
+    rf"\A(?:\s*(?!{OPENED.pattern}|<\|?channel)(?:{TEMPLATE.pattern}|<(?:answer|response)>|\[ANSWER\])\s*"
+    r"(?:(?:assistant|model)\b)?)+\s*",
+    re.IGNORECASE,
+)
+TURN = re.compile(
+    r"^#{2,4} ?(?:Human|User|Assistant|Instruction|Response)\b|\n(?:Human|User|USER|用户) ?[:：]|assistant\n"
+    r"|[<\[(/](?:end|eos|eot|done|stop)[>\])]\s*\Z",
+    re.MULTILINE | re.IGNORECASE,
+)
+TO_THE_READER = re.compile(  # a short paragraph behind a short output
+    r"""\b(?:tasks?|instructions?|examples?|prompts?|exercises?|list|more|continue|go[ ]on|request(?:ed)?|remaining
+    |omitted|enjoy|done|anything[ ]else|in[ ]total|that's[ ]all|happy[ ]to|complete[ds]?|here[ ](?:is|are)|if[ ]you
+    |do[ ]you
+    |i(?:'ve|[ ]have|[ ]can|[ ]hope)|let[ ]me|tareas|tâches|aufgaben|compiti|tarefas|espero|hoffe)\b|任务|任務|タスク|需求
+    |其他|以上|希望|请|задани|надею|작업|과제|^\W{0,9}(?:note|end|total|disclaimer)\b|[!?！？]\W{0,9}$
+    |^[(*\[\u2190-\u27ff\U0001f300-\U0001faff]""",
+    FLAGS,
+)
+FAREWELL = re.compile(  # anything behind a longer output, or on its last line
+    r"""\b(?:let[ ]me[ ]know|feel[ ]free|happy[ ]to[ ]provide|that's[ ]all|as[ ]requested|want[ ](?:me|more)|in[ ]total
+    |total:
+    |hope[ ](?:this|these|that|it|you)[ ](?:\w+[ ])?(?:tasks?|examples|instructions|list|set|helps?|is|are|meets?)
+    |remaining[ ]\w+[ ]are|anything[ ]else|would[ ]you[ ]like|(?:more|further)[ ](?:tasks|examples)|and[ ]so[ ]on
+    |(?:these|those|the|above|all|other|remaining|las|les|die|diese)[ ](?:\d+[ ])?(?:tasks|instructions|tareas|aufgaben)
+    |these[ ]cover|this[ ](?:list|set)|tasks?[ ]\d+[ ]?(?:[-–]|to)|end[ ]of[ ]|list[ ]of[ ]\d+|espero[ ]que|n'hésitez
+    |ich[ ]hoffe|spero[ ]che|надеюсь)|希望[这這以对]|以上[是为就、\d]|如需|如果[您你](?:需要|还有)|^\W{0,9}notes?:
+    |^\W{0,9}end(?:[ ]of[ \w]{1,40})?\W{0,9}$""",
+    FLAGS,
+)
+ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
+NO_INPUT = re.compile(
+    r"""(?:input:[ ])?(?:(?:no[ _-]?(?:input|context)(?:[ ]is)?|none|not)
+    (?:[ ](?:needed|required|necessary|given|provided|available|applicable))?|n/?a|empty|(?:leave|left)[ ]blank
+    |keine?(?:[ ]eingabe)?|aucune?|ningun[ao]|nenhuma?|nessuno?|нет|없음|해당[ ]없음|空|(?:入力)?[はが]?(?:なし|不要|無し)
+    |(?:无|無|没有|沒有|无需|無需|不需要|不用)(?:额外|額外|任何)?(?:输入|輸入)?(?:内容|內容)?)""",
     re.IGNORECASE | re.VERBOSE,
 )
-NO_INPUT = re.compile(  # what an input says that says that there is none
-    r"(?:input:? )?(?:no ?input|none|n/?a|nil|null|nothing|empty|blank|-|—|–|"
-    r"not (?:applicable|needed|required|provided))"
-    r"(?: (?:input|is|was|are|given|needed|required|necessary|provided|available|applicable|for this task)){0,3}"
-    r"(?: # ?no input)?|no (?:additional |further |extra |specific )?(?:input|context)"
-    r"(?: (?:is|was|given|needed|required|necessary|provided|available)){0,2}|"
-    r"(?:无|無|不|没有|沒有|空)(?:需|用|须|要|必)?(?:要)?(?:额外|額外|任何)?(?:的)?(?:输入|輸入)?(?:内容|內容)?|空白|不适用|不適用|"
-    r"(?:入力)?(?:は|が)?(?:なし|不要|無し|ありません|必要ありません|特になし|該当なし)|入力不要|없음|입력 ?없음|해당 ?없음|불필요|"
-    r"aucune?(?: entrée)?|keine?(?: eingabe)?|ninguna?(?: entrada)?|sin entrada|nessuno?|nenhuma?|нет(?: ввода| входных данных)?|без ввода",
-    re.IGNORECASE,
+CLEAN_ENDS = (
+    "none stop eos eos_token end_turn stop_sequence stop_token end_of_turn end complete completed finished".split()
 )
-THINK = r"(?:think|thinking|thought|thoughts|thought_process|reason|reasoning|reflection|scratchpad|analysis|cot)"
-OPENS = re.compile(rf"<\|?(?:\w{{1,8}}[:_])?(?:start_|begin_of_)?{THINK}\|?>|\[{THINK}\]|◁{THINK}▷", re.IGNORECASE)
-CLOSES = re.compile(
-    rf"<\|?/(?:\w{{1,8}}[:_])?{THINK}\|?>|<\|end_(?:of_)?{THINK}\|>|\[/{THINK}\]|◁/{THINK}▷", re.IGNORECASE
+Marker = collections.namedtuple("Marker", "start end label number key shape rare indent")
+CHATTER = re.compile(
+    r"^\W{0,3}\d{1,4}\W|^(?:sure|here|okay|ok|certainly|below|好的|以下|はい)\b.{0,200}[:!：]$|```", re.I
 )
-FINAL = re.compile(
-    r"<\|channel\|>final(?: ?<\|constrain\|>\w{0,20})?<\|message\|>|\Aanalysis[\s\S]*assistantfinal|"
-    r"here is my response:\s*"
-)
-# What templates put around turns. HTML strikes out with <s> and </s>, so these end an answer at its very end alone.
-TURN = re.compile(
-    r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<eos>|<EOT>|\[EOS\]"
-)
-OPENING = re.compile(
-    r"\A\s{0,9}(?:(?:<\|(?:im_start|start_header_id|start|begin_of_text)\|>(?:assistant|model)?|<\|end_header_id\|>|"
-    r"<\|message\|>|<(?:answer|response|final|output|bos|s)>|<start_of_turn>(?:model)?|\[ANSWER\])\s{0,9})+"
-)
-CLOSING = ("</s>", "<s>", "<eos>", "</answer>", "</response>", "</final>", "</output>", "[/ANSWER]")
-ENDS = (
-    "stop",
-    "eos",
-    "eos_token",
-    "stop_sequence",
-    "end_turn",
-    "complete",
-    "completed",
-    "end",
-    "finished",
-    "none",
-    "",
-)
-FAREWELL = re.compile(  # of one who hands tasks over; in a task's own text these words hardly ever meet
-    r"(?:let me know|i hope|hope|feel free|if you|would you like|these|those|this|that|here|there|note|please|"
-    r"do you|i'?ve|"
-    r"i (?:have|can|could)|all|enjoy|happy to|want|want me|shall i|should i|希望|如果|如需|需要|以上|这些|這些|请|請|ご|以上が|以上です|他に|さらに)"
-    r"[^\n]{0,200}?(?:tasks?\b|instructions?\b|examples?\b|任务|任務|指令|タスク|例题|示例)[^\n]{0,200}"
-    r"|(?:let me know if|feel free to|i hope (?:this|these|that)|hope (?:this|these|that) helps?|"
-    r"is there anything|would you like|"
-    r"if you(?:'d like| need| want| have)|希望(?:这些|这|對|对)|如果(?:你|您)|请告诉我|請告訴我|お役に立|ご不明|ご質問|何か(?:他|ほか))[^\n]{0,300}",
-    re.IGNORECASE,
-)
-GREETING = re.compile(r"(?:dear|hi|hello|hey|subject|to|尊敬的|亲爱的|親愛的|您好|你好)\b", re.IGNORECASE)
-ROLE = re.compile(
-    r"^(?:#{1,4} ?)?(?:user|human|assistant|system|q|a|用户|助手|ユーザー)\s?[:：]", re.IGNORECASE | re.MULTILINE
-)
-Marker = collections.namedtuple("Marker", "start end label number style is_open")
+UNCLEAR = "its end is unclear"
+FIELDS = ("instruction", "input", "output")
+WRAPS = ("****", "____", "**", "__", '""', "''", "``", "“”", "「」")
+
+
+def without_reasoning(text):
+    """The answer behind its reasoning; None where that does not end."""
+    head, closed = OPENED.match(text, len(text) - len(text.lstrip())), []
+    for found in CLOSED.finditer(text):
+        line = text[max(text.rfind("\n", 0, found.start()) + 1, found.start() - 200) : found.start()]
+        behind = text[found.end() : found.end() + 200]
+        at_an_edge = not line.strip() or not behind.partition("\n")[0].strip() or MARKER.match(behind.lstrip())
+        own = at_an_edge and OPENED.search(line)  # "<think>hm</think>" within a text
+        if at_an_edge and not (own and (not head or "\n" in text[head.start() : found.start()])):
+            closed.append(found)
+    if head and not closed:
+        name = re.sub(r"begin_of_|start_|\W", "", head[0].lower())
+        named = [m for m in CLOSED.finditer(text) if re.sub(r"end_of_|end_|\W", "", m[0].lower()) in (name, *ALWAYS)]
+        closed = named[:1]
+    if head and not closed:
+        return None
+    return text[closed[-1].end() :] if closed else text
 
 
 def unwrapped(text):
-    """The answer without a draft before it, another turn behind it, a fence or quote marks around all of its lines.
-
-    A draft that does not end leaves "".
-    """
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if finals := list(FINAL.finditer(text)):
-        text = text[finals[-1].end() :]
-    elif re.match(r"\s*(?:<\|channel\|>)?analysis", text) or re.match(r"\s*here is my thought process", text, re.I):
-        return ""
-    head, closes = OPENS.search(text), list(CLOSES.finditer(text))
-    # One without a beginning was opened by the template; one inside a line is spoken of.
-    ends = [m for m in closes if re.match(r"[ \t]*(?:\n|\Z)", text[m.end() :]) or MARKER.match(text, m.end())]
-    if head and not text[: head.start()].strip():
-        if not closes:
-            return ""
-        text = text[closes[-1].end() :]
-    elif ends and not (head and head.start() < ends[0].start() and MARKER.search(text, 0, head.start())):
-        text = text[ends[-1].end() :]
-    text = OPENING.sub("", text)
-    while (bare := text.rstrip()).endswith(CLOSING):
-        text = bare.removesuffix(next(mark for mark in CLOSING if bare.endswith(mark)))
-    answer, turn = text, TURN.search(text)
-    if turn:
-        answer = text[: turn.start()]
-        while (bare := answer.rstrip()).endswith(CLOSING):
-            answer = bare.removesuffix(next(mark for mark in CLOSING if bare.endswith(mark)))
-    lines = answer.split("\n")
+    """(the answer alone, whether a token of the chat template ended it); None where it is reasoning without an end."""
+    text = re.sub(r"\r\n?", "\n", text).lstrip("\ufeff\u200b")
+    text = without_reasoning(LEADING.sub("", text))
+    if text is None:
+        return None, False
+    text, ends = LEADING.sub("", text), False
+    struck, last = text.find("<s>"), text.rfind("</s>") + (text.count("</s>") <= text.count("<s>"))  # <s>HTML</s>
+    for token in TEMPLATE.finditer(text):
+        behind = text[token.end() : token.end() + 40]
+        strikes = token[0] == "<s>" or (token[0] == "</s>" and 0 <= struck < token.start() < last)
+        is_spoken_of = re.match(r"(?!assistant|user|system)(?: +[^\s<\[]|[^\s<\[A-Z])", behind)
+        if not (strikes or (is_spoken_of and "INST" not in token[0])):
+            text, ends = text[: token.start()], True
+            break
+    lines = text.split("\n")
     quoted = [k for k, line in enumerate(lines) if line.startswith(">")]
     if quoted and all(line.startswith(">") or not line.strip() for line in lines[quoted[0] : quoted[-1]]):
-        bare = "\n".join(re.sub("^> ?", "", line) for line in lines[quoted[0] : quoted[-1] + 1])
-        answer = bare if MARKER.search(bare) else answer
-    return answer
+        bare = "\n".join(line[1:].removeprefix(" ") for line in lines[quoted[0] : quoted[-1] + 1])
+        if MARKER.search(bare) and not MARKER.search(text[: text.index(lines[quoted[0]])]):
+            text = "\n".join(["###", bare, "###", *lines[quoted[-1] + 1 :]])
+    return text, ends
 
 
-def find_markers(text):
-    """The lines that begin with a label, and their style: "number", or what stands before and behind the label."""
+def settle_fences(text):
+    """(the text in which a fence around tasks is a line "###", [(start, end) of what else stands in fences])"""
+    fences, spans, around, opener, swaps = list(FENCE.finditer(text)), [], False, None, []
+    first = MARKER.search(text)
+
+    def is_outside(fence):  # before all tasks, or behind what separates them
+        above = text[max(0, fence.start() - 80) : fence.start()].rstrip().rpartition("\n")[2]
+        return fence.start() < first.start() or bool(HASHES.fullmatch(above) or FENCE.fullmatch(above))
+
+    for fence in fences:
+        behind = re.sub(r"\A\s*(?:#{2,6}\s*\n\s*)?", "", text[fence.end() : fence.end() + 400])
+        head, is_bare = MARKER.match(behind), not fence["info"].strip()
+        if opener and is_bare:
+            if not SWALLOWED.search(text, opener.end(), fence.end()):
+                spans.append((opener.start(), fence.end()))
+            opener = None
+        elif not opener and head and LABELS[head["label"].lower()] == "instruction" and is_outside(fence):
+            around = swaps.append(fence) is None
+        elif around and not opener and is_bare and (fence is fences[-1] or FENCE.match(behind)):
+            around = swaps.append(fence) is not None
+        else:
+            opener = fence
+    for fence in swaps:
+        text = text[: fence.start()] + "###".ljust(len(fence[0])) + text[fence.end() :]
+    return text, spans
+
+
+def stands_in(spans, position):
+    """Whether a position stands in one of the spans."""
+    k = bisect.bisect_right(spans, (position, math.inf)) - 1
+    return k >= 0 and position < spans[k][1]
+
+
+def find_markers(text, spans=()):
+    """The lines that begin with a label, but for those in fences."""
     found = []
     for m in MARKER.finditer(text):
-        number, word = int(m["number"] or m["behind"] or -1), m["label"].lower()
-        if word not in LABELS:  # misspelt
-            near = difflib.get_close_matches(word, ("instruction", "input", "output"), 1, 0.88) if number >= 0 else []
-            if not near:
-                continue
-            word = near[0]
-        is_heading = "#" in m["lead"] or m["bracket"] or m["open"]
-        if (number < 0 and m["label"][0].islower()) or not (m["colon"] or is_heading):
-            continue  # prose has no capital, and no label stands alone
-        style = (
-            "number" if m["number"] else "behind" if m["behind"] else f"{m['lead']}{m['bracket']}{m['colon'].strip()}"
-        )
-        style = re.sub(r"\s+", " ", f"{style} {word}").replace("：", ":")
-        is_open = "**" in m["open"] and "**" not in m["close"] + m["end"]
-        found.append(Marker(m.start(), m.end(), LABELS[word], number, style, is_open))
+        word, number = m["label"].lower(), int(m["number"] or m["behind"] or -1)
+        is_heading = "#" in m["lead"] or m["bold"] or m["open"] or "**" in m[0]
+        is_prose = (number < 0 and m["label"][0].islower() and not m["open"]) or (m["colon"] is None and not is_heading)
+        if not is_prose and not stands_in(spans, m.start()):
+            marks = (re.findall(r"[*_]+", text[m.end("lead") : m.start("label")]) or [""])[-1]
+            end = m.end() + len(marks) * (marks not in m["close"] and text.startswith(marks, m.end()))
+            key = re.sub(r"\d+", "0", text[m.start() : end].strip()).replace("：", ":")
+            indent = 0 if "#" in m["lead"] else len(m["lead"].expandtabs(4))
+            shape = key.replace(m["label"], "").rstrip("*_")
+            found.append(Marker(m.start(), end, LABELS[word], number, key, shape, word in RARE, indent))
     return found
 
 
-def chosen_markers(markers):
-    """Those of the style that this answer uses, for each label its own; all others stand in the tasks' own text."""
-    chosen, num_tasks = {}, 1
-    for label in ("instruction", "input", "output"):
-        count = collections.Counter(marker.style for marker in markers if marker.label == label)
-        most = max(count.values(), default=0)
-        numbered = {
-            style: n for style, n in count.items() if style.startswith("number") and n * 3 >= min(most, num_tasks)
-        }
-        chosen[label] = max(numbered or count, key=count.get, default=None)
-        num_tasks = count[chosen[label]] if label == "instruction" and count else num_tasks
-    return [marker for marker in markers if marker.style == chosen[marker.label]]
+def is_heading(line):
+    """Whether a line is the heading of a task alone."""
+    label = MARKER.match(line)  # but for "任务 5：", where the word means a task
+    is_label = label and not (label["label"].lower() in RARE and not line[label.end() :].strip("*_ "))
+    return len(line) < 120 and bool(HEADING.fullmatch(line)) and not is_label
 
 
-def find_blocks(text, markers):
-    """Positions in `markers` at which tasks begin: at an instruction, or at an input that stands before its own.
+def lines_above(text, start, floor):
+    """[(kind, start)] of the lines of form right above a position, the nearest first: "###", a rule, a heading.
 
-    Where most tasks begin behind a line that separates, one that does not, and has not the next number, is quoted.
+    Where there are none it is [("blank", start)] or [("", start)].
     """
-    before = [text[max(0, marker.start - 80) : marker.start].rstrip().rpartition("\n")[2] for marker in markers]
-    before = [pattern(line) if BETWEEN.fullmatch(line) else "" for line in before]
-    heads = [before[k] for k, marker in enumerate(markers) if marker.label == "instruction"][1:]
-    usual, count = max(collections.Counter(heads).items(), key=lambda one: (one[1], one[0] == "###"), default=("", 0))
-    most_are = usual and len(heads) > 2 and count * 3 >= 2 * len(heads)
-    last = {m.number: k for k, m in enumerate(markers) if m.label == "instruction" and before[k] == usual}
-    blocks, number = [], 0
-    for k, marker in enumerate(markers):
-        after = markers[k + 1] if k + 1 < len(markers) else marker
-        is_own = blocks and blocks[-1] == k - 1 and markers[k - 1].label == "input"
-        is_twice = last.get(marker.number, -1) > k
-        is_quoted = blocks and marker.number >= 0 and before[k] != usual != ""
-        is_quoted = is_quoted and (is_twice or (most_are and marker.number != number + 1))
-        if marker.label == "instruction" and not is_own and not is_quoted:
-            blocks.append(k)
-            number = marker.number
-        elif marker.label == "input" and after.label == "instruction" and after.number == marker.number:
-            if before[k] or not text[: marker.start].strip():
-                blocks.append(k)
-                number = marker.number
+    kinds, position = [], start
+    while position > floor and not (kinds and kinds[-1][0].startswith("##")):
+        begin = max(text.rfind("\n", 0, position - 1) + 1, floor)
+        line = text[begin : position - 1].strip() if position - begin < 120 else "x"
+        kind = line if HASHES.fullmatch(line) or RULE.fullmatch(line) or not line else "heading"
+        if kind in [known for known, _ in kinds] or (kind == "heading" and not is_heading(line)):
+            break
+        kinds += [(kind, begin)] if kind else []
+        position = begin
+    return kinds or [("blank" if text[max(floor, start - 2) : start] == "\n\n" else "", start)]
+
+
+def find_heads(text, markers, shown):
+    """(the markers at which tasks begin, the starts of those that may be another task's text, what separates tasks).
+
+    What separates is the tuple of `lines_above` of most tasks.
+    """
+    named = [m for m in markers if m.label == "instruction"]
+    named = [m for m in named if not m.rare] or named
+    first, goes_on = markers[0], False
+    if first.label != "instruction" and text[: first.start].strip():
+        goes_on = lines_above(text, first.start, 0)[0][0] in ("", "blank")
+    style = first if goes_on or not named else named[0]
+    named = [m for m in named if style.number >= 0 <= m.number or (style.number < 0 and m.key == named[0].key)]
+    if goes_on:
+        named.insert(0, Marker(0, 0, "instruction", first.number if first.number >= 0 else shown + 1, "", "", False, 0))
+    above = [tuple(kind for kind, _ in lines_above(text, m.start, 0)) for m in named]
+    usual = collections.Counter(above[1:] or [("",)])
+    separator = max(usual, key=lambda kinds: (usual[kinds], kinds[-1].startswith("##"), any(kinds)))
+    if usual[separator] * 2 <= len(above) - 1 > 1 and not separator[-1].startswith("##"):
+        separator = ("",)  # these are ends of outputs
+    formal = separator[-1] not in ("", "blank")
+    strong = [kinds[: len(separator)] == separator or (not formal and kinds != ("",)) for kinds in above]
+    strongly = {m.number: k for k, m in enumerate(named) if strong[k]}
+    heads, unsure = named[:1], set()
+    for k, marker in enumerate(named[1:], 1):
+        sure, follows = strong[k], marker.number == heads[-1].number + 1
+        if style.number >= 0 and not (sure and formal):
+            if formal and strongly.get(heads[-1].number + 1, 0) > k:
+                continue  # a quotation: the next number comes later, behind what separates tasks
+            sure = follows
+        if not sure:
+            unsure |= {heads[-1].start, marker.start}
+        heads.append(marker)
+    return heads, unsure, separator
+
+
+def choose_labels(markers, heads, starts, name):
+    """A function that says whether a marker is its task's input (output): by its number, or as most tasks write it."""
+    seen = set()
+    for m in markers:
+        k = bisect.bisect_right(starts, m.start) - 1
+        if m.label == name and k >= 0:
+            seen.add((("" if 0 <= m.number == heads[k].number else m.key, m.rare), k))
+    counts = collections.Counter(kind for kind, _ in seen)
+    key, rare = max(counts, key=lambda kind: (counts[kind], not kind[1], not kind[0], kind), default=("none", False))
+    return lambda m, head: m.label == name and m.rare == rare and (m.key == key if key else m.number == head.number)
+
+
+def read_blocks(text, shown):
+    """The blocks of an answer in labels: [(task or None, reason, its text, what stands behind it, whether it ends)]."""
+    text, spans = settle_fences(text.rstrip() + "\n")
+    markers = find_markers(text, spans)
+    heads, unsure, separator = find_heads(text, markers, shown) if markers else ([], (), ("",))
+    if not heads:
+        return []
+    positions, starts, blocks = [m.start for m in markers], [], []
+    for head in heads:
+        before, floor = markers[bisect.bisect_left(positions, head.start) - 1], starts[-1] if starts else 0
+        early = before.label == "input" and floor <= before.start < head.start and before.number == head.number
+        if early and (lines_above(text, before.start, floor)[0][0] in ("", "blank") and text[: before.start].strip()):
+            early = False
+        starts.append(before.start if early else head.start)  # an input may stand before its instruction
+    bar = re.compile(rf"^{separator[-1] if separator[-1].startswith('##') else '###'}[ \t]*$", re.MULTILINE)
+    if ALOUD.search(text, 0, starts[0]):
+        return [(None, "reasoning without an end", text, "", False)]
+    if markers[0].start < starts[0]:
+        blocks.append((None, "a label is left out", text[: starts[0]], "", True))
+    chosen = [choose_labels(markers, heads, starts, name) for name in ("input", "output")]
+    ends_at = [*starts[1:], len(text)]
+    for head, following, start, end in zip(heads, [*heads[1:], None], starts, ends_at, strict=True):
+        above = [line for line in lines_above(text, end, head.end) if line[0] not in ("", "blank")]
+        ends = bool(above) and above[-1][0].startswith("##")
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0][0] == pair[1], zip(above, separator)))
+        common = len(above) if ends else common
+        stop, rest = above[common - 1][1] if common else end, ""
+        for found in bar.finditer(text, head.end, stop):
+            if not stands_in(spans, found.start()):
+                rest, stop, ends = bar.sub("", text[found.end() : stop]).strip(), found.start(), True
+                break
+        inside = markers[bisect.bisect_left(positions, start) : bisect.bisect_left(positions, stop)]
+        is_last, is_wire = end == len(text), separator[-1].startswith("##")
+        loose = [kind for kind, _ in above[common:]]
+        if is_wire and ends and above and above[-1][0] != separator[-1]:
+            loose = ["heading"]  # half of a separator, or the heading of a task that was cut
+        formal = bool(above) and (is_last or following.number == head.number + 1)
+        task, reason = read_block(text[start:stop], start, head, inside, chosen, spans, formal)
+        is_apart = FAREWELL.search(rest) or OPENED.match(rest) or re.match(r"\W{0,4}\d", rest) or find_markers(rest)
+        if rest and not is_apart:
+            loose = ["heading"]  # it may be the output's own
+        if head.start in unsure or "heading" in loose or (loose and not (is_last and is_wire)):
+            reason = UNCLEAR
+        elif task:
+            form = [kind for kind, _ in above[:common]]
+            reason = doubt(task["output"], form, separator, is_last and not (ends and is_wire))
+            if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
+                reason = UNCLEAR  # the head of another list may stand behind it
+        blocks.append((task, reason, text[start:end], rest, ends))
     return blocks
 
 
-def read_block(text, markers, end):
-    """({instruction, input, output}, "") of a task between its first marker and `end`, or (None, why there is none)."""
-    head = next(marker for marker in markers if marker.label == "instruction")
-    other = [m for m in markers if head.number >= 0 and m.number >= 0 and m.number != head.number]
-    inputs = [m for m in markers if m.label == "input" and m not in other]
-    outputs = [m for m in markers if m.label == "output" and m not in other]
+def read_block(raw, start, head, markers, chosen, spans, formal):
+    """({instruction, input, output}, "") of one task, or (None, why not). Its text `raw` begins at `start`."""
+    inputs, outputs = ([m for m in markers if is_own(m, head)] for is_own in chosen)
     if not outputs:
         return None, "no output label"
-    early = [m for m in other if m.start < outputs[0].start]
-    if not inputs and len(early) == 1 and is_no_input(text[early[0].end : outputs[0].start]):
-        inputs, early = early, []  # of a wrong number, and there is none
-    again = [m for m in markers if m.label == "instruction" and head.start < m.start < outputs[0].start]
-    if again or early or any(m.number == head.number + 1 for m in other) or len(inputs) > 1 or len(outputs) > 1:
-        return None, "labels of another task in it"
-    chosen = sorted([head, *inputs, outputs[0]])
-    if chosen[-1] is not outputs[0]:
+    quoted = [m for m in markers if m.label == "instruction" and not m.rare and head.start < m.start < outputs[0].start]
+    if len(inputs) > 1 or len(outputs) > 1 or (quoted and head.number >= 0 <= quoted[0].number):
+        return None, "a label stands twice"
+    if not inputs:  # one of a wrong number may say that there is none
+        inputs = [m for m in markers if m.label == "input" and m.number >= 0 and m.start < outputs[0].start]
+        said = raw[inputs[0].end - start : outputs[0].start - start] if len(inputs) == 1 else "an input"
+        inputs = inputs if is_no_input(said) else []
+    own = sorted([head, *inputs, *outputs])
+    if own[-1] is not outputs[0]:
         return None, "labels out of order"
-    fields = {"instruction": "", "input": "", "output": ""}
-    for marker, stop in zip(chosen, [*(m.start for m in chosen[1:]), end], strict=True):
-        field, label = text[marker.end : stop].strip(), text[marker.start : marker.end]
-        indent, more = " " * (len(label) - len(label.lstrip(" "))), field.split("\n")[1:]
-        if all(line.startswith(indent) or not line.strip() for line in more):  # all of it stands under its label
-            field = "\n".join([field.split("\n")[0], *(line.removeprefix(indent) for line in more)])
-        fields[marker.label] = field.removesuffix("**").rstrip() if field.count("**") % 2 and marker.is_open else field
-    return fields, ""
+    if has_strange_label(raw, start, head, own, spans, formal):
+        return None, "a label is misspelt, or of another task"
+    task = {"input": ""}
+    for marker, stop in zip(own, [*(m.start for m in own[1:]), start + len(raw)], strict=True):
+        line = raw[marker.start - start : stop - start]
+        value = read_field(line[: marker.end - marker.start], line[marker.end - marker.start :], marker)
+        if value is None:
+            return None, UNCLEAR
+        task[marker.label] = value
+    if any(not m.rare for m in find_markers(task["instruction"].split("\n")[0])):
+        return None, "a label stands twice"
+    is_bare = not head.key and ("\n" in task["instruction"] or CHATTER.search(task["instruction"]))
+    if is_bare or ("\n" in task["instruction"] and not inputs):
+        return None, "a label is left out"
+    return task, ""
+
+
+def has_strange_label(raw, start, head, own, spans, formal):
+    """Whether a line of a task is like its labels, but none of them: misspelt, of another kind, of the next task.
+
+    Where the tasks are `formal`, separated by lines of form and numbered without a gap here, an output may hold a list
+    that begins at any number, and quote the next task's.
+    """
+    suspects = (head.number,) if formal else (head.number, head.number + 1)
+    listed, own_starts, shapes = {0, 1}, {m.start for m in own}, {m.shape for m in own if m.key}
+    for m in NUMBERED.finditer(raw):
+        number = int(m[1])
+        if start + m.start() not in own_starts and not stands_in(spans, start + m.start()):
+            if head.number >= 0 and number in suspects and not {number, number - 1} & listed:
+                if not formal or start + m.start() < own[-1].start:
+                    return True
+            listed.add(number)
+    for m in OTHER_LABEL.finditer(raw):
+        at, word, number = start + m.start(), m["label"].lower(), int(m["number"] or m["behind"] or -1)
+        shape = re.sub(r"\d+", "0", m[0].strip()).replace("：", ":").replace(m["label"], "").rstrip("*_")
+        is_like = shape in shapes or (m["number"] and m["colon"] and number == head.number)
+        if is_like and at not in own_starts and not stands_in(spans, at):
+            if number < 0 or (number in suspects and (number == head.number or number - 1 not in listed)):
+                near = any(OSA.distance(word, label) <= len(label) // 5 for label in LABELS)
+                if near or word in EXTRA or (at < own[-1].start and shape != ":"):
+                    return True
+                if number == head.number >= 0 and number - 1 not in listed:
+                    return True
+    return False
+
+
+def read_field(label, field, marker):
+    """The text behind a label, without its indentation and what closes the label's marks; None where it is unclear."""
+    tag = re.fullmatch(r"[^<]*<(\w+)>", label)
+    if tag:
+        field, closed, behind = field.partition(f"</{tag[1]}>")
+        if not closed or re.sub(r"</?\w+[^<>\n]{0,80}>|\s", "", behind):
+            return None
+    if label.count("**") % 2:
+        if not field.rstrip().endswith("**"):
+            return None
+        field = field.rstrip()[:-2]
+    first, _, more = field.partition("\n")
+    widths = [len(line) - len(line.lstrip()) for line in more.split("\n") if line.strip()]
+    if marker.indent and widths and min(widths):
+        if first.strip() and min(widths) != marker.indent:
+            return None
+        field = f"{first}\n{textwrap.dedent(more)}"
+    return field.strip()
+
+
+def doubt(output, form, separator, is_open):
+    """Why it is unclear what belongs to an output; `is_open`: it ends the answer, and a farewell may stand in it."""
+    lines, paragraphs = output.split("\n"), re.split(r"\n[ \t]*\n", output)
+    rules = [line.strip() for line in lines if RULE.fullmatch(line.strip())]
+    is_front = (
+        rules and rules[0] in form and lines[0].strip() == rules[0] and len(rules) % 2
+    )  # or the end of it is gone
+    has_form = lines[-1].strip() in set(separator) - {""} or ("heading" in separator and any(map(is_heading, lines)))
+    has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
+    if is_front or has_form or has_draft or len(FENCE.findall(output)) % 2:
+        return UNCLEAR
+    if is_open:
+        ends = [paragraphs[-1]] * (len(paragraphs) > 1) + [lines[-1]] * (len(lines) > 1)
+        is_farewell = any(FAREWELL.search(end) for end in ends) or (
+            len(paragraphs) == 2 and len(ends[0]) <= 200 and "\n" not in ends[0] and TO_THE_READER.search(ends[0])
+        )
+        is_turn = TURN.search(output) and not re.match(r"\w+:", output)
+        behind_rule = re.search(r"\n[ \t]*\n[ \t]*([-=_*~])\1{2,40}[ \t]*(?:\n|\Z)", output)
+        several = len(paragraphs) > 1 and not FENCE.search(output) and not separator[-1].startswith("##")
+        if is_farewell or is_turn or behind_rule or several:
+            return UNCLEAR
+    return ""
+
+
+def read_json_tasks(text):
+    """The blocks of an answer that is JSON: a list of tasks, an object around it, JSON Lines; [] where it is not."""
+    begin, blocks = re.search(r"^[ \t]*(?=[\[{])", text, re.MULTILINE), []
+    if not begin or MARKER.search(text[: begin.start()]):
+        return []
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: dict(pairs) if len(dict(pairs)) == len(pairs) else {})
+    position = re.compile(r'(?:\[\s*|\{\s*"\w{1,40}"\s*:\s*\[\s*)?').match(text, begin.end()).end()
+    while text[position : position + 1] == "{":
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError):
+            blocks.append((None, "JSON without an end", text[position:], "", False))
+            break
+        row = {LABELS.get(key.lower(), key): value for key, value in row.items()}
+        task = {key: row.get(key) for key in FIELDS} | {"input": row.get("input") or ""}
+        good = all(isinstance(value, str) for value in task.values())
+        blocks.append(
+            (task if good else None, "" if good else "fields that are no texts", text[position:end], "", True)
+        )
+        position = re.compile(r"(?:[\s,\]]|###+|```\w*)*").match(text, end).end()
+    if blocks and position < len(text) and re.search(r"\w", text[position:]) and blocks[-1][4]:
+        blocks[-1] = (*blocks[-1][:3], text[position:].strip(" \n]}`"), True)
+    return blocks if any(task for task, *_ in blocks) else []
 
 
 def is_no_input(text):
     """Whether an input says that there is none: "<noinput>", "(None)", "-", "无需输入"."""
-    lines = [
-        re.sub(r"&[lg]t;|[\\\s<>‹›\[\](){}（）「」\"'“”`*_.。!]+", " ", line).strip()
-        for line in text.strip().split("\n")
-    ]
-    return not any(lines) or all(NO_INPUT.fullmatch(line) for line in lines)
-
-
-def pattern(line):
-    """A line with its numbers as N, to compare what stands between tasks."""
-    return re.sub(NUMERAL, "N", line.strip())
-
-
-def separated(outputs):
-    """What stands behind the outputs in front of the next tasks, taken off: [(output, rest, why it is unclear)].
-
-    The same line, but for a number, behind all of them, or behind most, separates; the same line behind a few may be
-    theirs. So of "title: Tea\\n---\\n###" with "###" behind the others too the "---" stays.
-    """
-    bodies, reasons, layer = [output.rstrip() for output in outputs], [""] * len(outputs), 0
-    separator, separators = "", []
-    while len(bodies) > 1:
-        lasts = [body.rpartition("\n")[2] for body in bodies[:-1]]
-        found = [pattern(line) if BETWEEN.fullmatch(line) else "" for line in lasts]
-        common, count = collections.Counter(filter(None, found)).most_common(1)[0] if any(found) else ("", 0)
-        if layer and (count * 3 < len(lasts) * 2 or count < 2):
-            break
-        is_clear = all(found) or count * 2 >= len(found)
-        for k, line in enumerate(found):
-            if line and is_clear and (line == common or (all(found) and not layer)):
-                bodies[k] = bodies[k].rpartition("\n")[0].rstrip()
-            elif line and not layer:
-                reasons[k] = "unclear end"
-        separator = separator or common * is_clear
-        separators += [common] * bool(common and is_clear)
-        layer += 1
-        if not count or not is_clear:
-            break
-    *_, (bodies[-1], rest, reasons[-1]) = [("", "", ""), split_tail(bodies[-1], separator, len(bodies))]
-    for k, body in enumerate(bodies):
-        reasons[k] = reasons[k] or "unclear end" * (pattern(body.rpartition("\n")[2]) in separators)
-        is_rule = separator.startswith("-") and body.lstrip().startswith(separator)
-        if is_rule or (separator and k < len(bodies) - 1 and split_tail(body, separator, 0)[1]):
-            reasons[k] = reasons[k] or "unclear end"  # a task without labels in it, or front matter
-    return [(body, rest * (k == len(bodies) - 1), reasons[k]) for k, body in enumerate(bodies)]
-
-
-def split_tail(output, separator, num_tasks):
-    """(output, what follows a separator in it, why its end is unclear) of the last task, which may have a farewell."""
-    fenced, rest = False, ""
-    for match in re.finditer(r"^[^\n]{0,60}$", output, re.MULTILINE):
-        if match[0].lstrip().startswith("```"):
-            fenced = not fenced
-        elif not fenced and match[0].strip() and (match[0].rstrip() == "###" or pattern(match[0]) == separator):
-            output, rest = output[: match.start()].rstrip(), output[match.end() :].strip()
-            break
-    if not num_tasks:
-        return output, rest, ""
-    body, _, last = output.rpartition("\n")
-    paragraphs = re.split(r"\n\s*\n", output)
-    if rest:
-        return output, rest, "unclear end" * bool(MARKER.search(rest) and len(paragraphs) > 1)
-    if BETWEEN.fullmatch(last):
-        is_rule = not re.search(r"[#\w]", last.replace("_", "-"))
-        return (output, "", "unclear end" * bool(body)) if is_rule else (body.rstrip(), "", "")
-    ends = [part.strip(" *_") for part in (paragraphs[-1] * (len(paragraphs) > 1), last * bool(body))]
-    is_farewell = any(FAREWELL.match(end) for end in ends) and not GREETING.match(output)
-    is_turn = ROLE.search(output, len(output.partition("\n")[0])) and not ROLE.match(output)
-    return output, "", "unclear end" * bool(is_farewell or is_turn)
-
-
-def read_json_tasks(answer):
-    """The tasks of an answer that is one JSON list, an object around one, or JSON Lines; None where it is no such."""
-    fenced = re.search(r"```(?:json\w?)?[ \t]*\n(.*?)\n[ \t]*```[ \t]*(?:\n|\Z)", answer, re.DOTALL)
-    text = (fenced[1] if fenced else answer).strip()
-    if text[:1] not in ("[", "{"):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        try:
-            value = [json.loads(line) for line in text.split("\n") if line.strip()]
-        except (ValueError, RecursionError):
-            return None
-    lists = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
-    rows = lists[0] if len(lists) == 1 else [value] if isinstance(value, dict) else value
-    rows = [{k: v or "" for k, v in row.items() if k in FIELDS} for row in rows if isinstance(row, dict)]
-    good = all({"instruction", "output"} <= {*row} and all(isinstance(v, str) for v in row.values()) for row in rows)
-    return [{"input": ""} | row for row in rows] if rows and good else None
-
-
-FIELDS = ("instruction", "input", "output")
-WRAPS = [(mark, mark) for mark in ("**", "__", '"', "'", "`", "*", "_")] + [("“", "”"), ("「", "」"), ("<", ">")]
+    if len(lines := {line.strip() for line in text.strip().split("\n")}) == 1:
+        text = lines.pop()  # once, or again and again
+    bare = re.sub(r"^[\W_]+|[\W_]+$", "", text.partition("#")[0] if "noinput" in text else text)
+    return text.strip() in ("", "-", "–", "—", "--", '""', "''") or bool(NO_INPUT.fullmatch(bare))
 
 
 def unquote(tasks):
-    """Take the marks off that stand around most instructions, and around fields of these tasks: "..." or **...**."""
-    for key in FIELDS:
-        for first, last in WRAPS:
-            marked = [t[key] for t in tasks if t[key].startswith(first) and t[key].endswith(last)]
-            inner = [value[len(first) : -len(last)] for value in marked]
-            is_habit = len(inner) > 1 and len(inner) * 3 >= 2 * len([task for task in tasks if task[key]])
-            if is_habit and not any(not value or first in value or last in value for value in inner):
-                whole = [task[key] in marked for task in tasks]
-                tasks = [
-                    t | {key: t[key][len(first) : -len(last)]} if w else t for t, w in zip(tasks, whole, strict=True)
-                ]
-                break
-        else:
-            if key == "instruction":
-                return tasks
+    """Take off the marks around most instructions, and around all inputs and outputs of these: "...", **...**."""
+    tasks = [dict(task) for task in tasks]
+    halves = [(re.escape(wrap[: len(wrap) // 2]), re.escape(wrap[len(wrap) // 2 :])) for wrap in WRAPS]
+    wraps = [re.compile(rf"{first}((?:(?!{first}|{last}).)+){last}", re.DOTALL) for first, last in halves]
+    for wrap in wraps:
+        marked = [task for task in tasks if wrap.fullmatch(task["instruction"])]
+        if len(marked) > 1 and len(marked) * 3 >= len(tasks) * 2:
+            for key, around in itertools.product(FIELDS, wraps):
+                if all(not task[key] or around.fullmatch(task[key]) for task in marked):
+                    for task in marked:
+                        task[key] = around.sub(r"\1", task[key])
+    fence = re.compile(r"```\n((?:(?!```).)+)\n```", re.DOTALL)
+    if len(tasks) > 1 and all(fence.fullmatch(task[key]) for task in tasks for key in ("input", "output")):
+        tasks = [task | {key: fence.sub(r"\1", task[key]) for key in ("input", "output")} for task in tasks]
     return tasks
-
-
-def goes_on(head):
-    """Whether what stands before the first label is an instruction, with which an answer goes on from the prompt."""
-    head = head.strip()
-    is_lead = (
-        re.match(r"(?:sure|here|okay|certainly|of course|below|好的|以下|当然|はい)", head, re.IGNORECASE)
-        and head[-1:] in ":：!"
-    )
-    return bool(head) and "\n" not in head and not (is_lead or FENCE.match(head) or BETWEEN.fullmatch(head))
-
-
-def quoting(numbers):
-    """Places of tasks that quote others, and of the quoted: where numbers fall, and then go on behind the first."""
-    places, last = set(), {}
-    for k, number in enumerate(numbers):
-        first = last.get(number - 1, k)
-        if 1 < k - first <= 20 and number != numbers[k - 1] + 1 and max(numbers[first + 1 : k]) < number:
-            places |= {*range(first, k)}
-        last[number] = k
-    return places
-
-
-def read_blocks(answer, markers, head):
-    """[(task or None, why there is none, its number, its text, what follows it)] of all blocks of an answer."""
-    if not (blocks := find_blocks(answer, markers)):
-        return []
-    stops = [*blocks[1:], len(markers)]
-    ends = [*(markers[stop].start for stop in blocks[1:]), len(answer)]
-    own = [markers[first:stop] for first, stop in zip(blocks, stops, strict=True)]
-    read = [read_block(answer, some, end) for some, end in zip(own, ends, strict=True)]
-    texts = [answer[some[0].start : end] for some, end in zip(own, ends, strict=True)]
-    outputs = [task["output"] if task else text.strip() for (task, _), text in zip(read, texts, strict=True)]
-    if has_fence := bool(FENCE.search(head)):
-        outputs[-1] = re.sub(r"(?:\n###[ ]{0,9}){1,3}\Z", "", outputs[-1])
-        outputs = [without_loose_fence(output) for output in outputs]
-    numbers = [next(m.number for m in some if m.label == "instruction") for some in own]
-    enclosed = quoting(numbers)
-    has_input = [any(m.label == "input" for m in some) for some in own]
-    found = []
-    for k, (output, rest, unclear) in enumerate(separated(outputs)):
-        task, reason = read[k]
-        if task:
-            task["output"] = (without_loose_fence(output) if has_fence else output).strip()
-            if "\n" in task["instruction"] and not has_input[k] and sum(has_input) * 2 > len(own):
-                unclear = unclear or "no input label"
-            if numbers[k + 1 : k + 2] == [1] and numbers[k] > 1 and re.search(r"\n\s*\n", output):
-                unclear = unclear or "another document behind it"
-            label = rf"^[#*_ ]{{0,6}}{numbers[k]}[.)] ?\**[^\W\d]\w{{2,15}}\**[:：]"  # as "4. Explanation:"
-            if (
-                numbers[k] >= 0
-                and re.search(label, task["output"], re.MULTILINE)
-                and f"{numbers[k] - 1}." not in output
-            ):
-                unclear = unclear or "unclear end"
-            reason = problem_of(task, "labels of another task in it" if k in enclosed else unclear)
-        found.append((task, reason, numbers[k], texts[k], rest))
-    return found
 
 
 def parse_response(text, finish_reason, num_prompt_instructions):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
-    [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble.
+    [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble and reasoning.
 
-    A task is kept only if it is exactly what the answer holds: labels, and what stands between tasks, are of one style
-    in all of an answer; where it cannot be told where a task ends, it is dropped.
+    A task is kept only if it is exactly what the answer holds: where it is unclear what belongs to it, it is dropped.
     """
-    answer, is_whole = unwrapped(text), str(finish_reason or "").lower() in ENDS
-    if is_whole and (rows := read_json_tasks(answer)):
-        found = [(row, problem_of(row, ""), -1, json.dumps(row), "") for row in rows]
-    else:
-        markers = chosen_markers(find_markers(answer))
-        head = answer[: markers[0].start] if markers else ""
-        if goes_on(head) and markers[0].label != "instruction":
-            markers.insert(0, Marker(0, 0, "instruction", markers[0].number, "", False))
-        found = read_blocks(answer, markers, head)
+    answer, ends = unwrapped(text)
+    if not (answer or "").strip():
+        return [], [(0, "empty answer" if answer is not None or not text.strip() else "reasoning without an end", text)]
+    blocks = read_json_tasks(answer) or read_blocks(answer, num_prompt_instructions)
+    if not blocks:
+        return [], [(0, "no task found", text)]
+    if not (ends or blocks[-1][4] or str(finish_reason).lower() in CLEAN_ENDS):
+        why = "cut off by the token limit" if finish_reason == "length" else f"cut off ({finish_reason})"
+        blocks[-1] = (None, why, blocks[-1][2], blocks[-1][3], False)
     tasks, dropped = [], []
-    for k, (task, reason, number, block, rest) in enumerate(found):
-        if k == len(found) - 1 and not is_whole:
-            reason, rest = (
-                "cut off by the token limit" if finish_reason == "length" else f"cut off ({finish_reason})",
-                "",
-            )
+    for number, (task, reason, raw, rest, _) in enumerate(blocks):
+        if task and not reason:
+            texts = "".join(task.values())
+            if not task["instruction"] or not task["output"]:
+                reason = "empty instruction" if not task["instruction"] else "empty output"
+            elif re.search("[\x00\ud800-\udfff]", texts):
+                reason = "broken characters"
+            elif any(token[0] not in ("<s>", "</s>") for token in TEMPLATE.finditer(texts)):
+                reason = "a token of a chat template"
         if reason:
-            dropped.append((k, reason, block))
-            if (
-                reason in STRUCTURE and number < 0 and tasks and tasks[-1][0] == k - 1
-            ):  # a label quoted in the task before
-                tasks.pop()
-                dropped.append((k - 1, "unclear end", found[k - 1][3]))
+            dropped.append((number, reason, raw))
         else:
-            tasks.append((k, task))
-        dropped += [(k, "text between tasks", rest)] if rest else []
-    if not found:
-        return [], [(0, "no task found" if answer.strip() else "empty answer", text)]
-    bare = [
-        task | {"input": "" if is_no_input(task["input"]) else task["input"]} for task in unquote([t for _, t in tasks])
-    ]
-    return [(k, task) for (k, _), task in zip(tasks, bare, strict=True)], dropped
-
-
-STRUCTURE = ("no output label", "labels of another task in it", "labels out of order")
-
-
-def problem_of(task, unclear):
-    """Why a task is not kept, "" where it is."""
-    texts = "".join(task.values())
-    problems = {
-        "empty instruction": not task["instruction"],
-        "empty output": not task["output"].strip("#"),
-        "broken characters": re.search("[\x00\ud800-\udfff]", texts),
-        "template token": "</s>" in texts and "<s>" not in texts,
-        unclear: unclear,
-    }
-    return next((reason for reason, is_so in problems.items() if is_so), "")
-
-
-def without_loose_fence(output):
-    """An output without the fence behind it that opened before its task."""
-    lines = output.rstrip().split("\n")
-    count = sum(bool(FENCE.match(line)) for line in lines)
-    while lines and (FENCE.match(lines[-1]) or not lines[-1].strip()):
-        is_fence = bool(FENCE.match(lines[-1]))
-        if is_fence and not (count % 2 or (len(lines) > 1 and FENCE.match(lines[-2]))):
-            break
-        count -= is_fence
-        lines.pop()
-    return "\n".join(lines)
+            tasks.append((number, task))
+        if rest:
+            dropped.append((number, "text between tasks", rest))
+    bare = [{key: task[key] for key in FIELDS} for task in unquote([task for _, task in tasks])]
+    bare = [task | {"input": "" if is_no_input(task["input"]) else task["input"]} for task in bare]
+    return [(number, task) for (number, _), task in zip(tasks, bare, strict=True)], dropped
 
 
 # --- What is kept: the rules, and the filter by ROUGE-L with everything kept so far ----------------------------------

@@ -157,7 +157,7 @@ DROPPED = {
     "farewell": (f"{PLAIN}###\nDo you want more?", [RIVERS, WORDS], ["text between tasks"]),
     "prose": ("I cannot do that.", [], ["no task found"]),
     "labels without an instruction": ("###\n4. Input:\nx\n4. Output:\ny", [], ["no task found"]),
-    "reasoning without an end": (f"<think>\n4. Instruction:{PLAIN}", [], ["empty answer"]),
+    "reasoning without an end": (f"<think>\n4. Instruction:{PLAIN}", [], ["reasoning without an end"]),
     "nothing": ("", [], ["empty answer"]),
     "white space": (" \n\n ", [], ["empty answer"]),
 }
