@@ -855,12 +855,12 @@ def what_config_says(config):
     return ("not causal", head or str(config.get("model_type"))) if is_other else ("", "")
 
 
-def last_inside(folder, name):
-    """The subfolder, or its own, with a file like `name`: a whole checkpoint first, then the last; None if none."""
-    found = [path.parent for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{name}")]
-    return max(
-        found, key=lambda p: ((p / COMPLETE).exists(), [int(n) for n in re.findall(r"\d+", p.name)]), default=None
-    )
+def last_inside(folder, *names):
+    """The subfolder, or its own, with a file like one of `names`: a whole checkpoint first, then the last; or None."""
+    found = {path.parent for depth in ("*", "*/*") for name in names for path in folder.glob(f"{depth}/{name}")}
+    whole = find_checkpoints(folder)[0]
+    numbers = {path: [int(number) for number in re.findall(r"\d+", str(path))] for path in sorted(found)}
+    return max(numbers, key=lambda path: (path in whole, numbers[path]), default=None)
 
 
 def what_a_folder_says(path, names, run):

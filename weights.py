@@ -29,7 +29,6 @@ DTYPES = {  # name: (safetensors' name, bytes, bits of the exponent: all set mea
     "bfloat16": ("BF16", 2, 0x7F80), "int64": ("I64", 8, 0), "int32": ("I32", 4, 0), "int16": ("I16", 2, 0),
     "int8": ("I8", 1, 0), "uint8": ("U8", 1, 0), "bool": ("BOOL", 1, 0),
 }  # fmt: skip
-MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 MAX_PICKLE = 100 * 2**20  # bytes of a list of tensors: enough for a million
 SHARD_SIZE = 5 * 10**9  # bytes, as transformers has it
@@ -196,7 +195,7 @@ def open_weights(path):
     """{name: StoredTensor} of a file or a model folder; safetensors go before .bin, as in transformers."""
     path = index = Path(path)
     if path.is_dir():
-        index = next((path / name for name in MODELS if (path / name).is_file()), None)
+        index = next((path / name for name in utils.WEIGHTS if (path / name).is_file()), None)
     if index is None:
         stray = sorted(file.name for kind in ("*.safetensors", "*.bin") for file in path.glob(kind))
         hint = f"; it holds {stray[0]}, but no index names it" if stray else places_below(path)
@@ -223,11 +222,8 @@ def open_weights(path):
 
 
 def places_below(folder):
-    """Words that name the folder meant where weights or adapters are below `folder`: the last checkpoint, if whole."""
-    files = (path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/*model*"))
-    found = sorted({path.parent for path in files if path.name in (*MODELS, *ADAPTERS)})
-    whole = utils.find_checkpoints(folder)[0]  # with the mark that train.py leaves
-    meant = max(found, key=lambda path: (path in whole, [int(n) for n in re.findall(r"\d+", str(path))]), default=None)
+    """Words that name the folder meant where weights or adapters are below `folder`."""
+    meant = utils.last_inside(folder, *utils.WEIGHTS, *ADAPTERS)
     return f"; {meant} has some, give that folder" if meant else ""
 
 
