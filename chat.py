@@ -119,19 +119,21 @@ def parse_questions(text, name):
 
 def read_questions(path):
     """Read a file of questions, "-" being standard input; see `parse_questions`. Raises UserError where it is empty."""
+    where = "stdin" if path == "-" else path
     if path == "-":
-        name = "stdin"
         if sys.stdin is None:
             raise UserError("standard input is closed; give questions by --instruction or --data_path FILE")
         try:
             text = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
         except UnicodeDecodeError as error:
-            raise utils.unreadable(name, error) from None
+            raise utils.unreadable(where, error) from None
     else:
-        name, text = os.path.basename(path), utils.read_text(path)
+        text = utils.read_text(path)
     if not text.strip("[] \t\r\n"):
-        raise UserError(f"{name}: no questions; give lines of text, or JSON records with an instruction")
-    return parse_questions(text, name if path == "-" else path)
+        raise UserError(
+            f"{os.path.basename(where)}: no questions; give lines of text, or JSON records with an instruction"
+        )
+    return parse_questions(text, where)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -240,9 +240,11 @@ def settle_fences(text):
                 spans.append((opener.start(), fence.end()))
             opener = None
         elif not opener and head and LABELS[head["label"].lower()] == "instruction" and is_outside(fence):
-            around = swaps.append(fence) is None
+            swaps.append(fence)
+            around = True
         elif around and not opener and is_bare and (fence is fences[-1] or FENCE.match(behind)):
-            around = swaps.append(fence) is not None
+            swaps.append(fence)
+            around = False
         else:
             opener = fence
     for fence in swaps:
@@ -261,8 +263,8 @@ def find_markers(text, spans=()):
     found = []
     for m in MARKER.finditer(text):
         word, number = m["label"].lower(), int(m["number"] or m["behind"] or -1)
-        is_heading = "#" in m["lead"] or m["bold"] or m["open"] or "**" in m[0]
-        is_prose = (number < 0 and m["label"][0].islower() and not m["open"]) or (m["colon"] is None and not is_heading)
+        is_marked = "#" in m["lead"] or m["bold"] or m["open"] or "**" in m[0]
+        is_prose = (number < 0 and m["label"][0].islower() and not m["open"]) or (m["colon"] is None and not is_marked)
         if not is_prose and not stands_in(spans, m.start()):
             marks = (re.findall(r"[*_]+", text[m.end("lead") : m.start("label")]) or [""])[-1]
             end = m.end() + len(marks) * (marks not in m["close"] and text.startswith(marks, m.end()))
@@ -481,9 +483,8 @@ def doubt(output, form, separator, is_open):
     """Why it is unclear what belongs to an output; `is_open`: it ends the answer, and a farewell may stand in it."""
     lines, paragraphs = output.split("\n"), re.split(r"\n[ \t]*\n", output)
     rules = [line.strip() for line in lines if RULE.fullmatch(line.strip())]
-    is_front = (
-        rules and rules[0] in form and lines[0].strip() == rules[0] and len(rules) % 2
-    )  # or the end of it is gone
+    # Front matter between two rules, whose second may be the separator.
+    is_front = rules and rules[0] in form and lines[0].strip() == rules[0] and len(rules) % 2
     has_form = lines[-1].strip() in set(separator) - {""} or ("heading" in separator and any(map(is_heading, lines)))
     has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
     if is_front or has_form or has_draft or len(FENCE.findall(output)) % 2:

@@ -489,7 +489,7 @@ class Watch(threading.Thread):
 
     def __init__(self, args, step):
         super().__init__(daemon=True)
-        self.arguments, self.longest, self.heard, self.heard_at, self.number = args, 0.0, 0, 0.0, 0
+        self.arguments, self.longest, self.heard_at, self.number = args, 0.0, 0.0, 0  # heard_at: 0 is not yet
         self.begin(f"step {step + 1}")
         self.reader, writer = os.pipe()
         os.set_blocking(writer, False)
@@ -509,12 +509,12 @@ class Watch(threading.Thread):
             if select.select([self.reader], [], [], 1.0)[0]:
                 self.hear([number for number in os.read(self.reader, 64) if number in STOPPING])
             now, patience = time.monotonic(), shutdown_patience(self.longest)
-            if self.heard and self.doing.startswith("step") and min(now - self.heard_at, now - self.since) > patience:
-                self.end(f"no step has ended within {patience:.0f} s")
-            is_shared = self.arguments.world_size > 1
-            if is_shared and self.doing.startswith("step") and now - self.alive > self.arguments.ddp_timeout:
+            is_step, is_shared = self.doing.startswith("step"), self.arguments.world_size > 1
+            if self.heard_at and is_step and min(now - self.heard_at, now - self.since) > patience:
+                self.end_by_signal(f"no step has ended within {patience:.0f} s")
+            if is_shared and is_step and now - self.alive > self.arguments.ddp_timeout:
                 why = f"another process has not answered for {self.arguments.ddp_timeout} s (--ddp_timeout)"
-                utils.leave(f"error: {self.doing}: {why}; {last_checkpoint(self.arguments)}; {GO_ON}", 2)
+                self.end(f"error: {self.doing}: {why}", 2)
             if now - self.since > self.named:
                 self.named *= 2
                 peers = "waiting for another process, which may be lost; " * is_shared
@@ -530,20 +530,21 @@ class Watch(threading.Thread):
     def hear(self, numbers):
         for self.number in numbers:
             now, is_launched = time.monotonic(), "LOCAL_RANK" in os.environ
-            if self.heard and not (is_launched and now - self.heard_at < 2):
-                self.end("asked twice")
-            if not self.heard:
+            if self.heard_at and not (is_launched and now - self.heard_at < 2):
+                self.end_by_signal("asked twice")
+            if not self.heard_at:
                 text = f"saving a checkpoint after this step, then exit {128 + self.number}; once more ends it at once"
                 if self.doing == "writing the model":
                     text = "the model is being written, which ends the run; once more ends it at once"
                 say(f"{signal.Signals(self.number).name}: {text}")
-            self.heard, self.heard_at = self.heard + 1, now
+            self.heard_at = now
 
-    def end(self, why):
+    def end_by_signal(self, why):
+        self.end(f"{signal.Signals(self.number).name}: ended at once, {why}", 128 + self.number)
+
+    def end(self, what, code):
         """Leave at once; nothing that takes part in a step may be waited for."""
-        name = signal.Signals(self.number).name
-        line = f"{name}: ended at once, {why}; {last_checkpoint(self.arguments)}; {GO_ON}"
-        utils.leave(line, 128 + self.number)
+        utils.leave(f"{what}; {last_checkpoint(self.arguments)}; {GO_ON}", code)
 
 
 def shutdown_patience(longest):
@@ -1137,7 +1138,9 @@ def make_trainer(model, args, dataset, tokenizer, run, progress):
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flatten
+    use_cache = getattr(config, "use_cache", True)  # of the base; training has none
     trainer = SFTTrainer(model, args, collator, run=run, num_kept=num_kept, progress=progress, **words)
+    trainer.use_cache = use_cache
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(ProgressLine())
     return trainer
@@ -1150,7 +1153,7 @@ def load_data(data_args, args, base, tokenizer, config):
         dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, batch, law)
     special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
     rows = ((name, ids.tolist()) for name, ids in zip(dataset.sources, dataset.input_ids, strict=True))
-    utils.check_ids([*special, *rows], tokenizer, config)
+    utils.check_ids(itertools.chain(special, rows), tokenizer, config)  # a row at a time: lists take much memory
     return dataset
 
 
@@ -1214,13 +1217,12 @@ def train():
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
 
-    progress, use_cache = {"longest": longest}, getattr(config, "use_cache", True)
+    progress = {"longest": longest}
     if args.deepspeed:
         watch_compiler()
     with told_in_a_line(args, model_args, num_params, progress):
         model = load_model(model_args, args, config, tokenizer)
         trainer = make_trainer(model, args, dataset, tokenizer, run, progress)
-        trainer.use_cache = use_cache  # of the base; training has none
         del model  # the engine shards it: a name for the whole would keep its memory
         gc.collect()
         with trainer.signals:  # heard, and noted, from step 1 on until the model is saved

@@ -82,7 +82,7 @@ def pair(base, tmp_path):
     for rank in range(2):
         logs.append(tmp_path / f"{rank}.log")
         where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "6"}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "12"}
         where |= {"TORCHELASTIC_RUN_ID": "two nodes"}
         options = [*basic_options(base, data, tmp_path / "out", ddp_timeout=20, **LONG), *FSDP]
         processes.append(begin(options, logs[-1], [sys.executable, "-c", QUICK], **where))
@@ -101,7 +101,21 @@ def test_a_step_that_waits_is_named_and_a_signal_ends_it(pair):
     processes[0].terminate()
     assert processes[0].wait(30) == 143  # the main thread hangs in a collective call
     said = logs[0].read_text(encoding="utf-8")
-    assert "SIGTERM: ended at once, no step has ended within 3 s; last good checkpoint: " in said
+    assert "SIGTERM: ended at once, no step has ended within 9 s; last good checkpoint: " in said
+
+
+def test_the_second_signal_ends_a_step_that_cannot_end(pair):
+    processes, logs = pair
+    wait_for(logs[0], "\nstep 25/", processes[0])
+    processes[1].send_signal(signal.SIGSTOP)
+    processes[0].send_signal(signal.SIGINT)
+    wait_for(logs[0], "SIGINT: saving a checkpoint after this step, then exit 130", processes[0])
+    processes[0].send_signal(signal.SIGINT)  # a launcher's, which sends on what the terminal has sent
+    time.sleep(2.2)
+    assert processes[0].poll() is None
+    processes[0].send_signal(signal.SIGINT)
+    assert processes[0].wait(5) == 130
+    assert "SIGINT: ended at once, asked twice; last good checkpoint: " in logs[0].read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
