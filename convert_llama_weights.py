@@ -18,18 +18,18 @@ import json
 import math
 import re
 import shutil
-import signal
 import sys
 import zipfile
 import zlib
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
+import utils
+
+if __name__ == "__main__":
+    utils.end_by_ctrl_c()
 
 import numpy as np
 
-import utils
 import weights
 from utils import UserError, say
 from weights import DTYPES

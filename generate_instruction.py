@@ -33,8 +33,10 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
+import utils
+
+if __name__ == "__main__":
+    utils.end_by_ctrl_c()
 
 import numpy as np
 import regex
@@ -42,7 +44,6 @@ from rapidfuzz import process
 from rapidfuzz.distance import OSA, LCSseq
 from rouge_score.tokenize import tokenize as rouge_tokenize
 
-import utils
 from utils import UserError, say
 
 HERE = Path(__file__).resolve().parent

@@ -31,8 +31,10 @@ import warnings
 from pathlib import Path
 from typing import Literal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries load, Ctrl-C shows no traceback; see run_main
+import utils
+
+if __name__ == "__main__":
+    utils.end_by_ctrl_c()
 
 import torch
 import transformers
@@ -41,7 +43,6 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import engines
-import utils
 from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
 
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"

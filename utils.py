@@ -161,6 +161,12 @@ def process_group():
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
 
 
+def end_by_ctrl_c():
+    """Let Ctrl-C end the process without a traceback while libraries load; `run_main` hears it again."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_main(main):
     """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback."""
     message, code = "", 0
@@ -170,7 +176,7 @@ def run_main(main):
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while the libraries were loaded
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see end_by_ctrl_c
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()

@@ -21,6 +21,18 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 FSDP = ("--fsdp", "full_shard auto_wrap")
 ZERO3 = ("--deepspeed", str(ROOT / "ds_config.json"))
 ZERO2 = ("--deepspeed", str(ROOT / "examples" / "ds_zero2.json"))
+# What a finished run leaves of the tiny model, beside run.json, which names these files.
+MODEL_FILES = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+)
+RUN_FILES = MODEL_FILES | {"loss.csv", "trainer_state.json"}
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="the optional package deepspeed is not installed")
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import ROOT, environment, make_records, render_prompt
+from conftest import MODEL_FILES, ROOT, environment, make_records, render_prompt
 from make_tiny_llama import CORPUS, train_sentencepiece
 
 import engines
@@ -874,15 +874,7 @@ def test_a_fork_trains_with_the_stock_trainer_and_saves(base, tokenizer, model, 
     assert losses[0] == pytest.approx((total / count).item(), abs=1e-4)
     assert losses[0] > losses[1] > losses[2]
     files = {file.name for file in (tmp_path / "out").iterdir()}
-    assert files == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "trainer_state.json",
-    }
+    assert files == MODEL_FILES | {"trainer_state.json"}
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(output_dir, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.dtype == torch.float32

@@ -13,21 +13,25 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FSDP, ROOT, ZERO2, ZERO3, basic_options, field, finish, make_records, render_prompt, start, train
+from conftest import (
+    FSDP,
+    ROOT,
+    RUN_FILES,
+    ZERO2,
+    ZERO3,
+    basic_options,
+    field,
+    finish,
+    make_records,
+    render_prompt,
+    start,
+    train,
+)
 
 import utils
 
 COUNT, BATCH, STEPS, SEED, RATE = 70, 8, 18, 42, 1e-3
 ALL, HALF = "227,136", "113,568"  # the tiny model's parameters, and what one of two processes holds of them
-MODEL_FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-}
-RUN_FILES = MODEL_FILES | {"loss.csv", "trainer_state.json"}
 HALF_PRECISION = {"bf16": True}
 TORN = {"save_rehearsal": False}
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import FSDP, ROOT, ZERO2, ZERO3, Run, basic_options, finish, make_records, start
+from conftest import FSDP, ROOT, RUN_FILES, ZERO2, ZERO3, Run, basic_options, finish, make_records, start
 
 import train
 import utils
@@ -30,15 +30,6 @@ ENGINES = {
     "zero2": list(ZERO2),
     "zero3": list(ZERO3),
 }
-FINAL_FILES = {
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-}
-FINAL_FILES |= {"loss.csv", "trainer_state.json"}
 NO_ROOM = ["prlimit", "--fsize=500000", sys.executable]  # bytes a file; that of the model has 910,696
 slow = pytest.mark.slow
 
@@ -274,7 +265,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint_to_the_same_bits(runs, ag
 def test_checkpoints_are_marked_every_four_steps_and_at_the_end(runs):
     folder = runs["unbroken"].finished().folder
     assert checkpoints(folder) == ([4, 8, 12, 16, 18], [])
-    assert names_in(folder) == FINAL_FILES | {".lock", "run.json"} | {f"checkpoint-{n}" for n in (4, 8, 12, 16, 18)}
+    assert names_in(folder) == RUN_FILES | {".lock", "run.json"} | {f"checkpoint-{n}" for n in (4, 8, 12, 16, 18)}
 
 
 @slow
@@ -389,7 +380,7 @@ def test_another_split_of_the_same_global_batch_is_no_change(runs, base, data, t
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(in_use):
     run = in_use["afresh"].finished()
     assert printed_steps(run) == [1, 2] and "resuming" not in run.err
-    assert names_in(run.folder) == FINAL_FILES | {".lock", "run.json", "notes.txt", "checkpoint-best"}
+    assert names_in(run.folder) == RUN_FILES | {".lock", "run.json", "notes.txt", "checkpoint-best"}
     assert (run.folder / "notes.txt").read_text(encoding="utf-8") == "mine"
     assert (run.folder / "checkpoint-best" / "model.bin").read_text(encoding="utf-8") == "mine too"
 
