@@ -519,9 +519,8 @@ def read_json_tasks(text):
         row = {LABELS.get(key.lower(), key): value for key, value in row.items()}
         task = {key: row.get(key) for key in FIELDS} | {"input": row.get("input") or ""}
         good = all(isinstance(value, str) for value in task.values())
-        blocks.append(
-            (task if good else None, "" if good else "fields that are no texts", text[position:end], "", True)
-        )
+        why = "" if good else "fields that are no texts"
+        blocks.append((task if good else None, why, text[position:end], "", True))
         position = re.compile(r"(?:[\s,\]]|###+|```\w*)*").match(text, end).end()
     if blocks and position < len(text) and re.search(r"\w", text[position:]) and blocks[-1][4]:
         blocks[-1] = (*blocks[-1][:3], text[position:].strip(" \n]}`"), True)

@@ -332,7 +332,7 @@ def unreadable(path, error, hint=""):
     line, names = data.count(b"\n", 0, offset) + 1, encodings_of(data)
     where = f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8"
     likely = (
-        f"it looks like {' or '.join(names)}" if names else "its writer may know the ENCODING; no clue in its bytes"
+        "it looks like " + " or ".join(names) if names else "its writer may know the ENCODING; no clue in its bytes"
     )
     return UserError(f"{where}; {likely}: {ICONV.format((names or ['ENCODING'])[0], shlex.quote(str(path)))}")
 
@@ -349,11 +349,8 @@ def encodings_of(data):
             found = [char.encode(charset, "ignore") for char in data.decode(name) if char > "\x7f"]
             shares[name] = min(1, times * sum(bool(re.match(everyday, char)) for char in found) / len(found))
             shares[name] += 0.2 * (name == "CP949" and len(found) > 20)  # all Hangul is hardly chance
-    return [
-        name
-        for name in sorted(shares, key=lambda name: -shares[name])
-        if 0.5 <= shares[name] > max(shares.values()) - 0.15
-    ]
+    best = max(shares.values())
+    return [name for name in sorted(shares, key=shares.get, reverse=True) if 0.5 <= shares[name] > best - 0.15]
 
 
 def read_json(path, text=None, hint=""):
@@ -939,13 +936,10 @@ def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", ta
     convert = ["python", "convert_llama_weights.py", "--input_dir", path, "--output_dir", "NEW"]
     run = path.parent if path.name.startswith("checkpoint-") else path
     whole = [one for one in find_checkpoints(run)[0] if (one / "config.json").is_file()]
-    known = {
-        "path": path,
-        "inner": inner,
-        "whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again",
-    }
-    known |= {"apply": shlex.join(map(str, apply)), "convert": shlex.join(map(str, convert))}
-    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(**known)}")
+    places = {"path": path, "inner": inner, "apply": shlex.join(map(str, apply))}
+    places |= {"convert": shlex.join(map(str, convert))}
+    places |= {"whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again"}
+    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(**places)}")
 
 
 def load_config(name_or_path, cache_dir=None, allowed=()):
