@@ -756,7 +756,8 @@ def load_tokenizer(name_or_path, model_max_length=None, cache_dir=None):
         problem = "it holds no tokenizer"
     else:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, cache_dir=cache_dir, **options)
+            hub = {"cache_dir": cache_dir, "trust_remote_code": False}  # which would ask on the terminal
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub, **options)
         except Exception as error:  # whatever transformers raises for a folder it cannot read
             problem = f"its tokenizer files cannot be read ({first_line(error)})"
     if tokenizer is not None and model_path is not None:

@@ -666,3 +666,13 @@ def test_find_sentencepiece_looks_into_folders_and_takes_any_name(base, tmp_path
     assert utils.find_sentencepiece(tmp_path) is None
     assert utils.find_sentencepiece("nobody/no-such-model", tmp_path) is None
     assert utils.find_sentencepiece("a/b/c is no name on the hub", tmp_path) is None
+
+
+def test_a_tokenizer_of_custom_code_is_refused_without_a_question(base, tmp_path, monkeypatch):
+    folder = make_folder(base, tmp_path / "own", "config.json")
+    about = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "tokenization_own.py").write_text("raise SystemExit('this code was run')\n")
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("a question on the terminal"))
+    with pytest.raises(UserError, match="its tokenizer files cannot be read"):
+        utils.load_tokenizer(folder)
