@@ -509,11 +509,11 @@ class Watch(threading.Thread):
         while True:
             if select.select([self.reader], [], [], 1.0)[0]:
                 self.hear([number for number in os.read(self.reader, 64) if number in STOPPING])
-            now, patience = time.monotonic(), shutdown_patience(self.longest)
-            is_step, is_shared = self.doing.startswith("step"), self.arguments.world_size > 1
-            if self.heard_at and is_step and min(now - self.heard_at, now - self.since) > patience:
-                self.end_by_signal(f"no step has ended within {patience:.0f} s")
-            if is_shared and is_step and now - self.alive > self.arguments.ddp_timeout:
+            now, is_shared = time.monotonic(), self.arguments.world_size > 1
+            patience = shutdown_patience(self.longest, self.doing.startswith("step"))
+            if self.heard_at and min(now - self.heard_at, now - self.since) > patience:
+                self.end_by_signal(f"{self.doing} has not ended within {patience:.0f} s")
+            if is_shared and now - self.alive > self.arguments.ddp_timeout:
                 why = f"another process has not answered for {self.arguments.ddp_timeout} s (--ddp_timeout)"
                 self.end(f"error: {self.doing}: {why}", 2)
             if now - self.since > self.named:
@@ -548,11 +548,11 @@ class Watch(threading.Thread):
         utils.leave(f"{what}; {last_checkpoint(self.arguments)}; {GO_ON}", code)
 
 
-def shutdown_patience(longest):
-    """Seconds that a signal waits for a step's end; `longest` is that of a step so far. torchrun kills after 30."""
+def shutdown_patience(longest, is_step):
+    """Seconds that a signal waits for a step's end, or a save's; `longest` is that of a step. torchrun kills at 30."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return max(float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) - 3, 1)
-    return max(30, 3 * longest)
+    return max(30, 3 * longest) if is_step else math.inf  # a whole checkpoint is worth more than a quick end
 
 
 def relief(args, dtype, num_params):

@@ -14,13 +14,21 @@ import train as script
 import utils
 
 LONG = {"num_train_epochs": 500, "save_strategy": "steps", "save_steps": 20}
-# train.py with a step that counts as slow after two seconds, and less room for memory where MORE_MEMORY says so.
+# train.py with a step that counts as slow after two seconds, less room for memory where MORE_MEMORY says so, and a
+# process that hangs after the step, or in the save, that HANGS names.
 QUICK = """
-import os, resource, sys, train, utils
+import os, resource, signal, sys, train, utils
 train.SLOW_STEP = 2.0
 if "MORE_MEMORY" in os.environ:
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(os.environ["MORE_MEMORY"]),) * 2)
+begin = train.Watch.begin
+def begin_or_hang(watch, doing):
+    begin(watch, doing)
+    if os.environ.get("HANGS") == f"{doing} after {watch.last}":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    watch.last = doing
+train.Watch.last, train.Watch.begin = "", begin_or_hang
 utils.run_main(train.train)
 """
 
@@ -70,9 +78,16 @@ def test_the_first_ctrl_c_saves_a_checkpoint_and_the_second_does_not_wait(base, 
     assert ("SIGINT: ended at once, asked twice" in said) != ("SIGINT: stopped at step" in said)  # one may be two
 
 
+STEP, SAVE = "step 26 after saving a checkpoint", "saving a checkpoint after step 40"
+
+
 @pytest.fixture
-def pair(base, tmp_path):
-    """Two processes of one FSDP run without a launcher, in training: (processes, logs)."""
+def pair(request, base, tmp_path):
+    """Two processes of one FSDP run without a launcher, where one hangs, as one that is lost does: (processes, logs).
+
+    The parameter: (the rank of the one that hangs, where).
+    """
+    hanging, place = request.param
     data = tmp_path / "data.json"
     data.write_text(utils.json.dumps(make_records(400)), encoding="utf-8")
     processes, logs = [], []
@@ -82,8 +97,8 @@ def pair(base, tmp_path):
     for rank in range(2):
         logs.append(tmp_path / f"{rank}.log")
         where = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "12"}
-        where |= {"TORCHELASTIC_RUN_ID": "two nodes"}
+        where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "7"}
+        where |= {"TORCHELASTIC_RUN_ID": "two nodes", "HANGS": place if rank == hanging else ""}
         options = [*basic_options(base, data, tmp_path / "out", ddp_timeout=20, **LONG), *FSDP]
         processes.append(begin(options, logs[-1], [sys.executable, "-c", QUICK], **where))
     yield processes, logs
@@ -92,22 +107,22 @@ def pair(base, tmp_path):
         process.wait()
 
 
-def test_a_step_that_waits_is_named_and_a_signal_ends_it(pair):
+@pytest.mark.parametrize("pair", [(1, STEP), (1, SAVE)], indirect=True, ids=["step", "save"])
+def test_a_step_or_a_save_that_waits_is_named_and_a_signal_ends_it(pair, request):
     processes, logs = pair
-    wait_for(logs[0], "\nstep 25/", processes[0])
-    processes[1].send_signal(signal.SIGSTOP)  # a node that does not answer any more
+    what = "step 26" if request.node.callspec.id == "step" else "saving a checkpoint"
     said = wait_for(logs[0], "waiting for another process", processes[0])
-    assert "--ddp_timeout ends that after 20 s; last good checkpoint: " in said
+    assert f"{what} has taken" in said and "--ddp_timeout ends that after 20 s; last good checkpoint: " in said
     processes[0].terminate()
     assert processes[0].wait(30) == 143  # the main thread hangs in a collective call
     said = logs[0].read_text(encoding="utf-8")
-    assert "SIGTERM: ended at once, no step has ended within 9 s; last good checkpoint: " in said
+    assert f"SIGTERM: ended at once, {what} has not ended within 4 s; last good checkpoint: " in said
 
 
+@pytest.mark.parametrize("pair", [(1, STEP)], indirect=True)
 def test_the_second_signal_ends_a_step_that_cannot_end(pair):
     processes, logs = pair
-    wait_for(logs[0], "\nstep 25/", processes[0])
-    processes[1].send_signal(signal.SIGSTOP)
+    wait_for(logs[0], "waiting for another process", processes[0])
     processes[0].send_signal(signal.SIGINT)
     wait_for(logs[0], "SIGINT: saving a checkpoint after this step, then exit 130", processes[0])
     processes[0].send_signal(signal.SIGINT)  # a launcher's, which sends on what the terminal has sent
@@ -119,19 +134,20 @@ def test_the_second_signal_ends_a_step_that_cannot_end(pair):
 
 
 @pytest.mark.slow
-def test_a_process_that_does_not_answer_ends_the_other_after_the_timeout(pair):
-    processes, logs = pair
-    wait_for(logs[0], "\nstep 25/", processes[0])
-    processes[0].send_signal(signal.SIGSTOP)  # the first one: the other must speak for itself
-    assert processes[1].wait(60) == 2
+@pytest.mark.parametrize("pair", [(0, STEP), (0, SAVE)], indirect=True, ids=["step", "save"])
+def test_a_process_that_does_not_answer_ends_the_other_after_the_timeout(pair, request):
+    processes, logs = pair  # the first one hangs: the other must speak for itself
+    assert processes[1].wait(120) == 2
     said = logs[1].read_text(encoding="utf-8")
-    assert "waiting for another process" in said and "error: step " in said
+    what = "step 26" if request.node.callspec.id == "step" else "saving a checkpoint"
+    assert "waiting for another process" in said and f"error: {what}" in said
     assert "another process has not answered for 20 s (--ddp_timeout); last good checkpoint: " in said
 
 
+@pytest.mark.parametrize("pair", [(1, STEP)], indirect=True)
 def test_a_process_that_is_killed_leaves_one_line_in_the_other(pair):
     processes, logs = pair
-    wait_for(logs[0], "\nstep 25/", processes[0])
+    wait_for(logs[0], "waiting for another process", processes[0])
     processes[1].kill()
     assert processes[0].wait(60) == 2
     errors = [line for line in logs[0].read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
