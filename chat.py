@@ -123,10 +123,7 @@ def read_questions(path):
     if path == "-":
         if sys.stdin is None:
             raise UserError("standard input is closed; give questions by --instruction or --data_path FILE")
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8").removeprefix("\ufeff")
-        except UnicodeDecodeError as error:
-            raise utils.unreadable(where, error) from None
+        text = utils.decode(sys.stdin.buffer.read(), where)
     else:
         text = utils.read_text(path)
     if not text.strip("[] \t\r\n"):
@@ -237,11 +234,8 @@ def prompt_style(asked, name_or_path):
         return asked, "as asked"
     folder = Path(name_or_path)
     for path in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
-        try:
-            run = utils.read_run(path)
-        except UserError:  # somebody else's run.json
-            run = None
-        if run and "prompt_style" in run:
+        run = utils.record_of(path)
+        if "prompt_style" in run:
             style = run["prompt_style"]
             if style not in PROMPT_STYLES:
                 known = ", ".join(PROMPT_STYLES)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
 
-HELD = []  # files and sockets that are locks: these last as long as they are open, also where nobody keeps them
+HELD = []  # locks of folders: these last as long as their files are open, also where nobody keeps them
 
 
 class UserError(Exception):
@@ -116,39 +116,33 @@ def on_signals(handler, *numbers):
             signal.signal(number, before)
 
 
-def is_first_to_fail():
-    """True in one process of the run on each machine: the first that asks, as the name of a socket is given once.
+def first_to_fail():
+    """A socket for one process of the run on each machine, the first that asks, as its name is given once; else None.
 
     Without a process group all processes meet the same error, and the first speaks.
     """
-    if process_group() is None:
-        return int(os.environ.get("LOCAL_RANK", 0)) == 0
     claim = socket.socket(socket.AF_UNIX)
-    HELD.append(claim)  # until this process ends, and the one of `speak_last` that waits for the launcher's end
+    if process_group() is None:
+        return claim if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    run = [str(os.getppid()), *(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))]
     with contextlib.suppress(OSError):
-        run = [str(os.getppid()), *(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))]
         claim.bind(f"\0cria-failed-{'-'.join(run)}")
-        return True
-    return False
-
-
-def speak_last(message):
-    """Print a line on stderr, and again when the launcher has ended, whose own report of 30 lines would bury it."""
-    say(message, anyone=True)
-    if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # of torchrun, of deepspeed
-        wait = 'i=0; while kill -0 "$1" 2>/dev/null && [ $i -lt 400 ]; do i=$((i+1)); sleep 0.1; done; sleep 0.2'
-        script = f'({wait}; printf "%s\\n" "$2" >&2) &'  # no child of ours, which the launcher would end with us
-        words = ["sh", "-c", script, "sh", str(os.getppid()), printable(message)]
-        kept = [lock.fileno() for lock in HELD if isinstance(lock, socket.socket)]
-        subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, pass_fds=kept
-        )
+        return claim
 
 
 def leave(message, code):
-    """End this process at once, without what libraries do at exit; the line is said by the first that asks."""
-    if message and is_first_to_fail():
-        speak_last(" ".join(message.split("\n")))
+    """End this process at once, without what libraries do at exit; the line is said by the first that asks.
+
+    It is said again when the launcher has ended, whose own report of 30 lines would bury it.
+    """
+    if message and (claim := first_to_fail()):
+        say(line := " ".join(message.split("\n")), anyone=True)
+        if {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & os.environ.keys():  # of torchrun, of deepspeed
+            wait = 'i=0; while kill -0 "$1" 2>/dev/null && [ $i -lt 400 ]; do i=$((i+1)); sleep 0.1; done; sleep 0.2'
+            script = f'({wait}; printf "%s\\n" "$2" >&2) &'  # no child of ours, which the launcher would end with us
+            words = ["sh", "-c", script, "sh", str(os.getppid()), printable(line)]
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+            subprocess.run(words, **quiet, pass_fds=[claim.fileno()])
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -300,14 +294,24 @@ EVERYDAY = {  # encoding: a charset of its characters, the first bytes there of 
 
 
 def read_text(path, hint=""):
-    """The text of a UTF-8 file, without a byte order mark. Raises UserError, with `hint`, where it cannot be read."""
+    """The text of a file; see `decode`. Raises UserError, with `hint`, where there is none."""
     try:
-        data = Path(path).read_bytes()
-        if kind := file_kind(path, data):
-            raise UserError(f"{path}: {kind}")
+        return decode(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}{hint}") from None
+
+
+def decode(data, path):
+    """What a file holds, UTF-8, as text without a byte order mark. Raises UserError, with the cure, for anything else."""
+    if kind := file_kind(path, data):
+        raise UserError(f"{path}: {kind}")
+    try:
         return data.decode("utf-8").removeprefix("\ufeff")
-    except (OSError, UnicodeDecodeError) as error:
-        raise unreadable(path, error, hint) from None
+    except UnicodeDecodeError as error:
+        offset, line, names = error.start, data.count(b"\n", 0, error.start) + 1, encodings_of(data)
+    where = f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8"
+    likely = f"it looks like {' or '.join(names)}" if names else "its writer may know the ENCODING"
+    raise UserError(f"{where}; {likely}: {ICONV.format((names or ['ENCODING'])[0], shlex.quote(str(path)))}")
 
 
 def file_kind(path, data, kinds=FILE_KINDS):
@@ -320,21 +324,6 @@ def file_kind(path, data, kinds=FILE_KINDS):
         if not name.startswith("UTF-8") and data.decode(name):
             return f"it is {name}; {ICONV.format(re.sub('-(?=.E)', '', name), shlex.quote(str(path)))}"
     return ""
-
-
-def unreadable(path, error, hint=""):
-    """The UserError for a file that is not there (with `hint`) or is not UTF-8."""
-    if isinstance(error, OSError):
-        return UserError(f"{path}: {error.strerror}{hint}")
-    data, offset = error.object, error.start
-    if kind := file_kind(path, data):
-        return UserError(f"{path}: {kind}")
-    line, names = data.count(b"\n", 0, offset) + 1, encodings_of(data)
-    where = f"{path}:{line}: byte 0x{data[offset]:02x} at offset {offset} is not UTF-8"
-    likely = (
-        "it looks like " + " or ".join(names) if names else "its writer may know the ENCODING; no clue in its bytes"
-    )
-    return UserError(f"{where}; {likely}: {ICONV.format((names or ['ENCODING'])[0], shlex.quote(str(path)))}")
 
 
 def encodings_of(data):
@@ -449,12 +438,9 @@ def read_records(sources, needs_answer=True):
     for source in sources:
         where, text = source if isinstance(source, tuple) else (source, None)
         name, rows, broken = os.path.basename(where), [], []  # rows: (source, value)
-        try:
-            if text is None and Path(where).is_fifo():
-                raise UserError(f"{where}: a pipe, which can be read only once; write it to a file first")
-            text = Path(where).read_bytes().decode("utf-8").removeprefix("\ufeff") if text is None else text
-        except (OSError, UnicodeDecodeError) as error:
-            raise unreadable(where, error, "; --data_path takes JSON or JSON Lines files") from None
+        if text is None and Path(where).is_fifo():
+            raise UserError(f"{where}: a pipe, which can be read only once; write it to a file first")
+        text = read_text(where, "; --data_path takes JSON or JSON Lines files") if text is None else text
         if not text.strip():
             raise UserError(f"{where}: the file is empty; it should hold a JSON list or JSON Lines")
         is_list = text.lstrip().startswith("[")
@@ -467,7 +453,7 @@ def read_records(sources, needs_answer=True):
             try:  # a list, or one record that is written over several lines
                 value, broken = json.loads(text, object_pairs_hook=once), []
             except (ValueError, RecursionError) as error:
-                kind = file_kind(where, text.encode("utf-8", "replace"), (*FILE_KINDS, *RECORD_KINDS))
+                kind = file_kind(where, text.encode("utf-8", "replace"), RECORD_KINDS)
                 what = f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}"
                 raise UserError(f"{where}: {kind}" if kind else what) from None
             rows = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if is_list else [(f"{name}:1", value)]
