@@ -273,7 +273,7 @@ def open_inputs(output, option, **paths):
     utils.check_model(folders[0], f"--{one}", ("not causal",), second, output)
     changes = ("not causal", "a delta", "a LoRA adapter") if two == "delta" else ("not causal",)
     kind = utils.check_model(folders[1], f"--{two}", changes, first, output)
-    if utils.same_place(*folders):
+    if weights.same_place(*folders):
         raise UserError(f"--{two} {second}: the same place as --{one} {first}; give two different folders")
     for folder in folders:
         if folder.resolve() in Path(output).resolve().parents:
@@ -650,7 +650,7 @@ def apply_delta(
     is_recorded = bool(record) and not any_base and dtype is None and rule == record["new_rows"]
     plan = {part.name: (part.dtype, part.shape) for part in parts}
     size, files = weights.plan_size(plan), weights.weight_file_names(plan)
-    utils.check_output(target_model_path, inputs, overwrite, files, "--target")
+    weights.check_output(target_model_path, inputs, overwrite, files, "--target")
     if record and not any_base:
         check_base(parts, record, base_path)
 
@@ -662,7 +662,7 @@ def apply_delta(
                 total[0] += rows.double().sum().item()
             yield start, stop, rows
 
-    with utils.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
+    with weights.new_folder(target_model_path, size, inputs, overwrite, files, "--target") as folder:
         write_weights(folder, plan, parts, rows_of, "applying", [*base.values(), *delta.values()])
         if is_recorded and found.hexdigest() != record["sha256"]:
             raise UserError(f"{source}: the result is not the one that its run.json names; copy the delta again")
@@ -716,7 +716,7 @@ def make_delta(base_model_path, target_model_path, delta_path, exact=False, dtyp
 
     plan = {part.name: (part.dtype, part.shape) for part in parts}
     size, files = weights.plan_size(plan), weights.weight_file_names(plan)
-    with utils.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
+    with weights.new_folder(delta_path, size, (base_path, target_path), overwrite, files, "--delta") as folder:
         write_weights(folder, plan, parts, rows_of, "making", [*base.values(), *target.values()])
         copy_files(folder, (target_path, base_path), (target_path, base_path), parts)
         record = {

@@ -744,7 +744,7 @@ def reverse(args):
     plan["rope.freqs"] = (sources["model.norm.weight"].dtype, (llama.head_dim // 2,))
     names = [f"consolidated.{i:02}.pth" for i in range(count)]
     size = weights.plan_size(plan) * count
-    with utils.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
+    with weights.new_folder(args.output_dir, size + 2**22, [folder], args.overwrite, names) as target:
         check_values(list(sources.values()))
         shards, places = [make_raw_shard(target / name, plan) for name in names], {}
         for i, shard in enumerate(shards):
@@ -815,7 +815,7 @@ def convert(args):
     files = weights.weight_file_names(plan, args.max_shard_size)
     special, generation = {"bos_token_id": 1, "eos_token_id": 2}, {}
     loaded = read_tokenizer(tokenizer, llama, bool(args.tokenizer)) if tokenizer else None
-    with utils.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
+    with weights.new_folder(args.output_dir, size + 2**25, [folder, args.input_dir], args.overwrite, files) as target:
         check_values([shard[raw] for raw in table for shard in shards], args.dtype)
         check_copies(llama, shards, folder)
         if loaded:

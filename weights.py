@@ -1,4 +1,4 @@
-"""Tensors from file to file, in blocks: what convert_llama_weights.py and apply_delta.py share.
+"""Tensors from file to file, in blocks, into a new folder: what convert_llama_weights.py and apply_delta.py share.
 
 safetensors, torch and zipfile say what a file holds and whether it is whole; a tensor is a view of the mapped file, of
 which blocks of rows are copied, so memory does not depend on the model. No library writes safetensors in a stream.
@@ -13,6 +13,8 @@ import mmap
 import operator
 import os
 import re
+import shutil
+import signal
 import time
 import zipfile
 from pathlib import Path
@@ -366,6 +368,73 @@ class WeightWriter(BlockWriter):
             index = {"metadata": {"total_size": plan_size(plan)}, "weight_map": files}
             utils.jdump(index, folder / "model.safetensors.index.json", indent=2)
         super().__init__(places)
+
+
+def same_place(one, other):
+    """Whether two paths lead to one folder or file: through links, case, or weights that are hard links of others."""
+    one, other = Path(one).resolve(), Path(other).resolve()
+    if not (one.exists() and other.exists()):
+        return one == other
+    files = [list(path.iterdir()) if path.is_dir() else [path] for path in (one, other)]
+    kinds = (".safetensors", ".bin", ".pth", ".pt")  # a tokenizer or a licence that both share does no harm
+    found = [{(f.stat().st_dev, f.stat().st_ino) for f in some if f.suffix in kinds and f.is_file()} for some in files]
+    return one.samefile(other) or not found[0].isdisjoint(found[1])
+
+
+def check_output(target, inputs=(), overwrite=False, writes=(), option="--output_dir"):
+    """Refuse an output folder that exists with something in it, is a file, or is one of `inputs`; see `new_folder`."""
+    target, same = Path(target), [path for path in inputs if same_place(target, path)]
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", "consolidated.*.pth")
+    stale = sorted(path.name for kind in kinds for path in target.glob(kind) if path.name not in writes)
+    way = "choose another folder, or give --overwrite, which replaces only files of the names that are written"
+    problems = [
+        (same, f"the same place as {same[:1] and same[0]}; choose another folder"),
+        (target.is_symlink() and not target.exists(), "a link to a place which does not exist; remove the link"),
+        (target.exists() and not target.is_dir(), "a file of that name exists; choose another folder"),
+        (os.path.ismount(target), "where a disk is mounted, which cannot be renamed; give a folder inside it"),
+        (there and not overwrite, f"exists and holds {', '.join(there[:3])}{', ...' * (len(there) > 3)}; {way}"),
+        (stale, f"holds {', '.join(stale[:1])}, which might be loaded instead of the new weights; remove it"),
+    ]
+    if problem := next((problem for is_so, problem in problems if is_so), None):
+        raise UserError(f"{option} {target}: {problem}")
+
+
+@contextlib.contextmanager
+def new_folder(target, size, inputs=(), overwrite=False, writes=(), option="--output_dir"):
+    """Yield a hidden folder beside `target` that takes its name, synced, when the block ends well; else it is removed.
+
+    `size` bytes will be written; for the others see `check_output`. What a killed run left behind is named and removed.
+    """
+
+    def stop(number, frame):
+        say(f"stopped by {signal.Signals(number).name}; nothing is left of this run")
+        raise SystemExit(128 + number)
+
+    check_output(target, inputs, overwrite, writes, option)
+    final = Path(target).resolve()
+    hidden = final.with_name(f".{final.name}.unfinished")
+    try:
+        there = sorted(hidden.iterdir()) if hidden.exists() else []
+        if there and not (hidden / utils.LOCK).exists():
+            raise UserError(f"{hidden}: holds {there[0].name}, which no run of ours left behind; move that folder away")
+        lock = utils.claim_folder(hidden, target)
+    except OSError as error:
+        raise UserError(f"{option} {target}: {error.strerror}; choose another folder") from None
+    if sizes := [path.stat().st_size for path in hidden.rglob("*") if path.is_file() and path.name != utils.LOCK]:
+        say(f"{hidden}: left by a run that did not finish ({len(sizes)} files, {sum(sizes) / 1e9:.2f} GB); removed")
+    stopping = utils.on_signals(stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    try:
+        with lock, stopping, utils.hidden_folder(hidden, final):
+            if size > (free := shutil.disk_usage(hidden).free):
+                what = f"{size / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free"
+                raise UserError(f"{option} {target}: {what}; make room, or choose a folder on another disk")
+            yield hidden
+    except OSError as error:
+        if not utils.is_disk_full(error):
+            raise
+        what = f"{error.strerror} ({size / 1e9:.2f} GB are needed); nothing is left of this run"
+        raise UserError(f"{option} {target}: {what}; make room, then give the same command again") from None
 
 
 @contextlib.contextmanager

@@ -1211,7 +1211,7 @@ def test_a_stopped_run_leaves_no_half_model(tmp_path, base, delta, signal, capsy
 
 
 def test_two_runs_to_one_target(tmp_path, base, delta):
-    with utils.new_folder(tmp_path / "out", 0):
+    with weights.new_folder(tmp_path / "out", 0):
         assert "another run is writing here" in refused(base, tmp_path / "out", delta)
 
 

@@ -798,6 +798,6 @@ def test_same_place_sees_through_links(tmp_path):
     os.remove(tmp_path / "c" / "model.safetensors")
     os.link(tmp_path / "a" / "model.safetensors", tmp_path / "c" / "model.safetensors")
     (tmp_path / "link").symlink_to("a")
-    places = {name: utils.same_place(tmp_path / "a", tmp_path / name) for name in ("a", "b", "c", "link", "gone")}
+    places = {name: weights.same_place(tmp_path / "a", tmp_path / name) for name in ("a", "b", "c", "link", "gone")}
     assert places == {"a": True, "b": False, "c": True, "link": True, "gone": False}
-    assert utils.same_place(tmp_path / "gone", tmp_path / "b" / ".." / "gone")
+    assert weights.same_place(tmp_path / "gone", tmp_path / "b" / ".." / "gone")

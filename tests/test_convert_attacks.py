@@ -877,7 +877,7 @@ def note_calls(monkeypatch, calls):
 
 
 def write_some(target, **options):
-    with utils.new_folder(target, 10, **options) as folder:
+    with weights.new_folder(target, 10, **options) as folder:
         for name in ("config.json", "model.safetensors", "tokenizer.json"):
             (folder / name).write_text("new", encoding="utf-8")
 
