@@ -100,13 +100,13 @@ def say_if_slow(message, seconds=10):
 
 @contextlib.contextmanager
 def on_signals(handler, *numbers):
-    """Within the block the signals `numbers`, SIGTERM and SIGHUP where none is given, call handler(number, frame).
+    """Within the block the signals `numbers` call handler(number, frame).
 
     One that is ignored stays so: nohup ignores SIGHUP. Outside the main thread there are no signals.
     """
     old = {}
     if threading.current_thread() is threading.main_thread():
-        for number in numbers or (signal.SIGTERM, signal.SIGHUP):
+        for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 old[number] = signal.signal(number, handler)
     try:
@@ -284,12 +284,12 @@ RECORD_KINDS = (  # text, where records are expected
     (rb"(?:---\s*|\w+:\s*|- +\w+:.*?)\n", "YAML", PYTHON.format("yaml", 'yaml.safe_load(open(sys.argv[1], "rb"))')),
 )
 ICONV = "iconv -f {} -t UTF-8 {} > converted.json"
-EVERYDAY = {  # encoding: a charset of its characters, the first bytes there of the most used, how many times all are
-    "GB18030": ("gb2312", rb"[\xa1-\xa3\xb0-\xd7]", 1),
-    "BIG5": ("big5", rb"[\xa1-\xc6]", 1),
-    "CP949": ("euc_kr", rb"[\xb0-\xc8]", 1),
-    "CP932": ("euc_jp", rb"\xa4", 3),  # a third of Japanese is kana
-    "EUC-JP": ("euc_jp", rb"\xa4", 3),
+EVERYDAY = {  # encoding: the bytes of its most used characters, and of how many characters one is of these
+    "GB18030": (rb"[\xa1-\xa3\xb0-\xd7][\xa1-\xfe]", 1),
+    "BIG5": (rb"[\xa1-\xc6].", 1),
+    "CP949": (rb"[\xb0-\xc8][\xa1-\xfe]", 1),
+    "CP932": (rb"\x82[\x9f-\xf1]|\x83[\x40-\x96]", 3),  # kana
+    "EUC-JP": (rb"[\xa4\xa5].", 3),
 }
 
 
@@ -302,7 +302,7 @@ def read_text(path, hint=""):
 
 
 def decode(data, path):
-    """What a file holds, UTF-8, as text without a byte order mark. Raises UserError, with the cure, for anything else."""
+    """The bytes of a UTF-8 file as text, without a byte order mark. Raises UserError, with the cure, for any others."""
     if kind := file_kind(path, data):
         raise UserError(f"{path}: {kind}")
     try:
@@ -331,13 +331,14 @@ def encodings_of(data):
 
     A letter of Western Europe stands alone between others.
     """
-    alone, high = rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])", rb"[\x80-\xff]"
+    high, alone = rb"[\x80-\xff]", rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])"
     shares = {"WINDOWS-1252": len(re.findall(alone, data)) / len(re.findall(high, data))}
-    for name, (charset, everyday, times) in EVERYDAY.items():
+    pairs = re.findall(rb"[\x80-\xff].", data, re.DOTALL)
+    for name, (everyday, times) in EVERYDAY.items():
         with contextlib.suppress(UnicodeDecodeError):
-            found = [char.encode(charset, "ignore") for char in data.decode(name) if char > "\x7f"]
-            shares[name] = min(1, times * sum(bool(re.match(everyday, char)) for char in found) / len(found))
-            shares[name] += 0.2 * (name == "CP949" and len(found) > 20)  # all Hangul is hardly chance
+            data.decode(name)
+            shares[name] = min(1, times * sum(bool(re.match(everyday, pair)) for pair in pairs) / max(len(pairs), 1))
+            shares[name] += 0.2 * (name == "CP949" and len(pairs) > 20)  # all Hangul is hardly chance
     best = max(shares.values())
     return [name for name in sorted(shares, key=shares.get, reverse=True) if 0.5 <= shares[name] > best - 0.15]
 
@@ -697,9 +698,8 @@ def rebuild_tokenizer(model_path, problem, options):
     """A tokenizer by `tokenizer.model` and what its folder adds; through SentencePiece itself where no merges do it."""
     from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-    names = ("tokenizer_config.json", "added_tokens.json", "chat_template.jinja")
-    *paths, template = (model_path.with_name(name) for name in names)
-    config, ids = (read_json(path) if path.is_file() else {} for path in paths)
+    config, ids = (config_of(model_path.parent, f"{name}.json") for name in ("tokenizer_config", "added_tokens"))
+    template = model_path.with_name("chat_template.jinja")
     ids |= {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
     switches = {key: config[key] for key in ("add_bos_token", "add_eos_token") if isinstance(config.get(key), bool)}
     options = options | {"chat_template": read_text(template) if template.is_file() else config.get("chat_template")}
@@ -774,18 +774,19 @@ OTHER_HEADS = re.compile("For(MaskedLM|[A-Z][A-Za-z]+Classification|QuestionAnsw
 QUANTISED = re.compile(r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)\b")
 ZERO_CENTRED = re.compile("gemma|nemotron|qwen3_next|qwen3_5")  # they add 1 to the weights of their norms
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-CURES = {  # by what lies where a model is expected; `check_model` fills in the commands
-    "a LoRA adapter": "merge it first: {apply}",
-    "a folder around a LoRA adapter": "merge that first: {apply}",
+APPLY = "python -m apply_delta --base {base} --delta {delta} --target {target}"
+CURES = {  # by what lies where a model is expected; `check_model` fills in the words
+    "a LoRA adapter": f"merge it first: {APPLY}",
+    "a folder around a LoRA adapter": f"merge that first: {APPLY}",
     "a folder around a model": "give the model: {inner}",
-    "a folder beside a model": "give the model: {path.parent}",
+    "a folder beside a model": "give the model: {parent}",
     "an adapter beside a whole model": "move the files of one of them elsewhere",
-    "a delta": "apply it first: {apply}",
-    "raw weights of LLaMA": "convert them first: {convert}",
+    "a delta": f"apply it first: {APPLY}",
+    "raw weights of LLaMA": "convert them first: python convert_llama_weights.py --input_dir {path} --output_dir NEW",
     "quantised": "give the 16-bit model that it was made from",
     "not causal": "give a model that continues text, one of those whose architecture ends in ForCausalLM",
     "custom code": "code out of model folders is never run; give a model that transformers itself knows",
-    "a file": "give its folder: {path.parent}",
+    "a file": "give its folder: {parent}",
     "empty": "copy or download the model into it",
     "unfinished": "{whole}",
     "the state of a run": "give the model that the run writes when it ends; {whole}",
@@ -884,9 +885,10 @@ def what_it_is(path):
     "" is a model, or nothing that is known: a name on the hub, a folder of other things.
     """
     if not path.is_dir():
-        kinds = {"quantised": path.suffix == ".gguf", "a file": path.exists()}
-        kinds |= {"a folder beside a model": (path.parent / "config.json").is_file() and path.is_absolute()}
-        return next(((kind, path.name) for kind, is_so in kinds.items() if is_so), ("", ""))
+        if path.suffix == ".gguf" or path.exists():
+            return "quantised" if path.suffix == ".gguf" else "a file", path.name
+        is_beside = path.is_absolute() and (path.parent / "config.json").is_file()
+        return ("a folder beside a model", path.name) if is_beside else ("", "")
     names, run = {entry.name for entry in path.iterdir()} - {LOCK}, record_of(path)
     weights = [name for name in WEIGHTS if name in names]
     if not names:
@@ -909,8 +911,11 @@ def what_it_is(path):
     return next((said for said in (what_config_says(config), what_tensors_say(path, config)) if said[0]), ("", ""))
 
 
-def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", target="MODEL"):
-    """Refuse what is no model, with the command that was probably meant; returns what it is where that is `allowed`."""
+def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", target="MODEL", name=None):
+    """Refuse what is no model, with the command that was probably meant; returns what it is where that is `allowed`.
+
+    `name` is what the user calls the folder `path`: one on the hub, which the cache holds.
+    """
     path = Path(path)
     kind, why = what_it_is(path)
     if kind in ("", *allowed):
@@ -918,15 +923,13 @@ def check_model(path, option="--model_name_or_path", allowed=(), base="BASE", ta
     known = config_of(path, "adapter_config.json") if kind == "a LoRA adapter" else record_of(path).get("delta", {})
     base = known.get("base_model_name_or_path") or known.get("base", {}).get("path") or base
     inner = last_inside(path, "adapter_model.*" if "adapter" in kind else "config.json")
-    delta = inner if kind == "a folder around a LoRA adapter" else path
-    apply = ["python", "-m", "apply_delta", "--base", base, "--delta", delta, "--target", target]
-    convert = ["python", "convert_llama_weights.py", "--input_dir", path, "--output_dir", "NEW"]
+    delta = inner if kind == "a folder around a LoRA adapter" else name or path
+    words = {"base": base, "delta": delta, "target": target, "path": path, "parent": path.parent, "inner": inner}
+    words = {key: shlex.quote(str(word)) for key, word in words.items()}
     run = path.parent if path.name.startswith("checkpoint-") else path
     whole = [one for one in find_checkpoints(run)[0] if (one / "config.json").is_file()]
-    places = {"path": path, "inner": inner, "apply": shlex.join(map(str, apply))}
-    places |= {"convert": shlex.join(map(str, convert))}
-    places |= {"whole": f"let its run end, or try {whole[-1]}" if whole else "copy it again"}
-    raise UserError(f"{option} {path} is {kind} ({why}); {CURES[kind].format(**places)}")
+    words["whole"] = f"let its run end, or try {whole[-1]}" if whole else "copy it again"
+    raise UserError(f"{option} {name or path} is {kind} ({why}); {CURES[kind].format(**words)}")
 
 
 def load_config(name_or_path, cache_dir=None, allowed=()):
@@ -938,6 +941,10 @@ def load_config(name_or_path, cache_dir=None, allowed=()):
         with say_if_slow(f"{name_or_path}: asking the hub for it; HF_HUB_OFFLINE=1 takes what the cache holds"):
             config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # whatever the library and its checks raise
+        with contextlib.suppress(OSError):  # of what cannot be a name on the hub; one that was not reached waits enough
+            in_cache = {"cache_dir": cache_dir, "local_files_only": isinstance(error, OSError)}
+            if found := transformers.utils.find_adapter_config_file(name_or_path, **in_cache):
+                check_model(Path(found).parent, name=name_or_path)
         kind = "custom code" if "trust_remote_code" in str(error) else ""
         what = f"is {kind}" if kind else f"cannot be read as a model ({first_line(error)})"
         raise UserError(f"{name_or_path} {what}; {CURES[kind]}") from None
@@ -980,7 +987,8 @@ def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
         cure = "it is no causal language model, but one without an output layer" if has_no_head else "copy it again"
         raise UserError(f"{name_or_path}: {what}; {cure}")
     if not os.path.isdir(name_or_path):  # of the hub: its files are here now
-        check_model(Path(transformers.utils.cached_file(name_or_path, "config.json", cache_dir=cache_dir)).parent)
+        path = transformers.utils.cached_file(name_or_path, "config.json", cache_dir=cache_dir)
+        check_model(Path(path).parent, name=name_or_path)
     if unused := sorted(info["unexpected_keys"]):
         say(f"{name_or_path}: {len(unused)} tensors that the model does not use were left out, first {unused[0]}")
     return model

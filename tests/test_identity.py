@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -200,17 +201,51 @@ def test_a_model_whose_norms_start_at_zero_is_no_delta(zoo, tmp_path):
     assert utils.check_model(tmp_path / "gemma") == ""
 
 
-def test_a_delta_from_the_hub_is_refused_once_it_is_there(zoo, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+@pytest.fixture
+def on_hub(tmp_path, monkeypatch):
+    """A function that puts a folder on the hub under a name: into the cache `tmp_path`, all that is seen of the hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    repository = tmp_path / "models--lmsys--vicuna-delta"
-    shutil.copytree(zoo["delta without a record"], repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+
+    def put(folder, name):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+
+    return put
+
+
+def test_a_delta_from_the_hub_is_refused_once_it_is_there(zoo, tmp_path, on_hub):
+    on_hub(zoo["delta without a record"], "lmsys/vicuna-delta")
     config = utils.load_config("lmsys/vicuna-delta", tmp_path)
     with pytest.raises(utils.UserError) as caught:
         utils.load_weights("lmsys/vicuna-delta", config, torch.float32, tmp_path)
-    assert "is a delta (the weights of all 5 norms are near 0)" in str(caught.value)
+    assert "lmsys/vicuna-delta is a delta (the weights of all 5 norms are near 0)" in str(caught.value)
+    assert "apply_delta --base BASE --delta lmsys/vicuna-delta --target MODEL" in str(caught.value)
+
+
+def test_an_adapter_from_the_hub_gets_the_cure_of_one_in_a_folder(zoo, tmp_path, on_hub):
+    on_hub(zoo["adapter"], "tloen/alpaca-lora")
+    with pytest.raises(utils.UserError) as there:
+        utils.load_config("tloen/alpaca-lora", tmp_path)
+    with pytest.raises(utils.UserError) as here:
+        utils.load_config(zoo["adapter"])
+    assert "apply_delta --base llama-7b --delta tloen/alpaca-lora --target MODEL" in str(there.value)
+    assert str(there.value).replace("tloen/alpaca-lora", str(zoo["adapter"])) == str(here.value)
+
+
+@pytest.mark.parametrize("is_reached", [True, False])
+def test_the_hub_is_asked_about_an_adapter_where_it_answers(is_reached, tmp_path, monkeypatch):
+    """Where it does not, the first question has waited for a minute already."""
+    asked = []
+    error = ValueError("Unrecognized model") if is_reached else OSError("We couldn't connect")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", Mock(side_effect=error))
+    monkeypatch.setattr(
+        transformers.utils, "find_adapter_config_file", lambda name, **how: asked.append(how["local_files_only"])
+    )
+    with pytest.raises(utils.UserError, match="cannot be read as a model"):
+        utils.load_config("tloen/alpaca-lora", tmp_path)
+    assert asked == [not is_reached]
 
 
 def test_a_mask_of_bytes_and_odd_configs_are_no_quantised_model(zoo, tmp_path):

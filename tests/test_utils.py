@@ -135,7 +135,7 @@ def test_signals_are_heard_within_the_block_and_an_ignored_one_stays_ignored():
     heard, before = [], signal.getsignal(signal.SIGTERM)
     old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with utils.on_signals(lambda number, frame: heard.append(number)):
+        with utils.on_signals(lambda number, frame: heard.append(number), signal.SIGTERM, signal.SIGHUP):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
         assert heard == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) is before
@@ -299,8 +299,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
         (b'[{"instruction": "caf\xe9"}]', "1: byte 0xe9 at offset 21", 0xE9),
         ("一\n".encode() + b"\n\xc4\xe3", "3: byte 0xc4 at offset 5", 0xC4),
         (b'\xef\xbb\xbf[\n"\xff"]', "2: byte 0xff at offset 6", 0xFF),
+        (b"an end \xb1", "1: byte 0xb1 at offset 7", 0xB1),
     ],
-    ids=["latin-1", "line-3", "after-a-byte-order-mark"],
+    ids=["latin-1", "line-3", "after-a-byte-order-mark", "last"],
 )
 def test_bytes_that_are_not_utf8_are_named_with_line_and_offset(data, where, byte, tmp_path):
     path = tmp_path / "d.json"
