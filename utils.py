@@ -87,9 +87,9 @@ def show_progress(line, is_due=False, is_last=False):
 
 
 @contextlib.contextmanager
-def say_if_slow(message, seconds=10):
-    """Say what is being waited for where the block takes longer."""
-    timer = threading.Timer(seconds, say, [message])
+def say_if_slow(message):
+    """Say what is being waited for where the block takes longer than ten seconds."""
+    timer = threading.Timer(10, say, [message])
     timer.daemon = True
     timer.start()
     try:
@@ -941,9 +941,10 @@ def load_config(name_or_path, cache_dir=None, allowed=()):
         with say_if_slow(f"{name_or_path}: asking the hub for it; HF_HUB_OFFLINE=1 takes what the cache holds"):
             config = transformers.AutoConfig.from_pretrained(name_or_path, cache_dir=cache_dir, trust_remote_code=False)
     except Exception as error:  # whatever the library and its checks raise
-        with contextlib.suppress(OSError):  # of what cannot be a name on the hub; one that was not reached waits enough
-            in_cache = {"cache_dir": cache_dir, "local_files_only": isinstance(error, OSError)}
-            if found := transformers.utils.find_adapter_config_file(name_or_path, **in_cache):
+        is_lost = isinstance(error, OSError)  # the hub did not answer, in a minute: the cache alone is asked now
+        with contextlib.suppress(OSError):  # of what can be no name there
+            where = {"cache_dir": cache_dir, "local_files_only": is_lost}
+            if found := transformers.utils.find_adapter_config_file(str(name_or_path), **where):
                 check_model(Path(found).parent, name=name_or_path)
         kind = "custom code" if "trust_remote_code" in str(error) else ""
         what = f"is {kind}" if kind else f"cannot be read as a model ({first_line(error)})"

@@ -13,7 +13,7 @@ MOST_LINES = {
     "train": 1235,
     "engines": 420,
     "weights": 465,
-    "utils": 1228,
+    "utils": 1229,
     "generate_instruction": 1555,
     "convert_llama_weights": 887,
     "apply_delta": 752,
