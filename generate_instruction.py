@@ -56,22 +56,29 @@ GRACE_S = 20  # how long a run that ends early waits for answers on their way, w
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+IN_JSON = (
+    'Whatever the form of the tasks above, answer with those that follow as one JSON object, {"tasks": [{"instruction": '
+    '"...", "input": "...", "output": "..."}, ...]}. Where a task needs no input, "input" is an empty string.'
+)
+
+
 def read_prompt(prompt_path=None):
     """The text of the prompt file; by default prompt.txt beside this script."""
     return utils.read_text(prompt_path or HERE / "prompt.txt", "; --prompt_path takes a text file").rstrip("\n") + "\n"
 
 
-def encode_prompt(prompt_instructions, header=None):
+def encode_prompt(prompt_instructions, header=None, response_format="text"):
     """The text of a request: the prompt file's, the tasks to show in the wire format, and the head of the next one.
 
-    `prompt_instructions` is a list of {instruction, input, output}; `header` defaults to `read_prompt()`.
+    `prompt_instructions` is a list of {instruction, input, output}; `header` defaults to `read_prompt()`. With the
+    `response_format` json there is no head, but a word on the form of the answer.
     """
     prompt = read_prompt() if header is None else header
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
         prompt += f"###\n{number}. Instruction: {instruction}\n"
         prompt += f"{number}. Input:\n{task['input'] or '<noinput>'}\n{number}. Output:\n{task['output']}\n"
-    return f"{prompt}###\n{len(prompt_instructions) + 1}. Instruction:"
+    return f"{prompt}###\n{IN_JSON if response_format == 'json' else f'{len(prompt_instructions) + 1}. Instruction:'}"
 
 
 def cannot_be_shown(task):
@@ -524,7 +531,7 @@ def read_json_tasks(text):
         position = re.compile(r"(?:[\s,\]]|###+|```\w*)*").match(text, end).end()
     if blocks and position < len(text) and re.search(r"\w", text[position:]) and blocks[-1][4]:
         blocks[-1] = (*blocks[-1][:3], text[position:].strip(" \n]}`"), True)
-    return blocks if any(task for task, *_ in blocks) else []
+    return blocks
 
 
 def is_no_input(text):
@@ -553,16 +560,20 @@ def unquote(tasks):
     return tasks
 
 
-def parse_response(text, finish_reason, num_prompt_instructions):
+def parse_response(text, finish_reason, num_prompt_instructions, response_format="text"):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
     [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble and reasoning.
 
     A task is kept only if it is exactly what the answer holds: where it is unclear what belongs to it, it is dropped.
+    With the `response_format` json an answer is JSON or nothing, and its texts are taken as they are.
     """
-    answer, ends = unwrapped(text)
+    is_json = response_format == "json"
+    answer, ends = (text, False) if is_json and text.lstrip().startswith("{") else unwrapped(text)
     if not (answer or "").strip():
         return [], [(0, "empty answer" if answer is not None or not text.strip() else "reasoning without an end", text)]
-    blocks = read_json_tasks(answer) or read_blocks(answer, num_prompt_instructions)
+    blocks = read_json_tasks(answer)
+    if not is_json and not any(task for task, *_ in blocks):
+        blocks = read_blocks(answer, num_prompt_instructions)
     if not blocks:
         return [], [(0, "no task found", text)]
     if not (ends or blocks[-1][4] or str(finish_reason).lower() in CLEAN_ENDS):
@@ -572,11 +583,11 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     for number, (task, reason, raw, rest, _) in enumerate(blocks):
         if task and not reason:
             texts = "".join(task.values())
-            if not task["instruction"] or not task["output"]:
-                reason = "empty instruction" if not task["instruction"] else "empty output"
+            if empty := [key for key in ("instruction", "output") if not task[key].strip()]:
+                reason = f"empty {empty[0]}"
             elif re.search("[\x00\ud800-\udfff]", texts):
                 reason = "broken characters"
-            elif any(token[0] not in ("<s>", "</s>") for token in TEMPLATE.finditer(texts)):
+            elif not is_json and any(token[0] not in ("<s>", "</s>") for token in TEMPLATE.finditer(texts)):
                 reason = "a token of a chat template"
         if reason:
             dropped.append((number, reason, raw))
@@ -584,6 +595,8 @@ def parse_response(text, finish_reason, num_prompt_instructions):
             tasks.append((number, task))
         if rest:
             dropped.append((number, "text between tasks", rest))
+    if is_json:
+        return tasks, dropped
     bare = [{key: task[key] for key in FIELDS} for task in unquote([task for _, task in tasks])]
     bare = [task | {"input": "" if is_no_input(task["input"]) else task["input"]} for task in bare]
     return [(number, task) for (number, _), task in zip(tasks, bare, strict=True)], dropped
@@ -803,7 +816,8 @@ class Collection:
         if "failed" in entry:
             self.failures[entry["failed"]] += 1
         else:
-            tasks, dropped = parse_response(entry["text"], entry["finish_reason"], len(entry["demonstrations"]))
+            how = (len(entry["demonstrations"]), entry.get("response_format", "text"))  # which older journals lack
+            tasks, dropped = parse_response(entry["text"], entry["finish_reason"], *how)
             for block, reason, text in dropped:
                 self.drop(number, block, {"reason": reason, "text": text})
             candidates = []
@@ -837,7 +851,7 @@ class Collection:
 
     def estimate(self, request):
         """An upper estimate of the tokens of a request, in the form of its usage."""
-        prompt = encode_prompt(self.draw(request), self.args.header)
+        prompt = encode_prompt(self.draw(request), self.args.header, self.args.response_format)
         return {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": self.args.max_tokens}
 
     def limit(self, request, num_on_their_way):
@@ -892,6 +906,19 @@ REPORT_S = 10  # how often a wait is said again
 # Where servers put their words, and their codes: of these alone, not of prose, a lack of credit is known.
 SAID = re.compile(r'"(?:message|msg|error|detail|code|type|param|title|raw|status_msg)": "((?:[^"\\]|\\.)+)"')
 NO_CREDIT = re.compile(r"insufficient_(quota|balance|credit)|billing_(hard|not)_|exceeded_current_quota|\bArrearage\b")
+TASK_SCHEMA = {
+    "type": "object",
+    "properties": {key: {"type": "string"} for key in FIELDS},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+LIST_SCHEMA = {
+    "type": "object",
+    "properties": {"tasks": {"type": "array", "items": TASK_SCHEMA}},
+    "required": ["tasks"],
+    "additionalProperties": False,
+}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": LIST_SCHEMA}}
 TOO_LONG = re.compile("context.{0,20}(length|window|size)|too long|reduce the length", re.I)
 OF_THE_PROMPT = re.compile(f"{TOO_LONG.pattern}|filter|policy|moderat|flagged|safety|sensitive|inappropriat", re.I)
 
@@ -1047,6 +1074,7 @@ class ChatClient:
         content = {"messages": [{"role": "user", "content": prompt}]}
         if is_text:
             content, api = {"prompt": prompt}, self.client.completions
+        content |= {"response_format": JSON_FORMAT} if self.args.response_format == "json" else {}
         sent = {"model": self.args.model_name, **content, **sent, "extra_body": self.args.extra_body}
         if not self.args.stream:
             raw = (await api.with_raw_response.create(**sent)).text
@@ -1091,6 +1119,9 @@ class ChatClient:
             advice = f"it asks to wait {fault.wait:.0f} s; wait, or give a longer --timeout"
         if status == 400 and not self.args.stream and re.search("stream|enable_thinking", fault.text):
             advice = """give --stream, or for example --extra_body '{"enable_thinking": false}'"""
+        is_form = self.args.response_format == "json" and re.search("response_format|json.?schema", fault.body, re.I)
+        if is_form and not OF_THE_PROMPT.search(fault.text):
+            advice = "give --response_format text"
         if advice and not (status == 403 and OF_THE_PROMPT.search(fault.text)):
             raise UserError(f"{self.name}: {fault.text}: {advice}; then the same command goes on")
 
@@ -1161,6 +1192,7 @@ class Options:
     endpoint: str = setting("chat", "chat, or text for base models (text completions).")
     max_tokens: int = setting(3072, "The longest answer, in tokens.", 1)
     extra_body: str = setting(None, "JSON that is added to each request, such as '{\"enable_thinking\": false}'.")
+    response_format: str = setting("text", "text, or json for chat servers that hold answers to a JSON schema.")
     stream: bool = setting(False, "Ask for answers piece by piece, for servers that give no others.")
     num_parallel_requests: int = setting(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
     num_generated_in_prompt: int = setting(0, "How many of the shown tasks are taken from those generated so far.", 0)
@@ -1206,6 +1238,10 @@ def check_options(options):
         problems.append("--max_cost needs --price_in and --price_out, per million tokens")
     if args.endpoint not in ("chat", "text"):
         problems.append(f"--endpoint {args.endpoint}: must be chat or text")
+    if args.response_format not in ("text", "json"):
+        problems.append(f"--response_format {args.response_format}: must be text or json")
+    elif args.response_format == "json" and args.endpoint == "text":
+        problems.append("--response_format json needs --endpoint chat; give --response_format text")
     args.base_url = next(filter(None, [args.base_url, *map(os.environ.get, URL_VARIABLES), OPENAI_URL]))
     args.server = re.sub("//[^/@]*@", "//", args.base_url.partition("?")[0])  # without what may be secret in it
     if not re.match("https?://[^/]", args.base_url):
@@ -1291,6 +1327,7 @@ def record_run(args, journal):
     names = "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt"
     asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed", "extra_body"]}
     asked["stream"] = args.stream or None  # absent in older journals, as extra_body is
+    asked["response_format"] = args.response_format if args.response_format == "json" else None
     asked["base_url"], asked["prompt"] = args.server, hashlib.sha256(args.header.encode()).hexdigest()[:16]
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
     if args.replay:
@@ -1341,7 +1378,8 @@ class Requests:
             return self.journal.answers[number]
         shown = self.collection.draw(number)
         entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
-        entry |= await self.client.ask(encode_prompt(shown, self.args.header))
+        entry["response_format"] = self.args.response_format
+        entry |= await self.client.ask(encode_prompt(shown, self.args.header, self.args.response_format))
         self.journal.append(entry)
         return entry
 
@@ -1362,7 +1400,8 @@ class Requests:
             why = ", ".join(filter(None, dict.fromkeys(reasons)))
             what = f"nothing was kept of the last {len(self.fruitless)} requests ({why}); see {self.journal.path.name}"
             tokens = "fewer --num_prompt_instructions or less" if TOO_LONG.search(why) else "more"
-            advice = f"then try another --model_name, {tokens} --max_tokens or more --patience"
+            form = "--response_format text, " if self.args.response_format == "json" else ""
+            advice = f"then try {form}another --model_name, {tokens} --max_tokens or more --patience"
             raise UserError(f"{self.client.name}: {what}, {advice}")
 
     def stop(self, number):
@@ -1423,7 +1462,7 @@ def preview(args, collection):
     if args.price_in is None and args.price_out is None:
         cost = "give --price_in and --price_out, per million tokens"
     return (
-        f"{encode_prompt(collection.draw(0), args.header)}\n"
+        f"{encode_prompt(collection.draw(0), args.header, args.response_format)}\n"
         f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p} (None: its own)\n"
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests"
