@@ -103,7 +103,7 @@ RARE = {word for words in WORDS.values() for word in words.partition("|")[2].spl
 TASK = "(?:task|example|exercise|任务|任務|タスク|例题|示例|例|과제|課題|문제|tarea|tâche|aufgabe|задание)"
 # A line that begins with a label: "4. Instruction:", "**Input:**", "- Output 5 -", "（4）指令：", "【入力】", "### Output".
 # Every repetition is bounded, so that no line can make the search slow.
-LINE = r"""^(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
+LINE = r"""^(?=.*?[^\W\d_]{2})(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
     (?:(?:%s[ \t]{0,3})?[(（\[]?(?P<number>\d{1,4})(?:\.\d)?[*_]{0,3}[ \t]?[])）.:：．、-]{0,2}[*_ \t]{0,6})?
     (?P<label>%s)s?(?:[ \t]?\#?(?P<behind>\d{1,4}))?(?P<close>[*_\]】>]{0,4})
     (?:(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t]))|(?=[ \t]{0,9}$)|(?<=[】\]>]))"""
@@ -114,13 +114,14 @@ EXTRA = "explanation rationale reasoning category difficulty hint note notes typ
 NUMBERED = re.compile(r"^[ \t#*_(（\[>-]{0,12}(\d{1,4})[])）.:：．、](?!\d)(?=[ \t]*\S)", re.MULTILINE)
 HASHES, RULE = re.compile(r"#{2,6}"), re.compile(r"(?=\S)[-=_*~.#•—–+ ]{1,80}")
 HEADING = re.compile(  # "**Task #5:**", "### Example 5: Rain", "任务五：", "第5题", "## 5.", "5. **Rain**"
-    rf"""(?P<deco>[ \t]*[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
+    rf"""^(?P<deco>[ \t]{{0,3}}[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
     (?:{TASK}[ \t]?(?:no\.?[ ]?)?\#?[ \t]?(?:\d{{1,4}}|[一二三四五六七八九十]{{1,3}})
     |第.{{1,3}}[题題个個]|\d{{1,4}}(?:(?<=[#* ]\d)|(?<=[#* ]\d\d))|\d{{1,4}}\.(?=[ ]\*\*[^*]{{1,60}}\*\*:?$))
-    (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]*""",
+    (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]{{0,9}}""",
     FLAGS,
 )
 FENCE = re.compile(r"^[ \t]*```(?P<info>[^`\n]*)$", re.MULTILINE)
+FENCED = re.compile(r"^```[^`]*```$", re.MULTILINE)
 SWALLOWED = re.compile(r"^###\n+\d{1,4}\. ?Instruction:", re.MULTILINE)  # in a fence: it should have been closed before
 THINK = "(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|inner_monologue|plan)"
 OPENED = re.compile(
@@ -148,25 +149,10 @@ TURN = re.compile(
     r"|[<\[(/](?:end|eos|eot|done|stop)[>\])]\s*\Z",
     re.MULTILINE | re.IGNORECASE,
 )
-TO_THE_READER = re.compile(  # a short paragraph behind a short output
-    r"""\b(?:tasks?|instructions?|examples?|prompts?|exercises?|list|more|continue|go[ ]on|request(?:ed)?|remaining
-    |omitted|enjoy|done|anything[ ]else|in[ ]total|that's[ ]all|happy[ ]to|complete[ds]?|here[ ](?:is|are)|if[ ]you
-    |do[ ]you
-    |i(?:'ve|[ ]have|[ ]can|[ ]hope)|let[ ]me|tareas|tâches|aufgaben|compiti|tarefas|espero|hoffe)\b|任务|任務|タスク|需求
-    |其他|以上|希望|请|задани|надею|작업|과제|^\W{0,9}(?:note|end|total|disclaimer)\b|[!?！？]\W{0,9}$
-    |^[(*\[\u2190-\u27ff\U0001f300-\U0001faff]""",
-    FLAGS,
-)
-FAREWELL = re.compile(  # anything behind a longer output, or on its last line
-    r"""\b(?:let[ ]me[ ]know|feel[ ]free|happy[ ]to[ ]provide|that's[ ]all|as[ ]requested|want[ ](?:me|more)|in[ ]total
-    |total:
-    |hope[ ](?:this|these|that|it|you)[ ](?:\w+[ ])?(?:tasks?|examples|instructions|list|set|helps?|is|are|meets?)
-    |remaining[ ]\w+[ ]are|anything[ ]else|would[ ]you[ ]like|(?:more|further)[ ](?:tasks|examples)|and[ ]so[ ]on
-    |(?:these|those|the|above|all|other|remaining|las|les|die|diese)[ ](?:\d+[ ])?(?:tasks|instructions|tareas|aufgaben)
-    |these[ ]cover|this[ ](?:list|set)|tasks?[ ]\d+[ ]?(?:[-–]|to)|end[ ]of[ ]|list[ ]of[ ]\d+|espero[ ]que|n'hésitez
-    |ich[ ]hoffe|spero[ ]che|надеюсь)|希望[这這以对]|以上[是为就、\d]|如需|如果[您你](?:需要|还有)|^\W{0,9}notes?:
-    |^\W{0,9}end(?:[ ]of[ \w]{1,40})?\W{0,9}$""",
-    FLAGS,
+FAREWELL = re.compile(  # on the last line of an answer
+    r"\b(?:let me know|feel free|hope (?:this|these|that|it)|espero que|ich hoffe|as requested"
+    r"|these (?:tasks|examples)|list of)\b|希望|以上|如需|^\W{0,9}(?:note|end)\b",
+    re.IGNORECASE,
 )
 ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
 NO_INPUT = re.compile(
@@ -398,8 +384,7 @@ def read_blocks(text, shown):
         if head.start in unsure or "heading" in loose or (loose and not (is_last and is_wire)):
             reason = UNCLEAR
         elif task:
-            form = [kind for kind, _ in above[:common]]
-            reason = doubt(task["output"], form, separator, is_last and not (ends and is_wire))
+            reason = doubt(task["output"], separator, is_last and not (ends and is_wire))
             if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
                 reason = UNCLEAR  # the head of another list may stand behind it
         blocks.append((task, reason, text[start:end], rest, ends))
@@ -432,7 +417,8 @@ def read_block(raw, start, head, markers, chosen, spans, formal):
         task[marker.label] = value
     if any(not m.rare for m in find_markers(task["instruction"].split("\n")[0])):
         return None, "a label stands twice"
-    is_bare = not head.key and ("\n" in task["instruction"] or CHATTER.search(task["instruction"]))
+    bare = task["instruction"]
+    is_bare = not head.key and ("\n" in bare or CHATTER.search(bare) or OTHER_LABEL.match(bare))
     if is_bare or ("\n" in task["instruction"] and not inputs):
         return None, "a label is left out"
     return task, ""
@@ -487,26 +473,18 @@ def read_field(label, field, marker):
     return field.strip()
 
 
-def doubt(output, form, separator, is_open):
+def doubt(output, separator, is_open):
     """Why it is unclear what belongs to an output; `is_open`: it ends the answer, and a farewell may stand in it."""
-    lines, paragraphs = output.split("\n"), re.split(r"\n[ \t]*\n", output)
-    rules = [line.strip() for line in lines if RULE.fullmatch(line.strip())]
-    # Front matter between two rules, whose second may be the separator.
-    is_front = rules and rules[0] in form and lines[0].strip() == rules[0] and len(rules) % 2
-    has_form = lines[-1].strip() in set(separator) - {""} or ("heading" in separator and any(map(is_heading, lines)))
+    lines = output.split("\n")
+    # A line that separates tasks elsewhere, or half of what does.
+    has_form = any(line.strip() == kind for line in lines for kind in separator if kind and not kind.startswith("##"))
+    has_form = has_form or lines[-1].strip() in separator or ("heading" in separator and any(map(is_heading, lines)))
     has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
-    if is_front or has_form or has_draft or len(FENCE.findall(output)) % 2:
+    if has_form or has_draft or len(FENCE.findall(output)) % 2:
         return UNCLEAR
-    if is_open:
-        ends = [paragraphs[-1]] * (len(paragraphs) > 1) + [lines[-1]] * (len(lines) > 1)
-        is_farewell = any(FAREWELL.search(end) for end in ends) or (
-            len(paragraphs) == 2 and len(ends[0]) <= 200 and "\n" not in ends[0] and TO_THE_READER.search(ends[0])
-        )
-        is_turn = TURN.search(output) and not re.match(r"\w+:", output)
-        behind_rule = re.search(r"\n[ \t]*\n[ \t]*([-=_*~])\1{2,40}[ \t]*(?:\n|\Z)", output)
-        several = len(paragraphs) > 1 and not FENCE.search(output) and not separator[-1].startswith("##")
-        if is_farewell or is_turn or behind_rule or several:
-            return UNCLEAR
+    is_turn = TURN.search(output) and not re.match(r"(?:user|human|assistant)\b", output, re.IGNORECASE)
+    if is_open and (is_turn or "\n\n" in FENCED.sub("", output) or (len(lines) > 1 and FAREWELL.search(lines[-1]))):
+        return UNCLEAR
     return ""
 
 
