@@ -41,7 +41,7 @@ if __name__ == "__main__":
 import numpy as np
 import regex
 from rapidfuzz import process
-from rapidfuzz.distance import OSA, LCSseq
+from rapidfuzz.distance import LCSseq
 from rouge_score.tokenize import tokenize as rouge_tokenize
 
 from utils import UserError, say
@@ -122,7 +122,6 @@ HEADING = re.compile(  # "**Task #5:**", "### Example 5: Rain", "任务五：", 
 )
 FENCE = re.compile(r"^[ \t]*```(?P<info>[^`\n]*)$", re.MULTILINE)
 FENCED = re.compile(r"^```[^`]*```$", re.MULTILINE)
-SWALLOWED = re.compile(r"^###\n+\d{1,4}\. ?Instruction:", re.MULTILINE)  # in a fence: it should have been closed before
 THINK = "(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|inner_monologue|plan)"
 OPENED = re.compile(
     rf"[<\[◁]\|?(?:begin_of_|start_)?{THINK}\|?[>\]▷]|<\|?channel\|?>(?!final)|<unused94>"
@@ -150,7 +149,7 @@ TURN = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 FAREWELL = re.compile(  # on the last line of an answer
-    r"\b(?:let me know|feel free|hope (?:this|these|that|it)|espero que|ich hoffe|as requested"
+    r"\b(?:let me know|feel free|want more|hope (?:this|these|that|it)|espero que|ich hoffe|as requested"
     r"|these (?:tasks|examples)|list of)\b|希望|以上|如需|^\W{0,9}(?:note|end)\b",
     re.IGNORECASE,
 )
@@ -180,9 +179,7 @@ def without_reasoning(text):
     for found in CLOSED.finditer(text):
         line = text[max(text.rfind("\n", 0, found.start()) + 1, found.start() - 200) : found.start()]
         behind = text[found.end() : found.end() + 200]
-        at_an_edge = not line.strip() or not behind.partition("\n")[0].strip() or MARKER.match(behind.lstrip())
-        own = at_an_edge and OPENED.search(line)  # "<think>hm</think>" within a text
-        if at_an_edge and not (own and (not head or "\n" in text[head.start() : found.start()])):
+        if not line.strip() or not behind.partition("\n")[0].strip() or MARKER.match(behind.lstrip()):
             closed.append(found)
     if head and not closed:
         name = re.sub(r"begin_of_|start_|\W", "", head[0].lower())
@@ -200,12 +197,10 @@ def unwrapped(text):
     if text is None:
         return None, False
     text, ends = LEADING.sub("", text), False
-    struck, last = text.find("<s>"), text.rfind("</s>") + (text.count("</s>") <= text.count("<s>"))  # <s>HTML</s>
     for token in TEMPLATE.finditer(text):
         behind = text[token.end() : token.end() + 40]
-        strikes = token[0] == "<s>" or (token[0] == "</s>" and 0 <= struck < token.start() < last)
         is_spoken_of = re.match(r"(?!assistant|user|system)(?: +[^\s<\[]|[^\s<\[A-Z])", behind)
-        if not (strikes or (is_spoken_of and "INST" not in token[0])):
+        if not (is_spoken_of and "INST" not in token[0]) and token[0] != "<s>":
             text, ends = text[: token.start()], True
             break
     lines = text.split("\n")
@@ -230,8 +225,7 @@ def settle_fences(text):
         behind = re.sub(r"\A\s*(?:#{2,6}\s*\n\s*)?", "", text[fence.end() : fence.end() + 400])
         head, is_bare = MARKER.match(behind), not fence["info"].strip()
         if opener and is_bare:
-            if not SWALLOWED.search(text, opener.end(), fence.end()):
-                spans.append((opener.start(), fence.end()))
+            spans.append((opener.start(), fence.end()))
             opener = None
         elif not opener and head and LABELS[head["label"].lower()] == "instruction" and is_outside(fence):
             swaps.append(fence)
@@ -317,11 +311,11 @@ def find_heads(text, markers, shown):
     strongly = {m.number: k for k, m in enumerate(named) if strong[k]}
     heads, unsure = named[:1], set()
     for k, marker in enumerate(named[1:], 1):
-        sure, follows = strong[k], marker.number == heads[-1].number + 1
+        sure = strong[k]
         if style.number >= 0 and not (sure and formal):
             if formal and strongly.get(heads[-1].number + 1, 0) > k:
                 continue  # a quotation: the next number comes later, behind what separates tasks
-            sure = follows
+            sure = marker.number == heads[-1].number + 1
         if not sure:
             unsure |= {heads[-1].start, marker.start}
         heads.append(marker)
@@ -376,8 +370,7 @@ def read_blocks(text, shown):
         loose = [kind for kind, _ in above[common:]]
         if is_wire and ends and above and above[-1][0] != separator[-1]:
             loose = ["heading"]  # half of a separator, or the heading of a task that was cut
-        formal = bool(above) and (is_last or following.number == head.number + 1)
-        task, reason = read_block(text[start:stop], start, head, inside, chosen, spans, formal)
+        task, reason = read_block(text[start:stop], start, head, inside, chosen, spans)
         is_apart = FAREWELL.search(rest) or OPENED.match(rest) or re.match(r"\W{0,4}\d", rest) or find_markers(rest)
         if rest and not is_apart:
             loose = ["heading"]  # it may be the output's own
@@ -391,7 +384,7 @@ def read_blocks(text, shown):
     return blocks
 
 
-def read_block(raw, start, head, markers, chosen, spans, formal):
+def read_block(raw, start, head, markers, chosen, spans):
     """({instruction, input, output}, "") of one task, or (None, why not). Its text `raw` begins at `start`."""
     inputs, outputs = ([m for m in markers if is_own(m, head)] for is_own in chosen)
     if not outputs:
@@ -399,14 +392,10 @@ def read_block(raw, start, head, markers, chosen, spans, formal):
     quoted = [m for m in markers if m.label == "instruction" and not m.rare and head.start < m.start < outputs[0].start]
     if len(inputs) > 1 or len(outputs) > 1 or (quoted and head.number >= 0 <= quoted[0].number):
         return None, "a label stands twice"
-    if not inputs:  # one of a wrong number may say that there is none
-        inputs = [m for m in markers if m.label == "input" and m.number >= 0 and m.start < outputs[0].start]
-        said = raw[inputs[0].end - start : outputs[0].start - start] if len(inputs) == 1 else "an input"
-        inputs = inputs if is_no_input(said) else []
     own = sorted([head, *inputs, *outputs])
     if own[-1] is not outputs[0]:
         return None, "labels out of order"
-    if has_strange_label(raw, start, head, own, spans, formal):
+    if has_strange_label(raw, start, head, own, spans):
         return None, "a label is misspelt, or of another task"
     task = {"input": ""}
     for marker, stop in zip(own, [*(m.start for m in own[1:]), start + len(raw)], strict=True):
@@ -424,20 +413,15 @@ def read_block(raw, start, head, markers, chosen, spans, formal):
     return task, ""
 
 
-def has_strange_label(raw, start, head, own, spans, formal):
-    """Whether a line of a task is like its labels, but none of them: misspelt, of another kind, of the next task.
-
-    Where the tasks are `formal`, separated by lines of form and numbered without a gap here, an output may hold a list
-    that begins at any number, and quote the next task's.
-    """
-    suspects = (head.number,) if formal else (head.number, head.number + 1)
+def has_strange_label(raw, start, head, own, spans):
+    """Whether a line of a task is like its labels, but none of them: misspelt, of another kind, of the next task."""
+    suspects = (head.number, head.number + 1)
     listed, own_starts, shapes = {0, 1}, {m.start for m in own}, {m.shape for m in own if m.key}
     for m in NUMBERED.finditer(raw):
         number = int(m[1])
         if start + m.start() not in own_starts and not stands_in(spans, start + m.start()):
             if head.number >= 0 and number in suspects and not {number, number - 1} & listed:
-                if not formal or start + m.start() < own[-1].start:
-                    return True
+                return True
             listed.add(number)
     for m in OTHER_LABEL.finditer(raw):
         at, word, number = start + m.start(), m["label"].lower(), int(m["number"] or m["behind"] or -1)
@@ -445,8 +429,7 @@ def has_strange_label(raw, start, head, own, spans, formal):
         is_like = shape in shapes or (m["number"] and m["colon"] and number == head.number)
         if is_like and at not in own_starts and not stands_in(spans, at):
             if number < 0 or (number in suspects and (number == head.number or number - 1 not in listed)):
-                near = any(OSA.distance(word, label) <= len(label) // 5 for label in LABELS)
-                if near or word in EXTRA or (at < own[-1].start and shape != ":"):
+                if word in EXTRA or at < own[-1].start:
                     return True
                 if number == head.number >= 0 and number - 1 not in listed:
                     return True
@@ -478,7 +461,7 @@ def doubt(output, separator, is_open):
     lines = output.split("\n")
     # A line that separates tasks elsewhere, or half of what does.
     has_form = any(line.strip() == kind for line in lines for kind in separator if kind and not kind.startswith("##"))
-    has_form = has_form or lines[-1].strip() in separator or ("heading" in separator and any(map(is_heading, lines)))
+    has_form = has_form or ("heading" in separator and any(map(is_heading, lines)))
     has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
     if has_form or has_draft or len(FENCE.findall(output)) % 2:
         return UNCLEAR
