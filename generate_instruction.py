@@ -428,11 +428,9 @@ def has_strange_label(raw, start, head, own, spans):
         shape = re.sub(r"\d+", "0", m[0].strip()).replace("：", ":").replace(m["label"], "").rstrip("*_")
         is_like = shape in shapes or (m["number"] and m["colon"] and number == head.number)
         if is_like and at not in own_starts and not stands_in(spans, at):
-            if number < 0 or (number in suspects and (number == head.number or number - 1 not in listed)):
-                if word in EXTRA or at < own[-1].start:
-                    return True
-                if number == head.number >= 0 and number - 1 not in listed:
-                    return True
+            is_suspect = number < 0 or (number in suspects and (number == head.number or number - 1 not in listed))
+            if is_suspect and (word in EXTRA or at < own[-1].start):
+                return True
     return False
 
 

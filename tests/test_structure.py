@@ -14,7 +14,7 @@ MOST_LINES = {
     "engines": 420,
     "weights": 400,
     "utils": 1300,
-    "generate_instruction": 1596,
+    "generate_instruction": 1553,
     "convert_llama_weights": 890,
     "apply_delta": 760,
     "chat": 560,
