@@ -41,7 +41,7 @@ if __name__ == "__main__":
 import numpy as np
 import regex
 from rapidfuzz import process
-from rapidfuzz.distance import OSA, LCSseq
+from rapidfuzz.distance import LCSseq
 from rouge_score.tokenize import tokenize as rouge_tokenize
 
 from utils import UserError, say
@@ -56,22 +56,29 @@ GRACE_S = 20  # how long a run that ends early waits for answers on their way, w
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+IN_JSON = (
+    'Whatever the form of the tasks above, answer with those that follow as one JSON object, {"tasks": [{"instruction": '
+    '"...", "input": "...", "output": "..."}, ...]}. Where a task needs no input, "input" is an empty string.'
+)
+
+
 def read_prompt(prompt_path=None):
     """The text of the prompt file; by default prompt.txt beside this script."""
     return utils.read_text(prompt_path or HERE / "prompt.txt", "; --prompt_path takes a text file").rstrip("\n") + "\n"
 
 
-def encode_prompt(prompt_instructions, header=None):
+def encode_prompt(prompt_instructions, header=None, response_format="text"):
     """The text of a request: the prompt file's, the tasks to show in the wire format, and the head of the next one.
 
-    `prompt_instructions` is a list of {instruction, input, output}; `header` defaults to `read_prompt()`.
+    `prompt_instructions` is a list of {instruction, input, output}; `header` defaults to `read_prompt()`. With the
+    `response_format` json there is no head, but a word on the form of the answer.
     """
     prompt = read_prompt() if header is None else header
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
         prompt += f"###\n{number}. Instruction: {instruction}\n"
         prompt += f"{number}. Input:\n{task['input'] or '<noinput>'}\n{number}. Output:\n{task['output']}\n"
-    return f"{prompt}###\n{len(prompt_instructions) + 1}. Instruction:"
+    return f"{prompt}###\n{IN_JSON if response_format == 'json' else f'{len(prompt_instructions) + 1}. Instruction:'}"
 
 
 def cannot_be_shown(task):
@@ -96,7 +103,7 @@ RARE = {word for words in WORDS.values() for word in words.partition("|")[2].spl
 TASK = "(?:task|example|exercise|任务|任務|タスク|例题|示例|例|과제|課題|문제|tarea|tâche|aufgabe|задание)"
 # A line that begins with a label: "4. Instruction:", "**Input:**", "- Output 5 -", "（4）指令：", "【入力】", "### Output".
 # Every repetition is bounded, so that no line can make the search slow.
-LINE = r"""^(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
+LINE = r"""^(?=.*?[^\W\d_]{2})(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
     (?:(?:%s[ \t]{0,3})?[(（\[]?(?P<number>\d{1,4})(?:\.\d)?[*_]{0,3}[ \t]?[])）.:：．、-]{0,2}[*_ \t]{0,6})?
     (?P<label>%s)s?(?:[ \t]?\#?(?P<behind>\d{1,4}))?(?P<close>[*_\]】>]{0,4})
     (?:(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t]))|(?=[ \t]{0,9}$)|(?<=[】\]>]))"""
@@ -107,14 +114,14 @@ EXTRA = "explanation rationale reasoning category difficulty hint note notes typ
 NUMBERED = re.compile(r"^[ \t#*_(（\[>-]{0,12}(\d{1,4})[])）.:：．、](?!\d)(?=[ \t]*\S)", re.MULTILINE)
 HASHES, RULE = re.compile(r"#{2,6}"), re.compile(r"(?=\S)[-=_*~.#•—–+ ]{1,80}")
 HEADING = re.compile(  # "**Task #5:**", "### Example 5: Rain", "任务五：", "第5题", "## 5.", "5. **Rain**"
-    rf"""(?P<deco>[ \t]*[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
+    rf"""^(?P<deco>[ \t]{{0,3}}[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
     (?:{TASK}[ \t]?(?:no\.?[ ]?)?\#?[ \t]?(?:\d{{1,4}}|[一二三四五六七八九十]{{1,3}})
     |第.{{1,3}}[题題个個]|\d{{1,4}}(?:(?<=[#* ]\d)|(?<=[#* ]\d\d))|\d{{1,4}}\.(?=[ ]\*\*[^*]{{1,60}}\*\*:?$))
-    (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]*""",
+    (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]{{0,9}}""",
     FLAGS,
 )
 FENCE = re.compile(r"^[ \t]*```(?P<info>[^`\n]*)$", re.MULTILINE)
-SWALLOWED = re.compile(r"^###\n+\d{1,4}\. ?Instruction:", re.MULTILINE)  # in a fence: it should have been closed before
+FENCED = re.compile(r"^```[^`]*```$", re.MULTILINE)
 THINK = "(?:seed:)?(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratch_?pad|inner_monologue|plan)"
 OPENED = re.compile(
     rf"[<\[◁]\|?(?:begin_of_|start_)?{THINK}\|?[>\]▷]|<\|?channel\|?>(?!final)|<unused94>"
@@ -141,25 +148,10 @@ TURN = re.compile(
     r"|[<\[(/](?:end|eos|eot|done|stop)[>\])]\s*\Z",
     re.MULTILINE | re.IGNORECASE,
 )
-TO_THE_READER = re.compile(  # a short paragraph behind a short output
-    r"""\b(?:tasks?|instructions?|examples?|prompts?|exercises?|list|more|continue|go[ ]on|request(?:ed)?|remaining
-    |omitted|enjoy|done|anything[ ]else|in[ ]total|that's[ ]all|happy[ ]to|complete[ds]?|here[ ](?:is|are)|if[ ]you
-    |do[ ]you
-    |i(?:'ve|[ ]have|[ ]can|[ ]hope)|let[ ]me|tareas|tâches|aufgaben|compiti|tarefas|espero|hoffe)\b|任务|任務|タスク|需求
-    |其他|以上|希望|请|задани|надею|작업|과제|^\W{0,9}(?:note|end|total|disclaimer)\b|[!?！？]\W{0,9}$
-    |^[(*\[\u2190-\u27ff\U0001f300-\U0001faff]""",
-    FLAGS,
-)
-FAREWELL = re.compile(  # anything behind a longer output, or on its last line
-    r"""\b(?:let[ ]me[ ]know|feel[ ]free|happy[ ]to[ ]provide|that's[ ]all|as[ ]requested|want[ ](?:me|more)|in[ ]total
-    |total:
-    |hope[ ](?:this|these|that|it|you)[ ](?:\w+[ ])?(?:tasks?|examples|instructions|list|set|helps?|is|are|meets?)
-    |remaining[ ]\w+[ ]are|anything[ ]else|would[ ]you[ ]like|(?:more|further)[ ](?:tasks|examples)|and[ ]so[ ]on
-    |(?:these|those|the|above|all|other|remaining|las|les|die|diese)[ ](?:\d+[ ])?(?:tasks|instructions|tareas|aufgaben)
-    |these[ ]cover|this[ ](?:list|set)|tasks?[ ]\d+[ ]?(?:[-–]|to)|end[ ]of[ ]|list[ ]of[ ]\d+|espero[ ]que|n'hésitez
-    |ich[ ]hoffe|spero[ ]che|надеюсь)|希望[这這以对]|以上[是为就、\d]|如需|如果[您你](?:需要|还有)|^\W{0,9}notes?:
-    |^\W{0,9}end(?:[ ]of[ \w]{1,40})?\W{0,9}$""",
-    FLAGS,
+FAREWELL = re.compile(  # on the last line of an answer
+    r"\b(?:let me know|feel free|want more|hope (?:this|these|that|it)|espero que|ich hoffe|as requested"
+    r"|these (?:tasks|examples)|list of)\b|希望|以上|如需|^\W{0,9}(?:note|end)\b",
+    re.IGNORECASE,
 )
 ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
 NO_INPUT = re.compile(
@@ -187,9 +179,7 @@ def without_reasoning(text):
     for found in CLOSED.finditer(text):
         line = text[max(text.rfind("\n", 0, found.start()) + 1, found.start() - 200) : found.start()]
         behind = text[found.end() : found.end() + 200]
-        at_an_edge = not line.strip() or not behind.partition("\n")[0].strip() or MARKER.match(behind.lstrip())
-        own = at_an_edge and OPENED.search(line)  # "<think>hm</think>" within a text
-        if at_an_edge and not (own and (not head or "\n" in text[head.start() : found.start()])):
+        if not line.strip() or not behind.partition("\n")[0].strip() or MARKER.match(behind.lstrip()):
             closed.append(found)
     if head and not closed:
         name = re.sub(r"begin_of_|start_|\W", "", head[0].lower())
@@ -207,12 +197,10 @@ def unwrapped(text):
     if text is None:
         return None, False
     text, ends = LEADING.sub("", text), False
-    struck, last = text.find("<s>"), text.rfind("</s>") + (text.count("</s>") <= text.count("<s>"))  # <s>HTML</s>
     for token in TEMPLATE.finditer(text):
         behind = text[token.end() : token.end() + 40]
-        strikes = token[0] == "<s>" or (token[0] == "</s>" and 0 <= struck < token.start() < last)
         is_spoken_of = re.match(r"(?!assistant|user|system)(?: +[^\s<\[]|[^\s<\[A-Z])", behind)
-        if not (strikes or (is_spoken_of and "INST" not in token[0])):
+        if not (is_spoken_of and "INST" not in token[0]) and token[0] != "<s>":
             text, ends = text[: token.start()], True
             break
     lines = text.split("\n")
@@ -237,8 +225,7 @@ def settle_fences(text):
         behind = re.sub(r"\A\s*(?:#{2,6}\s*\n\s*)?", "", text[fence.end() : fence.end() + 400])
         head, is_bare = MARKER.match(behind), not fence["info"].strip()
         if opener and is_bare:
-            if not SWALLOWED.search(text, opener.end(), fence.end()):
-                spans.append((opener.start(), fence.end()))
+            spans.append((opener.start(), fence.end()))
             opener = None
         elif not opener and head and LABELS[head["label"].lower()] == "instruction" and is_outside(fence):
             swaps.append(fence)
@@ -324,11 +311,11 @@ def find_heads(text, markers, shown):
     strongly = {m.number: k for k, m in enumerate(named) if strong[k]}
     heads, unsure = named[:1], set()
     for k, marker in enumerate(named[1:], 1):
-        sure, follows = strong[k], marker.number == heads[-1].number + 1
+        sure = strong[k]
         if style.number >= 0 and not (sure and formal):
             if formal and strongly.get(heads[-1].number + 1, 0) > k:
                 continue  # a quotation: the next number comes later, behind what separates tasks
-            sure = follows
+            sure = marker.number == heads[-1].number + 1
         if not sure:
             unsure |= {heads[-1].start, marker.start}
         heads.append(marker)
@@ -383,23 +370,21 @@ def read_blocks(text, shown):
         loose = [kind for kind, _ in above[common:]]
         if is_wire and ends and above and above[-1][0] != separator[-1]:
             loose = ["heading"]  # half of a separator, or the heading of a task that was cut
-        formal = bool(above) and (is_last or following.number == head.number + 1)
-        task, reason = read_block(text[start:stop], start, head, inside, chosen, spans, formal)
+        task, reason = read_block(text[start:stop], start, head, inside, chosen, spans)
         is_apart = FAREWELL.search(rest) or OPENED.match(rest) or re.match(r"\W{0,4}\d", rest) or find_markers(rest)
         if rest and not is_apart:
             loose = ["heading"]  # it may be the output's own
         if head.start in unsure or "heading" in loose or (loose and not (is_last and is_wire)):
             reason = UNCLEAR
         elif task:
-            form = [kind for kind, _ in above[:common]]
-            reason = doubt(task["output"], form, separator, is_last and not (ends and is_wire))
+            reason = doubt(task["output"], separator, is_last and not (ends and is_wire))
             if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
                 reason = UNCLEAR  # the head of another list may stand behind it
         blocks.append((task, reason, text[start:end], rest, ends))
     return blocks
 
 
-def read_block(raw, start, head, markers, chosen, spans, formal):
+def read_block(raw, start, head, markers, chosen, spans):
     """({instruction, input, output}, "") of one task, or (None, why not). Its text `raw` begins at `start`."""
     inputs, outputs = ([m for m in markers if is_own(m, head)] for is_own in chosen)
     if not outputs:
@@ -407,14 +392,10 @@ def read_block(raw, start, head, markers, chosen, spans, formal):
     quoted = [m for m in markers if m.label == "instruction" and not m.rare and head.start < m.start < outputs[0].start]
     if len(inputs) > 1 or len(outputs) > 1 or (quoted and head.number >= 0 <= quoted[0].number):
         return None, "a label stands twice"
-    if not inputs:  # one of a wrong number may say that there is none
-        inputs = [m for m in markers if m.label == "input" and m.number >= 0 and m.start < outputs[0].start]
-        said = raw[inputs[0].end - start : outputs[0].start - start] if len(inputs) == 1 else "an input"
-        inputs = inputs if is_no_input(said) else []
     own = sorted([head, *inputs, *outputs])
     if own[-1] is not outputs[0]:
         return None, "labels out of order"
-    if has_strange_label(raw, start, head, own, spans, formal):
+    if has_strange_label(raw, start, head, own, spans):
         return None, "a label is misspelt, or of another task"
     task = {"input": ""}
     for marker, stop in zip(own, [*(m.start for m in own[1:]), start + len(raw)], strict=True):
@@ -425,38 +406,31 @@ def read_block(raw, start, head, markers, chosen, spans, formal):
         task[marker.label] = value
     if any(not m.rare for m in find_markers(task["instruction"].split("\n")[0])):
         return None, "a label stands twice"
-    is_bare = not head.key and ("\n" in task["instruction"] or CHATTER.search(task["instruction"]))
+    bare = task["instruction"]
+    is_bare = not head.key and ("\n" in bare or CHATTER.search(bare) or OTHER_LABEL.match(bare))
     if is_bare or ("\n" in task["instruction"] and not inputs):
         return None, "a label is left out"
     return task, ""
 
 
-def has_strange_label(raw, start, head, own, spans, formal):
-    """Whether a line of a task is like its labels, but none of them: misspelt, of another kind, of the next task.
-
-    Where the tasks are `formal`, separated by lines of form and numbered without a gap here, an output may hold a list
-    that begins at any number, and quote the next task's.
-    """
-    suspects = (head.number,) if formal else (head.number, head.number + 1)
+def has_strange_label(raw, start, head, own, spans):
+    """Whether a line of a task is like its labels, but none of them: misspelt, of another kind, of the next task."""
+    suspects = (head.number, head.number + 1)
     listed, own_starts, shapes = {0, 1}, {m.start for m in own}, {m.shape for m in own if m.key}
     for m in NUMBERED.finditer(raw):
         number = int(m[1])
         if start + m.start() not in own_starts and not stands_in(spans, start + m.start()):
             if head.number >= 0 and number in suspects and not {number, number - 1} & listed:
-                if not formal or start + m.start() < own[-1].start:
-                    return True
+                return True
             listed.add(number)
     for m in OTHER_LABEL.finditer(raw):
         at, word, number = start + m.start(), m["label"].lower(), int(m["number"] or m["behind"] or -1)
         shape = re.sub(r"\d+", "0", m[0].strip()).replace("：", ":").replace(m["label"], "").rstrip("*_")
         is_like = shape in shapes or (m["number"] and m["colon"] and number == head.number)
         if is_like and at not in own_starts and not stands_in(spans, at):
-            if number < 0 or (number in suspects and (number == head.number or number - 1 not in listed)):
-                near = any(OSA.distance(word, label) <= len(label) // 5 for label in LABELS)
-                if near or word in EXTRA or (at < own[-1].start and shape != ":"):
-                    return True
-                if number == head.number >= 0 and number - 1 not in listed:
-                    return True
+            is_suspect = number < 0 or (number in suspects and (number == head.number or number - 1 not in listed))
+            if is_suspect and (word in EXTRA or at < own[-1].start):
+                return True
     return False
 
 
@@ -480,26 +454,18 @@ def read_field(label, field, marker):
     return field.strip()
 
 
-def doubt(output, form, separator, is_open):
+def doubt(output, separator, is_open):
     """Why it is unclear what belongs to an output; `is_open`: it ends the answer, and a farewell may stand in it."""
-    lines, paragraphs = output.split("\n"), re.split(r"\n[ \t]*\n", output)
-    rules = [line.strip() for line in lines if RULE.fullmatch(line.strip())]
-    # Front matter between two rules, whose second may be the separator.
-    is_front = rules and rules[0] in form and lines[0].strip() == rules[0] and len(rules) % 2
-    has_form = lines[-1].strip() in set(separator) - {""} or ("heading" in separator and any(map(is_heading, lines)))
+    lines = output.split("\n")
+    # A line that separates tasks elsewhere, or half of what does.
+    has_form = any(line.strip() == kind for line in lines for kind in separator if kind and not kind.startswith("##"))
+    has_form = has_form or ("heading" in separator and any(map(is_heading, lines)))
     has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
-    if is_front or has_form or has_draft or len(FENCE.findall(output)) % 2:
+    if has_form or has_draft or len(FENCE.findall(output)) % 2:
         return UNCLEAR
-    if is_open:
-        ends = [paragraphs[-1]] * (len(paragraphs) > 1) + [lines[-1]] * (len(lines) > 1)
-        is_farewell = any(FAREWELL.search(end) for end in ends) or (
-            len(paragraphs) == 2 and len(ends[0]) <= 200 and "\n" not in ends[0] and TO_THE_READER.search(ends[0])
-        )
-        is_turn = TURN.search(output) and not re.match(r"\w+:", output)
-        behind_rule = re.search(r"\n[ \t]*\n[ \t]*([-=_*~])\1{2,40}[ \t]*(?:\n|\Z)", output)
-        several = len(paragraphs) > 1 and not FENCE.search(output) and not separator[-1].startswith("##")
-        if is_farewell or is_turn or behind_rule or several:
-            return UNCLEAR
+    is_turn = TURN.search(output) and not re.match(r"(?:user|human|assistant)\b", output, re.IGNORECASE)
+    if is_open and (is_turn or "\n\n" in FENCED.sub("", output) or (len(lines) > 1 and FAREWELL.search(lines[-1]))):
+        return UNCLEAR
     return ""
 
 
@@ -524,7 +490,7 @@ def read_json_tasks(text):
         position = re.compile(r"(?:[\s,\]]|###+|```\w*)*").match(text, end).end()
     if blocks and position < len(text) and re.search(r"\w", text[position:]) and blocks[-1][4]:
         blocks[-1] = (*blocks[-1][:3], text[position:].strip(" \n]}`"), True)
-    return blocks if any(task for task, *_ in blocks) else []
+    return blocks
 
 
 def is_no_input(text):
@@ -553,16 +519,20 @@ def unquote(tasks):
     return tasks
 
 
-def parse_response(text, finish_reason, num_prompt_instructions):
+def parse_response(text, finish_reason, num_prompt_instructions, response_format="text"):
     """Parse an answer. Returns (tasks, dropped): [(block number, {instruction, input, output})] and
     [(block number, reason, text)]. The blocks of both together are the whole answer, but for a preamble and reasoning.
 
     A task is kept only if it is exactly what the answer holds: where it is unclear what belongs to it, it is dropped.
+    With the `response_format` json an answer is JSON or nothing, and its texts are taken as they are.
     """
-    answer, ends = unwrapped(text)
+    is_json = response_format == "json"
+    answer, ends = (text, False) if is_json and text.lstrip().startswith("{") else unwrapped(text)
     if not (answer or "").strip():
         return [], [(0, "empty answer" if answer is not None or not text.strip() else "reasoning without an end", text)]
-    blocks = read_json_tasks(answer) or read_blocks(answer, num_prompt_instructions)
+    blocks = read_json_tasks(answer)
+    if not is_json and not any(task for task, *_ in blocks):
+        blocks = read_blocks(answer, num_prompt_instructions)
     if not blocks:
         return [], [(0, "no task found", text)]
     if not (ends or blocks[-1][4] or str(finish_reason).lower() in CLEAN_ENDS):
@@ -572,11 +542,11 @@ def parse_response(text, finish_reason, num_prompt_instructions):
     for number, (task, reason, raw, rest, _) in enumerate(blocks):
         if task and not reason:
             texts = "".join(task.values())
-            if not task["instruction"] or not task["output"]:
-                reason = "empty instruction" if not task["instruction"] else "empty output"
+            if empty := [key for key in ("instruction", "output") if not task[key].strip()]:
+                reason = f"empty {empty[0]}"
             elif re.search("[\x00\ud800-\udfff]", texts):
                 reason = "broken characters"
-            elif any(token[0] not in ("<s>", "</s>") for token in TEMPLATE.finditer(texts)):
+            elif not is_json and any(token[0] not in ("<s>", "</s>") for token in TEMPLATE.finditer(texts)):
                 reason = "a token of a chat template"
         if reason:
             dropped.append((number, reason, raw))
@@ -584,6 +554,8 @@ def parse_response(text, finish_reason, num_prompt_instructions):
             tasks.append((number, task))
         if rest:
             dropped.append((number, "text between tasks", rest))
+    if is_json:
+        return tasks, dropped
     bare = [{key: task[key] for key in FIELDS} for task in unquote([task for _, task in tasks])]
     bare = [task | {"input": "" if is_no_input(task["input"]) else task["input"]} for task in bare]
     return [(number, task) for (number, _), task in zip(tasks, bare, strict=True)], dropped
@@ -803,7 +775,8 @@ class Collection:
         if "failed" in entry:
             self.failures[entry["failed"]] += 1
         else:
-            tasks, dropped = parse_response(entry["text"], entry["finish_reason"], len(entry["demonstrations"]))
+            how = (len(entry["demonstrations"]), entry.get("response_format", "text"))  # which older journals lack
+            tasks, dropped = parse_response(entry["text"], entry["finish_reason"], *how)
             for block, reason, text in dropped:
                 self.drop(number, block, {"reason": reason, "text": text})
             candidates = []
@@ -837,7 +810,7 @@ class Collection:
 
     def estimate(self, request):
         """An upper estimate of the tokens of a request, in the form of its usage."""
-        prompt = encode_prompt(self.draw(request), self.args.header)
+        prompt = encode_prompt(self.draw(request), self.args.header, self.args.response_format)
         return {"prompt_tokens": estimate_tokens(prompt), "completion_tokens": self.args.max_tokens}
 
     def limit(self, request, num_on_their_way):
@@ -892,6 +865,19 @@ REPORT_S = 10  # how often a wait is said again
 # Where servers put their words, and their codes: of these alone, not of prose, a lack of credit is known.
 SAID = re.compile(r'"(?:message|msg|error|detail|code|type|param|title|raw|status_msg)": "((?:[^"\\]|\\.)+)"')
 NO_CREDIT = re.compile(r"insufficient_(quota|balance|credit)|billing_(hard|not)_|exceeded_current_quota|\bArrearage\b")
+TASK_SCHEMA = {
+    "type": "object",
+    "properties": {key: {"type": "string"} for key in FIELDS},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+LIST_SCHEMA = {
+    "type": "object",
+    "properties": {"tasks": {"type": "array", "items": TASK_SCHEMA}},
+    "required": ["tasks"],
+    "additionalProperties": False,
+}
+JSON_FORMAT = {"type": "json_schema", "json_schema": {"name": "tasks", "strict": True, "schema": LIST_SCHEMA}}
 TOO_LONG = re.compile("context.{0,20}(length|window|size)|too long|reduce the length", re.I)
 OF_THE_PROMPT = re.compile(f"{TOO_LONG.pattern}|filter|policy|moderat|flagged|safety|sensitive|inappropriat", re.I)
 
@@ -1047,6 +1033,7 @@ class ChatClient:
         content = {"messages": [{"role": "user", "content": prompt}]}
         if is_text:
             content, api = {"prompt": prompt}, self.client.completions
+        content |= {"response_format": JSON_FORMAT} if self.args.response_format == "json" else {}
         sent = {"model": self.args.model_name, **content, **sent, "extra_body": self.args.extra_body}
         if not self.args.stream:
             raw = (await api.with_raw_response.create(**sent)).text
@@ -1091,6 +1078,9 @@ class ChatClient:
             advice = f"it asks to wait {fault.wait:.0f} s; wait, or give a longer --timeout"
         if status == 400 and not self.args.stream and re.search("stream|enable_thinking", fault.text):
             advice = """give --stream, or for example --extra_body '{"enable_thinking": false}'"""
+        is_form = self.args.response_format == "json" and re.search("response_format|json.?schema", fault.body, re.I)
+        if is_form and not OF_THE_PROMPT.search(fault.text):
+            advice = "give --response_format text"
         if advice and not (status == 403 and OF_THE_PROMPT.search(fault.text)):
             raise UserError(f"{self.name}: {fault.text}: {advice}; then the same command goes on")
 
@@ -1161,6 +1151,7 @@ class Options:
     endpoint: str = setting("chat", "chat, or text for base models (text completions).")
     max_tokens: int = setting(3072, "The longest answer, in tokens.", 1)
     extra_body: str = setting(None, "JSON that is added to each request, such as '{\"enable_thinking\": false}'.")
+    response_format: str = setting("text", "text, or json for chat servers that hold answers to a JSON schema.")
     stream: bool = setting(False, "Ask for answers piece by piece, for servers that give no others.")
     num_parallel_requests: int = setting(None, "Requests at a time (default: --request_batch_size).", 1, 1000)
     num_generated_in_prompt: int = setting(0, "How many of the shown tasks are taken from those generated so far.", 0)
@@ -1206,6 +1197,10 @@ def check_options(options):
         problems.append("--max_cost needs --price_in and --price_out, per million tokens")
     if args.endpoint not in ("chat", "text"):
         problems.append(f"--endpoint {args.endpoint}: must be chat or text")
+    if args.response_format not in ("text", "json"):
+        problems.append(f"--response_format {args.response_format}: must be text or json")
+    elif args.response_format == "json" and args.endpoint == "text":
+        problems.append("--response_format json needs --endpoint chat; give --response_format text")
     args.base_url = next(filter(None, [args.base_url, *map(os.environ.get, URL_VARIABLES), OPENAI_URL]))
     args.server = re.sub("//[^/@]*@", "//", args.base_url.partition("?")[0])  # without what may be secret in it
     if not re.match("https?://[^/]", args.base_url):
@@ -1291,6 +1286,7 @@ def record_run(args, journal):
     names = "model_name endpoint temperature top_p max_tokens num_prompt_instructions num_generated_in_prompt"
     asked = {name: getattr(args, name) for name in [*names.split(), "num_parallel_requests", "seed", "extra_body"]}
     asked["stream"] = args.stream or None  # absent in older journals, as extra_body is
+    asked["response_format"] = args.response_format if args.response_format == "json" else None
     asked["base_url"], asked["prompt"] = args.server, hashlib.sha256(args.header.encode()).hexdigest()[:16]
     last = journal.runs[-1] if journal.runs else {"judged": judged, "asked": asked}
     if args.replay:
@@ -1341,7 +1337,8 @@ class Requests:
             return self.journal.answers[number]
         shown = self.collection.draw(number)
         entry = {"request": number, "demonstrations": [task["source"] for task in shown]}
-        entry |= await self.client.ask(encode_prompt(shown, self.args.header))
+        entry["response_format"] = self.args.response_format
+        entry |= await self.client.ask(encode_prompt(shown, self.args.header, self.args.response_format))
         self.journal.append(entry)
         return entry
 
@@ -1362,7 +1359,8 @@ class Requests:
             why = ", ".join(filter(None, dict.fromkeys(reasons)))
             what = f"nothing was kept of the last {len(self.fruitless)} requests ({why}); see {self.journal.path.name}"
             tokens = "fewer --num_prompt_instructions or less" if TOO_LONG.search(why) else "more"
-            advice = f"then try another --model_name, {tokens} --max_tokens or more --patience"
+            form = "--response_format text, " if self.args.response_format == "json" else ""
+            advice = f"then try {form}another --model_name, {tokens} --max_tokens or more --patience"
             raise UserError(f"{self.client.name}: {what}, {advice}")
 
     def stop(self, number):
@@ -1423,7 +1421,7 @@ def preview(args, collection):
     if args.price_in is None and args.price_out is None:
         cost = "give --price_in and --price_out, per million tokens"
     return (
-        f"{encode_prompt(collection.draw(0), args.header)}\n"
+        f"{encode_prompt(collection.draw(0), args.header, args.response_format)}\n"
         f"--- {args.model_name} at {args.server}, temperature {args.temperature}, top_p {args.top_p} (None: its own)\n"
         f"--- an estimate, by characters: about {usage['prompt_tokens']:,} tokens in a request, at most "
         f"{args.max_tokens:,} out; at least {requests:,} requests"

@@ -42,12 +42,16 @@ def render_tasks(tasks, first):
     return "###\n".join(blocks).removeprefix(f"{first}. Instruction:")
 
 
-def usual_answer(prompt, count=8):
+def usual_answer(prompt, count=8, is_json=False):
     """The answer to a prompt; a fifth of its tasks repeats one of the others."""
     draw = random.Random(hashlib.sha256(prompt.encode()).digest())
     tasks = make_tasks(draw, count)
     if count > 4:
         tasks[count // 2] = tasks[0]
+    if is_json:
+        fields = ("instruction", "input", "output")
+        rows = [dict(zip(fields, (a, b.replace("<noinput>", ""), c), strict=True)) for a, b, c in tasks]
+        return json.dumps({"tasks": rows})
     first = int(re.findall(r"^(\d+)\. Instruction:", prompt, re.MULTILINE)[-1])
     return render_tasks(tasks, first)
 
@@ -106,7 +110,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return  # and the connection is closed, without a farewell
         if raw is None:
             if body is None:
-                text = usual_answer(request["prompt"], count) if text is None else text
+                if text is None:
+                    text = usual_answer(request["prompt"], count, "response_format" in request)
                 body = completion(text, endpoint=request["endpoint"], **more)
             raw = json.dumps(body).encode()
             if request.get("stream") and status == 200:

@@ -174,8 +174,8 @@ def test_released_rows_that_end_like_separators_stay():
         "********",
         "Title\n=====",
         "a\n\n---",
-        "```\nx\n```",
         "Thank you!\n\nBest,\nAnn",
+        "```\nx\n```",
     ]
     tasks = [("Write it down now.", "", end) for end in ends]
     assert kept(wire(tasks)) == tasks
@@ -206,3 +206,15 @@ def test_a_task_that_quotes_others_is_dropped():
 def test_a_label_of_the_model_s_own_behind_an_output_is_not_part_of_it(label):
     heads = "{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n" + label + " Because.\n"
     assert kept(wire(QUOTING, head=heads)) == []
+
+
+def test_the_last_output_of_an_open_answer_is_dropped_where_a_farewell_may_stand_in_it():
+    tasks = [*QUOTING[:2], ("Write two verses.", "", "One line.\n\nAnother line.")]
+    assert kept(wire(tasks)) == tasks[:2]
+    assert kept(f"{wire(tasks)}###\n") == tasks
+
+
+def test_an_output_that_holds_what_separates_tasks_is_dropped():
+    tasks = [("Write two verses.", "", "One line.\n***\nAnother line."), *QUOTING]
+    assert kept(wire(tasks, between="***\n")) == QUOTING
+    assert kept(f"{wire(tasks[1:], between='***' + chr(10))}***\nThat was the set.") == QUOTING[:2]
