@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import html
 import inspect
 import io
 import itertools
@@ -155,12 +156,18 @@ FAREWELL = re.compile(  # on the last line of an answer
 )
 ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
 NO_INPUT = re.compile(
-    r"""(?:input:[ ])?(?:(?:no[ _-]?(?:input|context)(?:[ ]is)?|none|not)
-    (?:[ ](?:needed|required|necessary|given|provided|available|applicable))?|n/?a|empty|(?:leave|left)[ ]blank
-    |keine?(?:[ ]eingabe)?|aucune?|ningun[ao]|nenhuma?|nessuno?|нет|없음|해당[ ]없음|空|(?:入力)?[はが]?(?:なし|不要|無し)
-    |(?:无|無|没有|沒有|无需|無需|不需要|不用)(?:额外|額外|任何)?(?:输入|輸入)?(?:内容|內容)?)""",
+    r"""(?:input:[ ])?(?:(?:(?:there[ ]is[ ])?no[ _-]?(?:additional[ ]|further[ ])?(?:input|context)(?:[ ]is)?|none|not)
+    (?:[ ](?:needed|required|necessary|given|provided|available|applicable))?(?:[ ]for[ ]this[ ]\w{1,12})?
+    |n/?a|nil|null|empty|(?:leave[ ]|left[ ])?blank|keine?(?:[ ]eingabe)?|(?:aucune?|sans)(?:[ ]entrée)?|néant
+    |(?:ningun[ao]|nenhuma?|sem|sin)(?:[ ]entrada)?|nessuno?(?:[ ]input)?|нет(?:[ ]ввода)?|(?:입력[ ]|해당[ ])?없음|空
+    |(?:入力)?[はが]?(?:なし|不要|無し)|特になし
+    |(?:[此本这該该]?(?:任务|任務|题|題|指令))?(?:无|無|没有|沒有|无需|無需|不需要|不用)(?:额外|額外|任何)?(?:输入|輸入)?(?:内容|內容)?)""",
     re.IGNORECASE | re.VERBOSE,
 )
+# A last line of an output that is form rather than text: a heading, a number; a remark in brackets, a mark, a tag.
+HEADED = re.compile(r"#{2,6}[ ].*[^:：]|\*\*[^*]+\*\*:?|\d{1,4}[.)]")
+REMARK = re.compile(r"[*_#]{0,3}[(\[（【#].{0,60}[)\]）】#][*_#]{0,3}|&\w{1,8};")
+TAG = re.compile(r"</?\w{1,10}[^<>]{0,20}>")
 CLEAN_ENDS = (
     "none stop eos eos_token end_turn stop_sequence stop_token end_of_turn end complete completed finished".split()
 )
@@ -377,10 +384,16 @@ def read_blocks(text, shown):
         if head.start in unsure or "heading" in loose or (loose and not (is_last and is_wire)):
             reason = UNCLEAR
         elif task:
-            reason = doubt(task["output"], separator, is_last and not (ends and is_wire))
+            kind = "##" if ends else lines_above(text, end, head.end)[0][0]
+            reason = doubt(task["output"], separator, is_last and not (ends and is_wire), kind)
             if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
                 reason = UNCLEAR  # the head of another list may stand behind it
         blocks.append((task, reason, text[start:end], rest, ends))
+    tails = [re.sub(r"\d+", "0", task["output"].rpartition("\n")[2].strip()) if task else "" for task, *_ in blocks]
+    for k, tail in enumerate(tails):  # the same behind most outputs is no output's own
+        if tail and tails.count(tail) >= max(len(tails) / 2, 2) and "\n" in blocks[k][0]["output"]:
+            if RULE.fullmatch(tail) or is_tail(blocks[k][0]["output"]):
+                blocks[k] = (blocks[k][0], UNCLEAR, *blocks[k][2:])
     return blocks
 
 
@@ -454,9 +467,25 @@ def read_field(label, field, marker):
     return field.strip()
 
 
-def doubt(output, separator, is_open):
-    """Why it is unclear what belongs to an output; `is_open`: it ends the answer, and a farewell may stand in it."""
+def is_tail(output):
+    """Whether the last line of an output is form: an only tag is, the last of many is HTML's."""
+    last = output.rpartition("\n")[2].strip()
+    return bool(HEADED.fullmatch(last) or REMARK.fullmatch(last) or (TAG.fullmatch(last) and output.count("<") == 1))
+
+
+def doubt(output, separator, is_open, kind):
+    """Why it is unclear what belongs to an output, behind which a line of form of this `kind` stands, as "blank".
+
+    `is_open`: it ends the answer, and a farewell may stand in it.
+    """
     lines = output.split("\n")
+    last, is_apart = lines[-1].strip(), len(lines) > 1 and not lines[-2].strip()
+    if re.search(r"\S[ \t]+#{2,}$", last) or (is_apart and HEADED.fullmatch(last)):
+        return UNCLEAR
+    if not kind.startswith("##") and len(lines) > 1 and is_tail(output):
+        return UNCLEAR
+    if not kind and not is_open and is_apart:
+        return UNCLEAR  # the heading of the next task, or a remark on it
     # A line that separates tasks elsewhere, or half of what does.
     has_form = any(line.strip() == kind for line in lines for kind in separator if kind and not kind.startswith("##"))
     has_form = has_form or ("heading" in separator and any(map(is_heading, lines)))
@@ -496,7 +525,8 @@ def read_json_tasks(text):
 def is_no_input(text):
     """Whether an input says that there is none: "<noinput>", "(None)", "-", "无需输入"."""
     if len(lines := {line.strip() for line in text.strip().split("\n")}) == 1:
-        text = lines.pop()  # once, or again and again
+        text = html.unescape(lines.pop())  # once, or again and again
+    text = re.sub(r"</noinput>|[ ][(（][^()（）]{1,40}[)）]$", "", text)  # a remark behind it
     bare = re.sub(r"^[\W_]+|[\W_]+$", "", text.partition("#")[0] if "noinput" in text else text)
     return text.strip() in ("", "-", "–", "—", "--", '""', "''") or bool(NO_INPUT.fullmatch(bare))
 

