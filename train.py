@@ -131,6 +131,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = option(512, "Window in tokens; longer rows are cut on the right and counted.")
     pad_token: Literal["keep", "add"] = option("keep", "add: a row for [PAD] is added, as Stanford Alpaca did.")
     padded: bool = option(False, "Pad micro-batches on the right instead of flattening them.")
+    attn_implementation: str | None = option(
+        None, "One of transformers', as flash_attention_2; by default causal attention within each example."
+    )
     save_dtype: Dtype | None = option(None, "Dtype of the final model's files; by default what the run computes in.")
     save_rehearsal: bool = option(True, "Save, check and remove the model before step 1.")
     memory_check: bool = option(True, "Compare what the run needs with what there is.")
@@ -427,9 +430,10 @@ class DataCollatorForSupervisedDataset:
 def flatten(instances):
     """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
 
-    Position ids restart with every example, which is what keeps the examples apart in transformers' masks: an
-    attention_mask, even of ones, would undo it. Position i predicts token i + 1, so lengths 3 and 2 with the labels
-    [-100, 5, 6] and [-100, 7] give position_ids [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
+    The borders keep the examples apart in attention that knows them, the position ids, which restart with every
+    example, in transformers' masks: an attention_mask, even of ones, would undo it. Position i predicts token i + 1,
+    so lengths 3 and 2 with the labels [-100, 5, 6] and [-100, 7] give cu_seq_lens [0, 3, 5], position_ids
+    [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
     """
     ids = [instance["input_ids"] for instance in instances]
     labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
@@ -441,6 +445,7 @@ def flatten(instances):
         "logits_to_keep": keep,
         "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
         "labels": targets,  # the model computes a loss only when labels are given
+        **engines.borders([len(row) for row in ids]),
         **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
     }
 
@@ -673,7 +678,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.step_rows, self.step_targets, self.step_skipped, self.dtypes = [], 0, False, ""
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         super().__init__(*arguments, **keywords)
-        self.layout = "flat" if self.data_collator is flatten else "padded"
+        self.layout = ""  # of micro-batches: see engines.choose_layout
         self.add_callback(self)
 
     def create_accelerator_and_postprocess(self):
@@ -683,15 +688,12 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.progress["step"] = state.global_step
-        reason, compute = engines.flat_rows_problem(self, self.progress["longest"])
-        if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
-            reason = reason or "label smoothing and Liger kernels need all logits"
-        if reason and self.layout == "flat":
-            say(f"micro-batches are padded on the right: {reason}")
-            self.data_collator, self.layout = DataCollatorForSupervisedDataset(self.processing_class), "padded"
+        self.layout, attention, compute = engines.choose_layout(self, self.progress["longest"])
+        if self.layout == "padded" and self.data_collator is flatten:
+            self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
         self.dtypes, line = engines.check_engine(args, self.model_wrapped, compute, self.layout, state.max_steps)
-        say(line)
+        say(f"{line}; attention: {attention}")
         engines.replay_cpu_adam(self)
         if args.save_rehearsal:
             rehearse_save(self)
@@ -719,6 +721,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         """The micro-batches of one optimizer step, and the number of its targets on all processes."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_rows = [row for batch in batches for row in batch.pop("rows").tolist()]
+        if self.layout == "flat, masked":  # its forward may not take them
+            batches = [{key: value for key, value in batch.items() if key not in engines.BORDERS} for batch in batches]
         # FSDP would round a float to 16 bits: 1986 targets to 1984.
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
@@ -1210,6 +1214,8 @@ def train():
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
+    if args.attn_implementation:
+        engines.set_attention(config, args.attn_implementation)
     longest, steps = max(map(len, dataset.input_ids)), engines.num_steps(len(dataset), args)
     num_params = check_run(args, model_args, utils.skeleton(config), longest, steps)
     if dataset.num_filled:
