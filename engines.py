@@ -365,8 +365,10 @@ def mask_by_example(*arguments, attention_mask=None, **keywords):
     return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **keywords)
 
 
-transformers.AttentionInterface.register(BY_EXAMPLE, attend_by_example)
-AttentionMaskInterface.register(BY_EXAMPLE, mask_by_example)
+def register_attention():
+    """Make BY_EXAMPLE known to transformers."""
+    transformers.AttentionInterface.register(BY_EXAMPLE, attend_by_example)
+    AttentionMaskInterface.register(BY_EXAMPLE, mask_by_example)
 
 
 def set_attention(config, name):
@@ -476,6 +478,7 @@ def choose_layout(trainer, longest):
     length = max(args.per_device_train_batch_size * longest // count, 8)
     ids = torch.arange(3, 3 + max(count * length, longest), device=args.device)[None]
     ids %= model.config.get_text_config().vocab_size
+    register_attention()
     layouts = [("flat", BY_EXAMPLE), ("flat, masked", own)]
     if args.attn_implementation:
         layouts = [("flat" if "flash" in own else "flat, masked", own)]

@@ -10,11 +10,12 @@ Reads a model folder and JSON or JSON Lines records; writes the tuned model, che
 The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
 """
 
-import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ import select
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -33,26 +35,7 @@ from typing import Literal
 
 import utils
 
-if __name__ == "__main__":
-    utils.end_by_ctrl_c()
-
-import torch
-import transformers
-from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.trainer_pt_utils import LengthGroupedSampler
-
-import engines
-from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
-
-DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
-IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
-CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
-Dtype = Literal["float32", "bfloat16", "float16"]
-LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
-MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
-
-# --- Arguments -------------------------------------------------------------------------------------------------------
+# --- What takes no libraries: the options that there are, and --help -------------------------------------------------
 
 # Spellings of 2023 that today's libraries reject, each with today's words for {value}; "" where nothing corresponds.
 RENAMED = (
@@ -75,6 +58,58 @@ OLD_OPTIONS = {
     **dict.fromkeys(GONE.split(), ""),
 }
 OLD_VALUES = {"--optim adamw_hf": "--optim adamw_torch", "--debug ": ""}  # of options that are still there
+
+
+def read_options():
+    """{option: its help} for our own and transformers', off the sources: to import them takes seconds."""
+    library = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
+    options = {}
+    for path in (Path(__file__), library):
+        for part in ast.parse(path.read_text(encoding="utf-8")).body:
+            fields = part.body if isinstance(part, ast.ClassDef) and part.name.endswith("Arguments") else []
+            for field in (field for field in fields if isinstance(field, ast.AnnAssign)):
+                kind, texts = ast.unparse(field.annotation), [""]
+                texts += [node.value for node in ast.walk(field.value) if isinstance(node, ast.Constant)]
+                text = max((text for text in texts if isinstance(text, str)), key=len)
+                options.setdefault(field.target.id, f"({kind}) {' '.join(text.split())}")
+    return options
+
+
+def answer_early(words):
+    """Print the help where it is asked for and end. Raises UserError for options that do not exist."""
+    options = read_options()
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nOptions, ours first; more about the others under transformers.TrainingArguments:\n")
+        for name, text in options.items():
+            print(f"  --{name}", textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8), sep="\n")
+        raise SystemExit(0)
+    known = {*options, *(f"no_{name}" for name in options), *OLD_OPTIONS, "local_rank"}
+    names = [word.split("=")[0] for word in words if word.startswith("--")]
+    if unknown := [name for name in names if name[2:].replace("-", "_") not in known]:
+        raise utils.unknown_options(unknown, [f"--{name}" for name in options])
+
+
+if __name__ == "__main__":
+    utils.end_by_ctrl_c()
+    utils.run_main(lambda: answer_early(sys.argv[1:]), goes_on=True)
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+import engines
+from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
+
+DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
+IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
+CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
+Dtype = Literal["float32", "bfloat16", "float16"]
+LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
+MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
+
+# --- Arguments -------------------------------------------------------------------------------------------------------
 
 
 def translate_old_options(words):
@@ -176,8 +211,8 @@ def parse_arguments(words):
     `given` is what differs from the defaults, as run.json keeps it. A first word that is a run.json brings its own.
     """
     classes = (ModelArguments, DataArguments, TrainingArguments)
-    parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    answer_early(words)
+    parser = transformers.HfArgumentParser(classes, prog="train.py", allow_abbrev=False)
     words, notices = translate_old_options(words)
     for notice in notices:
         say(notice)

@@ -10,6 +10,7 @@ import engines
 import train
 from train import flatten
 
+engines.register_attention()
 LENGTHS = [7, 1, 12, 3]
 HEADS, GROUPS, SIZE = 4, 2, 8
 
