@@ -310,6 +310,8 @@ def test_the_attention_of_flat_rows_is_chosen_by_proof(name, dtype):
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**arguments)).to(dtype)
     own = model.config._attn_implementation
     found = probe(model, 4, 40)
+    if name == "a soft cap" and own == "sdpa":  # of transformers before 5.20, whose SDPA passed over the cap itself
+        layout, attention = "flat", ALONE
     assert (found[0], found[2]) == (layout, dtype) and attention in found[1]
     assert model.config._attn_implementation == (engines.BY_EXAMPLE if attention == ALONE else own)
     assert all(parameter.grad is None for parameter in model.parameters())
