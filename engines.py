@@ -1,15 +1,19 @@
 """train.py's chapter on where it runs: devices, launchers, FSDP and DeepSpeed, what they need, and proofs of them."""
 
 import contextlib
+import inspect
 import io
+import itertools
 import math
 import os
 
 import accelerate
 import torch
 import transformers
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from utils import UserError, first_line, free_host_memory, read_json, say, size_of
+from utils import UserError, first_line, free_host_memory, read_json, say, size_of, skeleton
 
 
 def fit_device(args):
@@ -300,39 +304,158 @@ def gathered(parameters):
     return torch.no_grad()
 
 
-@torch.no_grad()
-def flat_rows_problem(trainer, longest):
-    """Prove on the wrapped model, at the width of the widest micro-batch, that flat rows keep their examples apart.
+# --- Attention, example by example, and the proof that a model takes it ----------------------------------------------
 
-    `longest` is the length of the longest row in tokens. Flat examples are changed but for the last one, whose logits
-    must not move by a bit. Returns (why it cannot take flat rows, or "", dtype that its output layer computed in).
-    Raises UserError for a model in which a later token moves the logits of an earlier one.
+BY_EXAMPLE = "by_example"  # our name among transformers' attention functions
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # transformers' names, for its own too
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # of torch before 2.10
+    varlen_attn = None
+
+
+def borders(lengths):
+    """Where the examples of a flat row begin and end, given their lengths: a part of the batch, by BORDERS' names."""
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return dict(zip(BORDERS, (ends, ends, max(lengths), max(lengths)), strict=True))
+
+
+def takes_varlen(query, dropout):
+    """Whether torch's varlen attention can be used: FlashAttention's kernel, which needs half precision and Ampere."""
+    wanted = {"window_size", "scale"}  # torch 2.10 had other arguments
+    return (
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and not dropout
+        and query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and wanted <= inspect.signature(varlen_attn).parameters.keys()
+    )
+
+
+@torch.compiler.disable  # the lengths are numbers of Python's
+def attend_in_turn(module, query, key, value, ends, **options):
+    """SDPA over each example; `ends` are the borders. Shapes as in `attend_by_example`."""
+    parts = zip(*(tensor.split(ends.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1)
+
+
+def attend_by_example(
+    module, query, key, value, attention_mask, cu_seq_lens_q=None, max_length_q=None, dropout=0.0, **options
+):
+    """Causal attention within each example of a flat row, without a mask: its cost grows with the examples' number.
+
+    query is (1, heads, tokens, size), key and value the same with as many heads or fewer; cu_seq_lens_q (examples + 1,)
+    are the borders. Returns ((1, tokens, heads, size), None). What has no borders is SDPA's as ever.
     """
-    model, vocab_size = trainer.model_wrapped, trainer.model.config.get_text_config().vocab_size
-    device, seen, training = trainer.args.device, [], model.training
-    head = trainer.accelerator.unwrap_model(model).get_output_embeddings()
-    hook = head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    count, width = max(trainer.args.per_device_train_batch_size, 2), trainer.args.per_device_train_batch_size * longest
-    length = max(width // count, 8)
-    one = (torch.arange(3, 3 + count * length, device=device) % vocab_size)[None]
-    other = torch.cat([(one[:, :-length] + 5) % vocab_size, one[:, -length:]], dim=1)
-    later = torch.cat([one[:, :4], (one[:, 4:8] + 5) % vocab_size], dim=1)
-    flat = {"position_ids": (torch.arange(count * length, device=device) % length)[None], "use_cache": False}
-    flat["logits_to_keep"] = torch.arange((count - 1) * length, count * length, device=device)
+    if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, **options)
+    if not takes_varlen(query, dropout):
+        return attend_in_turn(module, query, key, value, cu_seq_lens_q, dropout=dropout, **options), None
+    groups = query.shape[1] // key.shape[1]
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    shape = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+    return varlen_attn(*rows, *shape, scale=options.get("scaling"), window_size=(-1, 0))[None], None  # (-1, 0): causal
+
+
+def mask_by_example(*arguments, attention_mask=None, **keywords):
+    """The mask that goes with `attend_by_example`: none, but for rows with padding."""
+    return None if attention_mask is None else sdpa_mask(*arguments, attention_mask=attention_mask, **keywords)
+
+
+def register_attention():
+    """Make BY_EXAMPLE known to transformers."""
+    transformers.AttentionInterface.register(BY_EXAMPLE, attend_by_example)
+    AttentionMaskInterface.register(BY_EXAMPLE, mask_by_example)
+
+
+def set_attention(config, name):
+    """Let the model that is made from `config` use one of transformers' attention functions."""
+    try:
+        config._attn_implementation = name
+        skeleton(config)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"--attn_implementation {name}: {first_line(error)}; leave it out, or give sdpa or eager")
+
+
+def logits_and_gradient(model, ids, length, **more):
+    """(the logits of the last example's last tokens, the gradient of their squares by all embeddings of a row).
+
+    `length` is the example's; the gradient is (1, tokens, size), both are in float32. No parameter gets a gradient: an
+    engine has nothing to reduce.
+    """
+    leaves = []
+
+    def cut(module, inputs, output):
+        leaves.append(output.detach().requires_grad_())
+        return leaves[-1]
+
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        keep = torch.arange(ids.shape[1] - min(length, 64), ids.shape[1], device=ids.device)
+        with torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep, **more).logits.float()
+            (gradient,) = torch.autograd.grad(logits.square().sum(), leaves[0])
+    finally:
+        hook.remove()
+    return logits.detach(), gradient.float()
+
+
+def flat_row(lengths, with_borders, device):
+    """The arguments of a model's forward, beside the ids, for a flat row of examples of these lengths."""
+    positions = {"position_ids": torch.cat([torch.arange(length) for length in lengths])[None].to(device)}
+    more = borders(lengths) if with_borders else {}
+    return positions | {key: value.to(device) if torch.is_tensor(value) else value for key, value in more.items()}
+
+
+def is_apart(model, ids, count, with_borders):
+    """Whether the last of `count` equal examples of a flat row moves by no bit when all others change."""
+    length = ids.shape[1] // count
+    other = torch.cat([(ids[:, :-length] + 5) % ids.max(), ids[:, -length:]], dim=1)
+    more = flat_row([length] * count, with_borders, ids.device) | {"use_cache": False}
+    more["logits_to_keep"] = torch.arange((count - 1) * length, count * length, device=ids.device)
+    one, two = (model(input_ids=row, **more).logits for row in (ids, other))
+    if one.shape[1] != length:
+        raise ValueError("it does not compute selected logits")
+    return torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
+
+
+def by_example_problem(model, ids, own, dtypes):
+    """Why attention example by example is not this model's, or "". `ids` (1, tokens) is an example of the longest length.
+
+    Alone it must give the very bits of the attention `own`; behind another one its logits and gradient must be the
+    same but for rounding, and none of the gradient may be the other's.
+    """
+    length, both = ids.shape[1], torch.cat([ids[:, :8].flip(1), ids], dim=1)
+    model.set_attn_implementation(own)
+    alone, gradient = logits_and_gradient(model, ids, length)
+    model.set_attn_implementation(BY_EXAMPLE)
+    if model.config._attn_implementation != BY_EXAMPLE:
+        return "it cannot be exchanged"
+    again, _ = logits_and_gradient(model, ids, length, **flat_row([length], True, ids.device))
+    if not torch.equal(alone, again):
+        return f"it is more than causal over {length} tokens"
+    row = flat_row([both.shape[1] - length, length], True, ids.device)
+    behind, spread = logits_and_gradient(model, both, length, **row)
+    bound = 0.01 if dtypes[-1] == torch.float32 else 0.1  # of what rounding may do to a norm
+    pairs = ((behind, alone), (spread[:, -length:], gradient))
+    if spread[:, :-length].any() or any((new - old).norm() > bound * old.norm() for new, old in pairs):
+        return "an example in a flat row differs from the same alone"
+    return ""
+
+
+@contextlib.contextmanager
+def probing(trainer):
+    """Within the block the wrapped model is in eval mode without gradients; yields the dtypes its output layer gave."""
+    model, dtypes = trainer.model_wrapped, []
+    training, head = model.training, trainer.accelerator.unwrap_model(model).get_output_embeddings()
+    hook = head.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     model.eval()
     try:
-        early, moved = (model(input_ids=ids, use_cache=False).logits[:, :4].float() for ids in (one[:, :8], later))
-        if not torch.equal(early, moved) and (early - moved).abs().max() > 0.02 * early.std():
-            raise UserError("in this model earlier tokens see later ones: it is no causal language model; give one")
-        logits = [model(input_ids=ids, **flat).logits for ids in (one, other)]
-        if logits[0].shape[1] != length:
-            return "it does not compute selected logits", seen[-1]
-        is_apart = torch.allclose(*logits, rtol=0, atol=0, equal_nan=True)
-        return "" if is_apart else "in a flat row its examples see each other", seen[-1]
-    except (TypeError, RuntimeError, IndexError) as error:  # of a forward that knows no flat rows, or none so wide
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"its forward takes no flat rows of {count * length} tokens ({first_line(error)})", seen[-1]
+        with torch.no_grad():
+            yield dtypes
     finally:
         hook.remove()
         model.train(training)
@@ -341,10 +464,55 @@ def flat_rows_problem(trainer, longest):
                 module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
 
 
+def choose_layout(trainer, longest):
+    """How micro-batches are laid out, proven on the wrapped model at the width of the widest.
+
+    `longest` is the length of the longest row in tokens. Flat rows must keep their examples apart: example by example
+    where that is the model's attention, else by its own mask. Returns ("flat", "flat, masked" or "padded", the
+    attention in words, the dtype that the output layer computed in). Raises UserError for a model in which a later
+    token moves the logits of an earlier one.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model_wrapped), trainer.args
+    model = getattr(model, "_orig_mod", model)  # of torch.compile; DDP and DeepSpeed wait for a backward pass of theirs
+    own, count, whys = model.config._attn_implementation, max(args.per_device_train_batch_size, 2), []
+    length = max(args.per_device_train_batch_size * longest // count, 8)
+    ids = torch.arange(3, 3 + max(count * length, longest), device=args.device)[None]
+    ids %= model.config.get_text_config().vocab_size
+    register_attention()
+    layouts = [("flat", BY_EXAMPLE), ("flat, masked", own)]
+    if args.attn_implementation:
+        layouts = [("flat" if "flash" in own else "flat, masked", own)]
+    if args.label_smoothing_factor or args.use_liger_kernel:
+        layouts, whys = [], ["label smoothing and Liger kernels need all logits"]
+    with probing(trainer) as dtypes:
+        later = torch.cat([ids[:, :4], ids[:, 4:8].flip(1)], dim=1)
+        early, moved = (model(input_ids=row, use_cache=False).logits[:, :4].float() for row in (ids[:, :8], later))
+        if not torch.equal(early, moved) and (early - moved).abs().max() > 0.02 * early.std():
+            raise UserError("in this model earlier tokens see later ones: it is no causal language model; give one")
+        for layout, attention in [] if args.padded else layouts:
+            try:
+                model.set_attn_implementation(attention)
+                why = by_example_problem(model, ids[:, :longest], own, dtypes) if attention == BY_EXAMPLE else ""
+                if not why and not is_apart(model, ids[:, : count * length], count, layout == "flat"):
+                    why = "in a flat row its examples see each other"
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, RuntimeError, IndexError, ValueError) as error:
+                why = f"its forward takes no flat rows of {count * length} tokens ({first_line(error)})"
+            if not why:
+                words = "each example by itself" if attention == BY_EXAMPLE else ": ".join([f"{own}, masked", *whys])
+                return layout, words, dtypes[-1]
+            whys.append(why)
+        model.set_attn_implementation(own)
+    if not args.padded:
+        say(f"micro-batches are padded on the right: {whys[-1]}")
+    return "padded", f"{own}, masked", dtypes[-1]
+
+
 def check_engine(args, model, compute, layout, max_steps):
     """Refuse another engine around `model` than was asked for; returns its dtypes in words, and a line on the run.
 
-    `compute` is the dtype of the output layer, `layout` "flat" or "padded". All processes call it.
+    `compute` is the dtype of the output layer, `layout` as in `choose_layout`. All processes call it.
     """
     *_, last = parameters = list(model.parameters())
     kinds = {"FSDP": torch.distributed.fsdp.FSDPModule, "DDP": torch.nn.parallel.DistributedDataParallel}

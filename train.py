@@ -10,11 +10,12 @@ Reads a model folder and JSON or JSON Lines records; writes the tuned model, che
 The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
 """
 
-import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
 import gc
+import importlib.util
 import itertools
 import json
 import logging
@@ -25,6 +26,7 @@ import select
 import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import warnings
@@ -33,26 +35,7 @@ from typing import Literal
 
 import utils
 
-if __name__ == "__main__":
-    utils.end_by_ctrl_c()
-
-import torch
-import transformers
-from safetensors import safe_open
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.trainer_pt_utils import LengthGroupedSampler
-
-import engines
-from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
-
-DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
-IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
-CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
-Dtype = Literal["float32", "bfloat16", "float16"]
-LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
-MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
-
-# --- Arguments -------------------------------------------------------------------------------------------------------
+# --- What takes no libraries: the options that there are, and --help -------------------------------------------------
 
 # Spellings of 2023 that today's libraries reject, each with today's words for {value}; "" where nothing corresponds.
 RENAMED = (
@@ -75,6 +58,58 @@ OLD_OPTIONS = {
     **dict.fromkeys(GONE.split(), ""),
 }
 OLD_VALUES = {"--optim adamw_hf": "--optim adamw_torch", "--debug ": ""}  # of options that are still there
+
+
+def read_options():
+    """{option: its help} for our own and transformers', off the sources: to import them takes seconds."""
+    library = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
+    options = {}
+    for path in (Path(__file__), library):
+        for part in ast.parse(path.read_text(encoding="utf-8")).body:
+            fields = part.body if isinstance(part, ast.ClassDef) and part.name.endswith("Arguments") else []
+            for field in (field for field in fields if isinstance(field, ast.AnnAssign)):
+                kind, texts = ast.unparse(field.annotation), [""]
+                texts += [node.value for node in ast.walk(field.value) if isinstance(node, ast.Constant)]
+                text = max((text for text in texts if isinstance(text, str)), key=len)
+                options.setdefault(field.target.id, f"({kind}) {' '.join(text.split())}")
+    return options
+
+
+def answer_early(words):
+    """Print the help where it is asked for and end. Raises UserError for options that do not exist."""
+    options = read_options()
+    if {"-h", "--help"} & set(words):
+        print(f"{__doc__}\nOptions, ours first; more about the others under transformers.TrainingArguments:\n")
+        for name, text in options.items():
+            print(f"  --{name}", textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8), sep="\n")
+        raise SystemExit(0)
+    known = {*options, *(f"no_{name}" for name in options), *OLD_OPTIONS, "local_rank"}
+    names = [word.split("=")[0] for word in words if word.startswith("--")]
+    if unknown := [name for name in names if name[2:].replace("-", "_") not in known]:
+        raise utils.unknown_options(unknown, [f"--{name}" for name in options])
+
+
+if __name__ == "__main__":
+    utils.end_by_ctrl_c()
+    utils.run_main(lambda: answer_early(sys.argv[1:]), goes_on=True)
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+import engines
+from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
+
+DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
+IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
+CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
+Dtype = Literal["float32", "bfloat16", "float16"]
+LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
+MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
+
+# --- Arguments -------------------------------------------------------------------------------------------------------
 
 
 def translate_old_options(words):
@@ -131,6 +166,9 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = option(512, "Window in tokens; longer rows are cut on the right and counted.")
     pad_token: Literal["keep", "add"] = option("keep", "add: a row for [PAD] is added, as Stanford Alpaca did.")
     padded: bool = option(False, "Pad micro-batches on the right instead of flattening them.")
+    attn_implementation: str | None = option(
+        None, "One of transformers', as flash_attention_2; by default causal attention within each example."
+    )
     save_dtype: Dtype | None = option(None, "Dtype of the final model's files; by default what the run computes in.")
     save_rehearsal: bool = option(True, "Save, check and remove the model before step 1.")
     memory_check: bool = option(True, "Compare what the run needs with what there is.")
@@ -173,8 +211,8 @@ def parse_arguments(words):
     `given` is what differs from the defaults, as run.json keeps it. A first word that is a run.json brings its own.
     """
     classes = (ModelArguments, DataArguments, TrainingArguments)
-    parser = transformers.HfArgumentParser(classes, prog="train.py", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    answer_early(words)
+    parser = transformers.HfArgumentParser(classes, prog="train.py", allow_abbrev=False)
     words, notices = translate_old_options(words)
     for notice in notices:
         say(notice)
@@ -427,9 +465,10 @@ class DataCollatorForSupervisedDataset:
 def flatten(instances):
     """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
 
-    Position ids restart with every example, which is what keeps the examples apart in transformers' masks: an
-    attention_mask, even of ones, would undo it. Position i predicts token i + 1, so lengths 3 and 2 with the labels
-    [-100, 5, 6] and [-100, 7] give position_ids [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
+    The borders keep the examples apart in attention that knows them, the position ids, which restart with every
+    example, in transformers' masks: an attention_mask, even of ones, would undo it. Position i predicts token i + 1,
+    so lengths 3 and 2 with the labels [-100, 5, 6] and [-100, 7] give cu_seq_lens [0, 3, 5], position_ids
+    [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
     """
     ids = [instance["input_ids"] for instance in instances]
     labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
@@ -441,6 +480,7 @@ def flatten(instances):
         "logits_to_keep": keep,
         "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
         "labels": targets,  # the model computes a loss only when labels are given
+        **engines.borders([len(row) for row in ids]),
         **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
     }
 
@@ -673,7 +713,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.step_rows, self.step_targets, self.step_skipped, self.dtypes = [], 0, False, ""
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         super().__init__(*arguments, **keywords)
-        self.layout = "flat" if self.data_collator is flatten else "padded"
+        self.layout = ""  # of micro-batches: see engines.choose_layout
         self.add_callback(self)
 
     def create_accelerator_and_postprocess(self):
@@ -683,15 +723,12 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.progress["step"] = state.global_step
-        reason, compute = engines.flat_rows_problem(self, self.progress["longest"])
-        if args.label_smoothing_factor or args.use_liger_kernel:  # both compute the loss from all logits
-            reason = reason or "label smoothing and Liger kernels need all logits"
-        if reason and self.layout == "flat":
-            say(f"micro-batches are padded on the right: {reason}")
-            self.data_collator, self.layout = DataCollatorForSupervisedDataset(self.processing_class), "padded"
+        self.layout, attention, compute = engines.choose_layout(self, self.progress["longest"])
+        if self.layout == "padded" and self.data_collator is flatten:
+            self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
         self.dtypes, line = engines.check_engine(args, self.model_wrapped, compute, self.layout, state.max_steps)
-        say(line)
+        say(f"{line}; attention: {attention}")
         engines.replay_cpu_adam(self)
         if args.save_rehearsal:
             rehearse_save(self)
@@ -719,6 +756,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         """The micro-batches of one optimizer step, and the number of its targets on all processes."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_rows = [row for batch in batches for row in batch.pop("rows").tolist()]
+        if self.layout == "flat, masked":  # its forward may not take them
+            batches = [{key: value for key, value in batch.items() if key not in engines.BORDERS} for batch in batches]
         # FSDP would round a float to 16 bits: 1986 targets to 1984.
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
@@ -1210,6 +1249,8 @@ def train():
         return
     if checkpoint and not os.path.isdir(checkpoint):
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
+    if args.attn_implementation:
+        engines.set_attention(config, args.attn_implementation)
     longest, steps = max(map(len, dataset.input_ids)), engines.num_steps(len(dataset), args)
     num_params = check_run(args, model_args, utils.skeleton(config), longest, steps)
     if dataset.num_filled:

@@ -161,8 +161,11 @@ def end_by_ctrl_c():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_main(main):
-    """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback."""
+def run_main(main, goes_on=False):
+    """Run a script's `main`; what is the user's to mend ends as one line on stderr and exit code 2, no traceback.
+
+    Returns only where it `goes_on` and `main` has returned.
+    """
     message, code = "", 0
     for number in range(3):  # one that the shell has closed: else the next file that is opened would take its place
         try:
@@ -174,6 +177,8 @@ def run_main(main):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
+        if goes_on:
+            return end_by_ctrl_c()
         if sys.stdout:
             sys.stdout.flush()
     except SystemExit as stop:

@@ -99,7 +99,7 @@ def test_only_these_options_are_our_own():
         f.name for f in dataclasses.fields(trainer.transformers.TrainingArguments)
     }
     assert own == {
-        "cache_dir", "model_max_length", "pad_token", "padded", "save_dtype", "save_rehearsal", "memory_check",
+        "cache_dir", "model_max_length", "pad_token", "padded", "attn_implementation", "save_dtype", "save_rehearsal", "memory_check",
         "overwrite_output_dir", "resume_anyway", "dry_run", "tensorboard_dir",
     }  # fmt: skip
     assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
@@ -366,6 +366,25 @@ def test_help_lists_the_commands_and_every_own_option(capsys):
     assert 'torchrun --standalone --nproc_per_node=8 train.py ... --fsdp "full_shard auto_wrap"' in out
     for name in ("data_path", "model_max_length", "pad_token", "resume_anyway", "dry_run"):
         assert f"--{name}" in out
+
+
+def test_the_options_read_off_the_sources_are_the_parsers():
+    """So that --help and a mistyped option are answered before torch is loaded, and no option is refused."""
+    classes = (trainer.ModelArguments, trainer.DataArguments, trainer.TrainingArguments)
+    actions = trainer.transformers.HfArgumentParser(classes)._actions
+    names = {action.dest: action.help for action in actions if action.dest not in ("help", "local_rank")}
+    options = trainer.read_options()
+    assert {name for name in options if not name.startswith("_")} - {"local_rank"} == {
+        name for name in names if not name.startswith("no_")
+    }
+    assert all(options[name].endswith(names[name]) for name in ("data_path", "padded", "dry_run"))
+    for words in (["--help"], ["--learning_rat", "1"]):
+        run = subprocess.run(
+            [sys.executable, "-X", "importtime", str(ROOT / "train.py"), *words], capture_output=True, text=True
+        )
+        loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if "import time:" in line}
+        assert run.returncode == (2 if len(words) > 1 else 0) and "utils" in loaded
+        assert not loaded & {"torch", "transformers", "numpy"}
 
 
 @pytest.mark.slow

@@ -251,8 +251,8 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
     finally:
         sys.setprofile(None)
     speaking = {"account", "say", "rank", "unused_keys", "printable", "terminal_width", "put"}
-    # The file as a whole, the JSON parser's look for doubled keys, a question to the tokenizer: none sees a record.
-    other = {"read_text", "decode", "file_kind", "once", "begin_ids"}
+    # The file as a whole, the JSON parser's look for doubled keys, a question to the tokenizer, lengths: no record.
+    other = {"read_text", "decode", "file_kind", "once", "begin_ids", "borders"}
     found = [name for name in dict.fromkeys(names) if name not in speaking | other]
     assert found == [
         "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
@@ -529,15 +529,20 @@ def row(ids, labels, **more):
 
 
 def lists(batch):
-    return {key: value.tolist() for key, value in batch.items()}
+    return {key: value.tolist() if torch.is_tensor(value) else value for key, value in batch.items()}
 
 
 THREE, TWO, FILLER = row([4, 5, 6], [-100, 5, 6]), row([8, 7], [-100, 7]), row([2], [-100])
 COLLATE = train.DataCollatorForSupervisedDataset
 
 
+def ends(*borders, longest):
+    """The part of a flat row that names its borders."""
+    return {"cu_seq_lens_q": [*borders], "cu_seq_lens_k": [*borders], "max_length_q": longest, "max_length_k": longest}
+
+
 def test_flatten_gives_the_example_of_its_docstring():
-    assert lists(flatten([THREE, TWO])) == {
+    assert lists(flatten([THREE, TWO])) == ends(0, 3, 5, longest=3) | {
         "input_ids": [[4, 5, 6, 8, 7]],
         "position_ids": [[0, 1, 2, 0, 1]],
         "logits_to_keep": [0, 1, 3],
@@ -547,7 +552,7 @@ def test_flatten_gives_the_example_of_its_docstring():
 
 
 def test_flatten_never_predicts_the_first_token_of_the_next_example():
-    assert lists(flatten([row([4, 5], [4, 5]), FILLER, row([6, 7], [6, 7])])) == {
+    assert lists(flatten([row([4, 5], [4, 5]), FILLER, row([6, 7], [6, 7])])) == ends(0, 2, 3, 5, longest=2) | {
         "input_ids": [[4, 5, 2, 6, 7]],
         "position_ids": [[0, 1, 0, 0, 1]],
         "logits_to_keep": [0, 3],
@@ -558,14 +563,15 @@ def test_flatten_never_predicts_the_first_token_of_the_next_example():
 
 def test_flatten_without_a_target_stays_long():
     batch = flatten([FILLER, FILLER])
-    assert lists(batch) == {
+    assert lists(batch) == ends(0, 1, 2, longest=1) | {
         "input_ids": [[2, 2]],
         "position_ids": [[0, 0]],
         "logits_to_keep": [],
         "shift_labels": [[]],
         "labels": [[]],
     }
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    tensors = {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    assert {name for name, tensor in tensors.items() if tensor.dtype != torch.int64} == set(engines.BORDERS[:2])
     assert batch["labels"].shape == (1, 0)
 
 
