@@ -154,6 +154,12 @@ FAREWELL = re.compile(  # on the last line of an answer
     r"|these (?:tasks|examples)|list of)\b|希望|以上|如需|^\W{0,9}(?:note|end)\b",
     re.IGNORECASE,
 )
+TO_THE_READER = re.compile(  # a last paragraph that speaks of the tasks themselves, which is no output's
+    r"\A(?=.{0,250}(?:\b(?:tasks|instructions|tareas|tâches|aufgaben|tarefas|compiti)\b|任务|指令|タスク|과제|задани))"
+    r".{0,250}(?:\b(?:let me know|would you like|hope|i(?:'ve| have|'ll| will| can)|these|if you|feel free|as requested"
+    r"|continue[sd]?|remaining|in total|total|more|espero|n'hésitez|hoffe)\b|希望|以上|如果|需要|ます|바랍|надеюсь)",
+    re.IGNORECASE,
+)
 ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
 NO_INPUT = re.compile(
     r"""(?:input:[ ])?(?:(?:(?:there[ ]is[ ])?no[ _-]?(?:additional[ ]|further[ ])?(?:input|context)(?:[ ]is)?|none|not)
@@ -381,6 +387,8 @@ def read_blocks(text, shown):
         is_apart = FAREWELL.search(rest) or OPENED.match(rest) or re.match(r"\W{0,4}\d", rest) or find_markers(rest)
         if rest and not is_apart:
             loose = ["heading"]  # it may be the output's own
+        if task and is_last and not ends:
+            task, rest = without_farewell(task)
         if head.start in unsure or "heading" in loose or (loose and not (is_last and is_wire)):
             reason = UNCLEAR
         elif task:
@@ -389,11 +397,27 @@ def read_blocks(text, shown):
             if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
                 reason = UNCLEAR  # the head of another list may stand behind it
         blocks.append((task, reason, text[start:end], rest, ends))
+    return settle_tails(blocks)
+
+
+def without_farewell(task):
+    """(the task, the last paragraph of its output) where that speaks of the tasks themselves, else (the task, "")."""
+    text, _, last = task["output"].rpartition("\n\n")
+    speaks_of_tasks = re.search("task|instruction|任务|指令", text + task["instruction"], re.IGNORECASE)
+    if not text or "\n" in last or len(last) > 250 or speaks_of_tasks or TURN.search(task["output"]):
+        return task, ""
+    return (task | {"output": text.strip()}, last) if TO_THE_READER.match(last) else (task, "")
+
+
+def settle_tails(blocks):
+    """Take off a last line of form that all outputs share; where most do, these are unclear."""
     tails = [re.sub(r"\d+", "0", task["output"].rpartition("\n")[2].strip()) if task else "" for task, *_ in blocks]
-    for k, tail in enumerate(tails):  # the same behind most outputs is no output's own
+    for k, tail in enumerate(tails):
         if tail and tails.count(tail) >= max(len(tails) / 2, 2) and "\n" in blocks[k][0]["output"]:
             if RULE.fullmatch(tail) or is_tail(blocks[k][0]["output"]):
-                blocks[k] = (blocks[k][0], UNCLEAR, *blocks[k][2:])
+                task = blocks[k][0] | {"output": blocks[k][0]["output"].rpartition("\n")[0].strip()}
+                is_sure = tails.count(tail) >= max(len(tails) - 1, 3) and not RULE.fullmatch(tail)
+                blocks[k] = (task, "" if is_sure else UNCLEAR, *blocks[k][2:])
     return blocks
 
 
