@@ -162,8 +162,9 @@ def measure_in_folder(args, compare, key):
     result = common.surroundings() | result  # imports torch
     result["machine"]["load_average_at_start"] = load
     common.write_result(result, args.output)
-    for arm, figures in result["medians"].items():
-        print(f"{arm}: {', '.join(f'{name} {value:.2f}' for name, value in figures.items())}")
+    for arm, runs in result["figures"].items():
+        words = [f"{name} {common.in_words(common.spread([one[name] for one in runs]))}" for name in runs[0]]
+        print(f"{arm}: {', '.join(words)}")
     for name, found in result["ratios"].items():
         print(f"{name}: {common.in_words(found)}")
     print(f"{key}: {result[key]}")
@@ -185,7 +186,7 @@ def compare(args, work):
     ours = [sys.executable, script, "--input_dir", str(raw), "--output_dir", str(out)]
     arms = {
         "cp + sync": ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(raw), str(out)],
-        "ours": ours + ([] if args.tokenizer else ["--tokenizer", "none"]),
+        "ours": [*ours, "--tokenizer", str(raw / "tokenizer.model") if args.tokenizer else "none"],
     }
     if args.peer_script:
         arms["peer"] = [args.peer_python, args.peer_script, "--input_dir", str(raw), "--output_dir", str(out)]
