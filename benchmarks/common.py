@@ -144,9 +144,8 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
     """Train one epoch of `rows` by a recipe of LAYOUTS under the real Trainer, and time the steps.
 
     `rows` must fill whole optimizer steps. `tokenizer` needs no more than pad_token_id and eos_token_id; `options` are
-    of TrainingArguments. Returns {losses, step_seconds, timed_from}; the first `skip` steps, with their warming up,
-    have no seconds, and timed_from is when they had ended, by time.perf_counter. Raises RuntimeError where the
-    micro-batches have another layout than the recipe's.
+    of TrainingArguments. Returns {losses, step_seconds}; the first `skip` steps, with their warming up, have no
+    seconds. Raises RuntimeError where the micro-batches have another layout than the recipe's.
     """
     import original_recipe
     import torch
@@ -194,7 +193,7 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
         end_watch(trainer.watch)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     seconds = [round(end - start, 4) for start, end in zip(times, times[1:])]
-    return {"losses": losses, "step_seconds": seconds[skip:], "timed_from": times[skip]}
+    return {"losses": losses, "step_seconds": seconds[skip:]}
 
 
 def alternate(arms, repeat, measure):
