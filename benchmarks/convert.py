@@ -89,7 +89,7 @@ def make_raw(folder, size, num_shards):
 
 
 def measure(command, environment=None):
-    """Run a command to its end: {wall_s, cpu_s, peak_rss_gb, peak_anon_gb, written_gb}. Raises RuntimeError where it fails.
+    """Run a command to its end: {wall_s, cpu_s, peak_rss_gb, peak_anon_gb, written_gb}; RuntimeError where it fails.
 
     The system lets a process start with the peak memory of its parent, so this one must stay small. peak_anon_gb leaves
     out pages of files, which the system can drop at any time; it is looked at 20 times a second.

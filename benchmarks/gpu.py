@@ -165,7 +165,12 @@ def check_attention(precision, device):
     exact, usual = (logits_and_gradients(model, alone, name) for name in ("float32", precision))
     model.set_attn_implementation(engines.BY_EXAMPLE)
     takes_varlen, used = engines.takes_varlen, []
-    engines.takes_varlen = lambda query, dropout: used.append(takes_varlen(query, dropout)) or used[-1]
+
+    def watched(query, dropout):
+        used.append((takes_varlen(query, dropout), str(query.dtype)[6:]))
+        return used[-1][0]
+
+    engines.takes_varlen = watched
     try:
         flat = logits_and_gradients(model, [batch(rows)], precision)
         moved = logits_and_gradients(model, [batch([(row + 5) % 1000 for row in rows[:-1]] + rows[-1:])], precision)
@@ -175,11 +180,12 @@ def check_attention(precision, device):
     is_apart = torch.equal(flat[0][last], moved[0][last]) and not torch.equal(flat[0], moved[0])
     far, usually = distance(flat, exact), distance(usual, exact)
     bound = EXACT if precision == "float32" else ROUNDING * usually
-    kernels = {"varlen" if taken else "sdpa" for taken in used}
+    kernels = {"varlen" if taken else "sdpa" for taken, _ in used}
     wanted = {"varlen" if precision == "bf16" and device == "cuda" else "sdpa"}
     return {
         "passed": far <= bound and is_apart and kernels == wanted,
         "kernel": "/".join(sorted(kernels)),
+        "queries": "/".join(sorted({dtype for _, dtype in used})),
         "distance_from_float32": far,
         "bound": bound,
         "others_move_no_bit": is_apart,
@@ -397,7 +403,7 @@ def summarize(runs, skip, tflops):
 
 
 def run_checks(args, result, save):
-    """The checks of `args.part`: {name: {passed, ...}} in result["checks"]; one that breaks does not stop the others."""
+    """The checks of `args.part`: {name: {passed, ...}} in result["checks"]; one that breaks stops no other."""
     from make_tiny_llama import make_tiny_llama
 
     device, found = "cpu" if args.tiny else "cuda", result.setdefault("checks", {})
