@@ -1,16 +1,22 @@
 """What the benchmarks share: reading rows, training one arm under the Trainer, medians, and result files.
 
-An arm is one of the two recipes, "original" (original_recipe.py) or "ours" (train.py), on the same rows in the same
-order. Nothing heavy is imported before it is used, so that a script can set thread counts first.
+An arm is a recipe and a micro-batch size, on the same rows in the same order. The recipes: "original", which pads
+(original_recipe.py); "ours" (train.py); "masked", ours with `--attn_implementation sdpa`, whose flat rows keep their
+examples apart by a mask. Nothing heavy is imported before it is used, so that a script can set thread counts first.
 """
 
+import contextlib
 import datetime
+import math
 import os
 import platform
+import signal
 import statistics
 import sys
 import tempfile
 import time
+import traceback
+import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,6 +25,8 @@ sys.path.insert(0, str(ROOT))
 import utils
 
 WINDOW = 512  # tokens, as in Stanford Alpaca
+LAYOUTS = {"original": "padded", "ours": "flat", "masked": "flat, masked"}  # of each recipe's micro-batches
+NOT_JUDGED = "tiny: bounds of speed and memory are not judged"
 
 # LLaMA's shape with intermediate_size near 8/3 of hidden_size. Parameters in all: see the names.
 VOCAB = {"vocab_size": 32000}
@@ -32,38 +40,56 @@ PRESETS = {
 }  # fmt: skip
 
 
-def llama_config(preset):
-    """The configuration of a preset."""
-    from transformers import LlamaConfig
+def build_model(preset, device="cpu", **changes):
+    """A LLaMA with random float32 weights, made on `device`; the same ones every time on the same kind of device.
 
-    return LlamaConfig(
-        **PRESETS[preset],
-        max_position_embeddings=2048,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-
-
-def build_model(preset, device="cpu"):
-    """A LLaMA with random float32 weights, made on `device`; the same ones every time on the same kind of device."""
+    `changes` are of its LlamaConfig.
+    """
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    common = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
     torch.manual_seed(0)
     with torch.device(device):
-        return LlamaForCausalLM(llama_config(preset))
+        return LlamaForCausalLM(LlamaConfig(**PRESETS[preset] | special | common | changes))
 
 
-def load_tokenizer(path):
+def load_tokenizer(path, window=WINDOW):
     """The tokenizer of a model folder, or one built from a SentencePiece `.model` file; pads on the right."""
     if Path(path).is_file():
-        options = {"model_max_length": WINDOW, "padding_side": "right"}
+        options = {"model_max_length": window, "padding_side": "right"}
         tokenizer = utils.tokenizer_from_sentencepiece(path, **options)
         tokenizer.pad_token = tokenizer.unk_token
         return tokenizer
-    return utils.load_tokenizer(path, WINDOW)
+    return utils.load_tokenizer(path, window)
+
+
+def made_up_lengths(count):
+    """Lengths of (prompt, answer) in tokens, by three numbers read off Alpaca; the same every time.
+
+    Alpaca's prompts have a median of 54 tokens and 90 % of them 86 at most, its answers 43 and 140; all 126 on average.
+    """
+    import torch
+
+    normal = torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
+    prompts = (41 + 14 * (0.85 * normal[:, 0]).exp()).long().clamp(max=300)
+    answers = (43 * (0.95 * normal[:, 1]).exp()).long().clamp(min=2)
+    return [(prompt, min(answer, WINDOW - prompt)) for prompt, answer in zip(prompts.tolist(), answers.tolist())]
+
+
+def make_records(count, path):
+    """Write made-up records as JSON."""
+    words = ["river", "lamp", "stone", "cloud", "pencil", "house", "garden", "letter"]
+    records = [
+        {
+            "instruction": f"Write {words[i % 8]} {answer % 20 + 1} times.",
+            "input": "",
+            "output": " ".join(words[i % 8] for _ in range(answer % 20 + 1)),
+        }
+        for i, (_, answer) in enumerate(made_up_lengths(count))
+    ]
+    utils.write_json(records, path)
 
 
 def read_texts(data_path, eos_token, count):
@@ -73,6 +99,12 @@ def read_texts(data_path, eos_token, count):
         raise utils.UserError(f"{data_path}: {count:,} records are asked for, it holds {len(records):,}")
     prompts = [utils.spans("alpaca", record["messages"][:1])[0][0] for record in records]
     return prompts, [record["output"] + eos_token for record in records]
+
+
+def computes_bf16():
+    """Whether this CPU multiplies in bf16: with AVX512-BF16 or AMX-BF16."""
+    flags = Path("/proc/cpuinfo").read_text() if os.path.isfile("/proc/cpuinfo") else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def load_rows(data_path, tokenizer, count):
@@ -90,28 +122,47 @@ def load_rows(data_path, tokenizer, count):
     return RowDataset([data["input_ids"][i] for i in keep], [data["labels"][i] for i in keep])
 
 
+def make_our_trainer(model, options, rows, tokenizer, attn_implementation):
+    """train.py's Trainer over `rows`, as train.py makes it, without its line of progress and its save rehearsal."""
+    import train
+
+    args = train.TrainingArguments(save_rehearsal=False, attn_implementation=attn_implementation, **options)
+    rows = [{**rows[i], "source": f"row {i}", "row": i} for i in range(len(rows))]
+    progress = {"longest": max(len(row["input_ids"]) for row in rows)}
+    trainer = train.make_trainer(model, args, types.SimpleNamespace(rows=rows), tokenizer, None, progress)
+    trainer.remove_callback(train.ProgressLine)
+    return trainer
+
+
+def end_watch(watch):
+    """Let train.py's thread that hears signals and names slow steps be still: it ends with the process alone."""
+    signal.set_wakeup_fd(-1)
+    watch.named = math.inf
+
+
 def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1, **options):
-    """Train one epoch of `rows` with the "original" recipe or "ours" under the real Trainer, and time the steps.
+    """Train one epoch of `rows` by a recipe of LAYOUTS under the real Trainer, and time the steps.
 
     `rows` must fill whole optimizer steps. `tokenizer` needs no more than pad_token_id and eos_token_id; `options` are
-    of TrainingArguments. Returns {losses, step_seconds, padded}; the first `skip` steps, with their warming up, have
-    no seconds.
+    of TrainingArguments. Returns {losses, step_seconds}; the first `skip` steps, with their warming up, have no
+    seconds. Raises RuntimeError where the micro-batches have another layout than the recipe's.
     """
     import original_recipe
     import torch
     import transformers
 
-    import train
-
     batch = micro_batch * accumulation
-    assert len(rows) % batch == 0, "the rows must fill whole steps, else the two recipes see other orders"
-    ends, on_gpu = [], torch.cuda.is_available()
+    assert len(rows) % batch == 0, "the rows must fill whole steps, else the recipes see other orders"
+    times, on_gpu = [], torch.cuda.is_available()
 
     class Clock(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):  # behind ours: its proofs are no part of a step
+            times.append(time.perf_counter())
+
         def on_step_end(self, args, state, control, **kwargs):
             if on_gpu:
                 torch.cuda.synchronize()
-            ends.append(time.perf_counter())
+            times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
         options = {
@@ -130,38 +181,57 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
         if recipe == "original":
             trainer = original_recipe.make_trainer(model, options, rows, tokenizer)
         else:
-            trainer = train.SFTTrainer(
-                model=model,
-                args=train.TrainingArguments(save_rehearsal=False, **options),
-                train_dataset=[{**rows[i], "source": f"row {i}", "row": i} for i in range(len(rows))],
-                data_collator=train.flatten,
-            )
+            trainer = make_our_trainer(model, options, rows, tokenizer, "sdpa" if recipe == "masked" else None)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.add_callback(Clock())
-        started = time.perf_counter()
-        trainer.train()
+        with getattr(trainer, "signals", contextlib.nullcontext()):
+            trainer.train()
+    layout = getattr(trainer, "layout", "padded")
+    if layout != LAYOUTS[recipe]:
+        raise RuntimeError(f"the micro-batches of {recipe} were {layout}, not {LAYOUTS[recipe]}")
+    if recipe != "original":
+        end_watch(trainer.watch)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    seconds = [end - start for start, end in zip([started, *ends], ends)]
-    return {
-        "losses": losses,
-        "step_seconds": [round(value, 4) for value in seconds[skip:]],
-        "padded": recipe == "original" or trainer.layout == "padded",
-    }
+    seconds = [round(end - start, 4) for start, end in zip(times, times[1:])]
+    return {"losses": losses, "step_seconds": seconds[skip:]}
 
 
 def alternate(arms, repeat, measure):
-    """Call `measure(arm)` for every arm, `repeat` times, every other time in reverse order; {arm: list of results}."""
+    """Call `measure(arm)` for every arm, `repeat` times, every other time in reverse order; {arm: list of results}.
+
+    An arm that fails ends the script with 1: see `run_arm`.
+    """
     results = {arm: [] for arm in arms}
     for i in range(repeat):
         for arm in list(arms)[:: -1 if i % 2 else 1]:
             utils.say(f"  {arm}, repetition {i + 1} of {repeat}")
-            results[arm].append(measure(arm))
+            results[arm].append(run_arm(arm, measure, arm))
     return results
 
 
-def median_ratio(above, below):
-    """The median of the ratios of neighbouring measurements: what slows the machine down slows both down."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+def run_arm(name, measure, *arguments):
+    """`measure(*arguments)`; where it fails, whatever the reason, the script ends with 1 and names the arm."""
+    try:
+        return measure(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        raise utils.UserError(f"error: {name} failed: {utils.first_line(error)}", 1) from None
+
+
+def spread(values):
+    """{median, min, max} of numbers."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(above, below):
+    """The `spread` of the ratios of neighbouring measurements: what slows the machine down slows both down."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+def in_words(found):
+    """A `spread` in two digits behind the point: 1.64 (1.39 to 2.05); without any from 100 on."""
+    median, least, most = (f"{found[key]:,.{0 if found['median'] >= 100 else 2}f}" for key in ("median", "min", "max"))
+    return f"{median} ({least} to {most})"
 
 
 def all_steps(runs):
@@ -221,3 +291,8 @@ def write_result(result, path):
 def add_output(parser, name):
     """The option every benchmark has: where its result goes."""
     parser.add_argument("--output", default=RESULTS / f"{name}.json", help="the result, as JSON (default: %(default)s)")
+
+
+def add_tiny(parser):
+    """The option of benchmarks that take any data: a few records show that it works, not what it costs."""
+    parser.add_argument("--tiny", action="store_true", help="for few records: do not judge bounds of speed and memory")

@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import re
 import resource
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +116,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3, help="repetitions of each size (default: 3)")
     parser.add_argument("--candidates", type=int, default=3, help="of the two slow arms, at each size (default: 3)")
     parser.add_argument("--replay", action="store_true", help=argparse.SUPPRESS)
+    common.add_tiny(parser)
     common.add_output(parser, "generation")
     args = parser.parse_args()
     if args.replay:
@@ -133,32 +133,36 @@ def main():
         for arm in runs:
             runs[arm].append([spent[arm] for spent, _ in found])
     whole = {arm: [project(sizes, seconds, len(texts)) for seconds in runs[arm]] for arm in runs}
-    ratios = {arm: common.median_ratio(whole[arm], whole["ours"]) for arm in BOUNDS}
+    ratios = {arm: common.ratio(whole[arm], whole["ours"]) for arm in BOUNDS}
     command = [sys.executable, __file__, "--data_path", args.data_path, "--replay"]
     replayed = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     cpu, mib = replayed["cpu_seconds"], replayed["max_rss_mib"]
-    passed = agree and all(ratios[arm] >= bound for arm, bound in BOUNDS.items())
-    passed &= replayed["kept"] == replayed["rows"] and cpu <= MAX_CPU_S and mib <= MAX_MIB
+    is_fast = all(ratios[arm]["median"] >= bound for arm, bound in BOUNDS.items())
+    is_small = cpu <= MAX_CPU_S and mib <= MAX_MIB
+    passed = agree and replayed["kept"] == replayed["rows"] and (args.tiny or is_fast and is_small)
     result |= {
         "what": "CPU seconds of the duplicate filter over a whole file",
         "settings": {"rows": len(texts), "sizes": sizes, "candidates": args.candidates, "repeat": args.repeat},
         "versions": common.utils.versions("rapidfuzz", "rouge_score", "numpy"),
         "cpu_seconds_a_candidate": runs,
         "projected_cpu_seconds": whole,
-        "median_ratio": ratios,
+        "ratios_to_ours": ratios,
         "bound": BOUNDS,
         "scores_agree": agree,
         "replay": {**replayed, "bounds": [MAX_CPU_S, MAX_MIB]},
         "passed": bool(passed),
     }
     common.write_result(result, args.output)
-    hours = {arm: statistics.median(whole[arm]) / 3600 for arm in whole}
+    for arm, found in whole.items():
+        print(f"{arm}: {common.in_words(common.spread(found))} CPU s for {len(texts):,} rows, projected")
+    for arm, bound in BOUNDS.items():
+        print(f"{arm} / ours: {common.in_words(ratios[arm])}, at least {bound}")
     print(
-        f"{len(texts):,} rows: original {hours['original']:.1f} CPU h, plain loop {hours['plain']:.1f} CPU h, ours "
-        f"{hours['ours'] * 3600:.0f} CPU s; ratios {ratios['original']:.0f} (at least {BOUNDS['original']}) and "
-        f"{ratios['plain']:.0f} (at least {BOUNDS['plain']}); replayed: {replayed['kept']:,} of {replayed['rows']:,} "
-        f"kept, {cpu:.0f} CPU s (at most {MAX_CPU_S}), {mib:.0f} MiB (at most {MAX_MIB}); scores agree: {agree}"
+        f"replayed: {replayed['kept']:,} of {replayed['rows']:,} kept, {cpu:.2f} CPU s (at most {MAX_CPU_S}), "
+        f"{mib:.0f} MiB (at most {MAX_MIB}); scores agree: {agree}"
     )
+    if args.tiny:
+        print(common.NOT_JUDGED)
     sys.exit(0 if result["passed"] else 1)
 
 

@@ -57,7 +57,7 @@ def run_engine(name, folder, args):
     seconds = time.perf_counter() - start
     run = common.utils.read_run(output)
     if run is None or run["status"] != "finished":
-        raise common.utils.UserError(f"{output}: the run did not finish; see its messages above")
+        raise RuntimeError(f"{output}: the run did not finish; see its messages above")
     with open(output / "loss.csv", encoding="utf-8") as file:
         return [float(row["loss"]) for row in csv.DictReader(file)], run["results"], seconds
 
@@ -85,7 +85,7 @@ def main():
     common.utils.write_json(records, folder / "records.json")
     curves, engines = {}, {}
     for name in ENGINES:
-        curves[name], results, seconds = run_engine(name, folder, args)
+        curves[name], results, seconds = common.run_arm(name, run_engine, name, folder, args)
         engines[name] = {"losses": curves[name], "seconds": round(seconds, 1), "results": results}
     columns = list(zip(*curves.values(), strict=True))
     difference = max(max(losses) - min(losses) for losses in columns)
