@@ -156,10 +156,8 @@ def compare(args, work):
         arm: {key: statistics.median(one[key] for one in runs) for key in runs[0]} for arm, runs in figures.items()
     }
     tensors = len(plan_of(args.size))
-    memory = [
-        (medians[arm][key], BOUNDS[key]) for arm in ("ours", "ours, .bin") for key in ("peak_rss_gb", "peak_anon_gb")
-    ]
-    passed = all(found <= bound for found, bound in memory)
+    limits, mine = ("peak_rss_gb", "peak_anon_gb"), ("ours", "ours, .bin")
+    passed = all(medians[arm][key] <= BOUNDS[key] for arm in mine for key in limits)
     passed = passed and set(equal.values()) == {f"{tensors} of {tensors}"}
     if size >= LARGE and args.peer_python:
         passed = passed and ratios["low_cpu_mem_wall_of_ours"]["median"] >= BOUNDS["low_cpu_mem_wall_of_ours"]

@@ -2,6 +2,7 @@
 
     python benchmarks/micro_batches.py --data_path alpaca_data.json --tokenizer tokenizer.model
     python benchmarks/micro_batches.py --data_path alpaca_data.json --model FOLDER --part speed
+    python benchmarks/micro_batches.py ... --part windows --preset 20m    # 106m would take hours
     python benchmarks/micro_batches.py --preset tiny         # the way through the script, on made-up records
 
 speed: examples a second of forward, backward and step, for the arms of SPEED_ARMS, each whole under the real Trainer.

@@ -9,6 +9,7 @@ a SentencePiece model, ours also compares a sample of the rows with its ids, as 
 """
 
 import argparse
+import functools
 import os
 import sys
 import time
@@ -33,6 +34,18 @@ def batched(sources, targets, tokenizer):
     return {"input_ids": input_ids, "labels": labels}
 
 
+def ours(sources, targets, tokenizer, model_path):
+    """train.py's rows in the same form; compared with the SentencePiece model at `model_path`, where there is one."""
+    import train
+
+    pairs = [[(source, False), (target, True)] for source, target in zip(sources, targets, strict=True)]
+    rows = train.encode(pairs, tokenizer)
+    if model_path:
+        train.compare_ids(range(len(pairs)), pairs, rows, tokenizer, model_path)
+    rows, _ = train.cut(rows, tokenizer.model_max_length)
+    return {key: [row[key] for row in rows] for key in ("input_ids", "labels")}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", required=True, help="records as JSON or JSON Lines")
@@ -45,7 +58,6 @@ def main():
     os.environ.update(THREADS)  # read when the libraries are imported
     import original_recipe
     import torch
-
     import train
 
     common.quiet()
@@ -54,18 +66,11 @@ def main():
     tokenizer = common.load_tokenizer(args.tokenizer)
     tokenizer.add_special_tokens({"pad_token": train.DEFAULT_PAD_TOKEN})  # as the original has it: never inside a row
     sources, targets = common.read_texts(args.data_path, tokenizer.eos_token, args.rows)
-    is_model = os.path.isfile(args.tokenizer)
-    model_path = args.tokenizer if is_model else common.utils.find_sentencepiece(args.tokenizer)
+    is_file = os.path.isfile(args.tokenizer)
+    model_path = args.tokenizer if is_file else common.utils.find_sentencepiece(args.tokenizer)
 
-    def ours(sources, targets, tokenizer):
-        pairs = [[(source, False), (target, True)] for source, target in zip(sources, targets, strict=True)]
-        rows = train.encode(pairs, tokenizer)
-        if model_path:
-            train.compare_ids(range(len(pairs)), pairs, rows, tokenizer, model_path)
-        rows, _ = train.cut(rows, tokenizer.model_max_length)
-        return {key: [row[key] for row in rows] for key in ("input_ids", "labels")}
-
-    ways = {"original": original_recipe.preprocess, "batched": batched, "ours": ours}
+    ways = {"original": original_recipe.preprocess, "batched": batched}
+    ways["ours"] = functools.partial(ours, model_path=model_path)
     made, different = {}, {way: set() for way in ways if way != "original"}
 
     def measure(way):
@@ -95,8 +100,8 @@ def main():
     common.write_result(result, args.output)
     for way, found in spreads.items():
         print(f"{way}: {common.in_words(found)} CPU s per {ALPACA_ROWS:,} rows")
-    print(f"original / ours: {common.in_words(ratios['original'])}, at least {BOUND}")
-    print(f"batched / ours: {common.in_words(ratios['batched'])}")
+    words = {way: common.in_words(found) for way, found in ratios.items()}
+    print(f"original / ours: {words['original']}, at least {BOUND}; batched / ours: {words['batched']}")
     print(f"rows of {len(sources):,} that differ from the original's: {result['rows_that_differ']}")
     if args.tiny:
         print(common.NOT_JUDGED)
