@@ -79,12 +79,14 @@ def answer_early(words):
     """Print the help where it is asked for and end. Raises UserError for options that do not exist."""
     options = read_options()
     if {"-h", "--help"} & set(words):
+        if utils.rank():
+            raise SystemExit(0)
         print(f"{__doc__}\nOptions, ours first; more about the others under transformers.TrainingArguments:\n")
         for name, text in options.items():
             print(f"  --{name}", textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8), sep="\n")
         raise SystemExit(0)
     known = {*options, *(f"no_{name}" for name in options), *OLD_OPTIONS, "local_rank"}
-    names = [word.split("=")[0] for word in words if word.startswith("--")]
+    names = [word.split("=")[0] for word in words if re.match(r"--[^ =]*(=|$)", word)]  # others are values
     if unknown := [name for name in names if name[2:].replace("-", "_") not in known]:
         raise utils.unknown_options(unknown, [f"--{name}" for name in options])
 
@@ -129,7 +131,7 @@ def translate_old_options(words):
         old = name if key in OLD_OPTIONS else f"{name} {value}"
         if key not in OLD_OPTIONS and old not in OLD_VALUES:
             # torch.distributed.launch and deepspeed pass --local_rank; the environment says it too
-            result += group if key != "local_rank" else []
+            result += group if key != "local_rank" else group[1 if "=" in group[0] else 2 :]
         elif key == "warmup_ratio" and steps not in (None, "0", "0.0"):
             notices.append(f"{name} gives way to --warmup_steps {steps}, as it did")
         else:
@@ -252,6 +254,9 @@ def refuse_options(args):
         f"--push_to_hub: {upload} NAME {args.output_dir}": args.push_to_hub,
         "--auto_find_batch_size: it would change the batch in mid-run; give a --per_device_train_batch_size that fits, "
         "and --gradient_accumulation_steps": args.auto_find_batch_size,
+        "--torch_compile: several processes train what is compiled without DDP or FSDP around it; leave it out": (
+            args.torch_compile and args.world_size > 1
+        ),
         f"--accelerator_config: gradient_accumulation_kwargs {accumulation} would change what a step is; give "
         "--gradient_accumulation_steps": accumulation,
     }

@@ -119,11 +119,11 @@ def on_signals(handler, *numbers):
 def first_to_fail():
     """A socket for one process of the run on each machine, the first that asks, as its name is given once; else None.
 
-    Without a process group all processes meet the same error, and the first speaks.
+    A process without a launcher has no others.
     """
     claim = socket.socket(socket.AF_UNIX)
-    if process_group() is None:
-        return claim if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+    if "LOCAL_RANK" not in os.environ:
+        return claim
     run = [str(os.getppid()), *(os.environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"))]
     with contextlib.suppress(OSError):
         claim.bind(f"\0cria-failed-{'-'.join(run)}")

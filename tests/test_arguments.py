@@ -387,6 +387,12 @@ def test_the_options_read_off_the_sources_are_the_parsers():
         assert not loaded & {"torch", "transformers", "numpy"}
 
 
+def test_values_that_look_like_options_and_the_launchers_rank_are_no_unknown_options():
+    trainer.answer_early(["--run_name", "--my run", "--run_name=--my", "--local_rank=0", "--no_save_rehearsal"])
+    for words in (["--local_rank=0", "out/run.json"], ["--local_rank", "0", "out/run.json"]):
+        assert trainer.translate_old_options(words) == (["out/run.json"], [])
+
+
 @pytest.mark.slow
 def test_read_only_output_is_one_line(base, data):
     run = train(basic_options(base, data, "/proc/nowhere"))

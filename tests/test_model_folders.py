@@ -297,6 +297,9 @@ ATTENTIONS = {
     "its attention cannot be exchanged": ("GPTNeoConfig", NEO | {"max_position_embeddings": 256}, "flat, masked",
                                           "cannot be exchanged"),
     "a mask of 64 tokens": ("GPTNeoConfig", NEO | {"max_position_embeddings": 64}, "padded", "eager, masked"),
+    "attention scaled by the place in the row": ("Llama4TextConfig", SHAPE | {
+        "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "num_hidden_layers": 4, "floor_scale": 32,
+        "attn_scale": 4.0, "initializer_range": 0.2}, "padded", "masked"),
     "ALiBi": ("BloomConfig", BLOOM, "padded", "eager, masked"),
     "ALiBi, and SDPA": ("FalconConfig", SHAPE | {"alibi": True}, "padded", "sdpa, masked"),
 }  # fmt: skip

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "generate_instruction", "convert_llama_weights", "apply_delta", "chat")
 HELPERS = {"utils": SCRIPTS, "engines": ("train",), "weights": ("convert_llama_weights", "apply_delta")}
 MOST_LINES = {
-    "train": 1276,
-    "engines": 578,
+    "train": 1281,
+    "engines": 591,
     "weights": 465,
     "utils": 1234,
     "generate_instruction": 1607,
