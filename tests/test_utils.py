@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -695,7 +696,10 @@ def test_run_main_shows_the_traceback_of_a_bug(error):
 def test_only_the_first_process_speaks():
     code = "import utils\ndef main():\n utils.say('a line')\n raise utils.UserError('bad')\nutils.run_main(main)"
     assert python(code, RANK="0", LOCAL_RANK="0").stderr == "a line\nerror: bad\n"
-    other = python(code, RANK="1", LOCAL_RANK="1")
+    assert python(code, RANK="1", LOCAL_RANK="1").stderr == "error: bad\n"  # the first to fail, whatever its number
+    with socket.socket(socket.AF_UNIX) as first:  # one that has failed before
+        first.bind(f"\0cria-failed-{os.getpid()}--")
+        other = python(code, RANK="1", LOCAL_RANK="1")
     assert (other.returncode, other.stderr) == (2, "")
 
 
