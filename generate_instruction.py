@@ -354,7 +354,7 @@ def read_blocks(text, shown):
     heads, unsure, separator = find_heads(text, markers, shown) if markers else ([], (), ("",))
     if not heads:
         return []
-    positions, starts, blocks = [m.start for m in markers], [], []
+    positions, starts, blocks, ways = [m.start for m in markers], [], [], {}  # ways: of ending, by block
     for head in heads:
         before, floor = markers[bisect.bisect_left(positions, head.start) - 1], starts[-1] if starts else 0
         early = before.label == "input" and floor <= before.start < head.start and before.number == head.number
@@ -393,11 +393,10 @@ def read_blocks(text, shown):
             reason = UNCLEAR
         elif task:
             kind = "##" if ends else lines_above(text, end, head.end)[0][0]
-            reason = doubt(task["output"], separator, is_last and not (ends and is_wire), kind)
-            if not is_last and 0 <= following.number <= head.number and "\n\n" in task["output"]:
-                reason = UNCLEAR  # the head of another list may stand behind it
+            restarts = not is_last and 0 <= following.number <= head.number
+            ways[len(blocks)] = (is_last and not (ends and is_wire), kind, restarts)
         blocks.append((task, reason, text[start:end], rest, ends))
-    return settle_tails(blocks)
+    return judge(blocks, ways, separator)
 
 
 def without_farewell(task):
@@ -409,15 +408,17 @@ def without_farewell(task):
     return (task | {"output": text.strip()}, last) if TO_THE_READER.match(last) else (task, "")
 
 
-def settle_tails(blocks):
-    """Take off a last line of form that all outputs share; where most do, these are unclear."""
+def judge(blocks, ways, separator):
+    """Take off a last line of form that all outputs share, then say why an end is unclear; for `ways` see `doubt`."""
     tails = [re.sub(r"\d+", "0", task["output"].rpartition("\n")[2].strip()) if task else "" for task, *_ in blocks]
-    for k, tail in enumerate(tails):
-        if tail and tails.count(tail) >= max(len(tails) / 2, 2) and "\n" in blocks[k][0]["output"]:
-            if RULE.fullmatch(tail) or is_tail(blocks[k][0]["output"]):
-                task = blocks[k][0] | {"output": blocks[k][0]["output"].rpartition("\n")[0].strip()}
-                is_sure = tails.count(tail) >= max(len(tails) - 1, 3) and not RULE.fullmatch(tail)
-                blocks[k] = (task, "" if is_sure else UNCLEAR, *blocks[k][2:])
+    for k, (is_open, kind, restarts) in ways.items():
+        (task, _, *others), tail, reason = blocks[k], tails[k], ""
+        is_form = RULE.fullmatch(tail) or is_tail(task["output"])
+        if is_form and "\n" in task["output"] and tails.count(tail) >= max(len(tails) / 2, 2):
+            is_sure = tails.count(tail) >= max(len(tails) - 1, 3) and not RULE.fullmatch(tail)
+            task = task | {"output": task["output"].rpartition("\n")[0].strip()}
+            reason, kind = "" if is_sure else UNCLEAR, "form"
+        blocks[k] = (task, reason or doubt(task["output"], separator, is_open, kind, restarts), *others)
     return blocks
 
 
@@ -497,24 +498,23 @@ def is_tail(output):
     return bool(HEADED.fullmatch(last) or REMARK.fullmatch(last) or (TAG.fullmatch(last) and output.count("<") == 1))
 
 
-def doubt(output, separator, is_open, kind):
+def doubt(output, separator, is_open, kind, restarts):
     """Why it is unclear what belongs to an output, behind which a line of form of this `kind` stands, as "blank".
 
-    `is_open`: it ends the answer, and a farewell may stand in it.
+    `is_open`: it ends the answer, and a farewell may stand in it. `restarts`: the next task has no higher number, and
+    the head of another list may stand before it.
     """
     lines = output.split("\n")
     last, is_apart = lines[-1].strip(), len(lines) > 1 and not lines[-2].strip()
-    if re.search(r"\S[ \t]+#{2,}$", last) or (is_apart and HEADED.fullmatch(last)):
-        return UNCLEAR
-    if not kind.startswith("##") and len(lines) > 1 and is_tail(output):
-        return UNCLEAR
-    if not kind and not is_open and is_apart:
-        return UNCLEAR  # the heading of the next task, or a remark on it
+    has_heading = re.search(r"\S[ \t]+#{2,}$", last) or (is_apart and HEADED.fullmatch(last))
+    has_tail = not kind.startswith("##") and len(lines) > 1 and is_tail(output)
+    has_remark = not kind and not is_open and is_apart  # or the next task's heading
     # A line that separates tasks elsewhere, or half of what does.
-    has_form = any(line.strip() == kind for line in lines for kind in separator if kind and not kind.startswith("##"))
+    has_form = any(line.strip() == form for line in lines for form in separator if form and not form.startswith("##"))
     has_form = has_form or ("heading" in separator and any(map(is_heading, lines)))
     has_draft = OPENED.match(output) or re.search(rf"\n(?:{OPENED.pattern})", output)
-    if has_form or has_draft or len(FENCE.findall(output)) % 2:
+    is_cut = len(FENCE.findall(output)) % 2 or (restarts and "\n\n" in output)
+    if has_heading or has_tail or has_remark or has_form or has_draft or is_cut:
         return UNCLEAR
     is_turn = TURN.search(output) and not re.match(r"(?:user|human|assistant)\b", output, re.IGNORECASE)
     if is_open and (is_turn or "\n\n" in FENCED.sub("", output) or (len(lines) > 1 and FAREWELL.search(lines[-1]))):

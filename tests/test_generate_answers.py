@@ -273,3 +273,10 @@ def test_more_spellings_of_no_input(spelling):
     assert kept(wire([("Name the capital of Peru.", spelling, "Lima"), TASKS[1]])) == [
         ("Name the capital of Peru.", "", "Lima"), TASKS[1],
     ]  # fmt: skip
+
+
+def test_a_task_that_is_unclear_stays_so_where_all_end_in_one_line_of_form():
+    fence = "```python\nx = 1"
+    tasks = [(f"Do number {n} now.", "", output) for n, output in enumerate(["a", fence, "b", "c"])]
+    text = wire(tasks, between="", head="{n}. Instruction: {i}\n{n}. Input: {x}\n{n}. Output: {o}\n&nbsp;\n")
+    assert kept(text) == [task for task in tasks if task[2] != fence]
