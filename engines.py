@@ -312,6 +312,7 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # of torch before 2.10
     varlen_attn = None
+HAS_VARLEN = varlen_attn is not None and {"window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 def borders(lengths):
@@ -322,23 +323,16 @@ def borders(lengths):
 
 def takes_varlen(query, dropout):
     """Whether torch's varlen attention can be used: FlashAttention's kernel, which needs half precision and Ampere."""
-    wanted = {"window_size", "scale"}  # torch 2.10 had other arguments
-    return (
-        varlen_attn is not None
-        and query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and not dropout
-        and query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-        and wanted <= inspect.signature(varlen_attn).parameters.keys()
-    )
+    fits = query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    is_ampere = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return HAS_VARLEN and fits and is_ampere and not dropout  # torch 2.10's has other arguments
 
 
 @torch.compiler.disable  # the lengths are numbers of Python's
 def attend_in_turn(module, query, key, value, ends, **options):
     """SDPA over each example; `ends` are the borders. Shapes as in `attend_by_example`."""
-    parts = zip(*(tensor.split(ends.diff().tolist(), dim=2) for tensor in (query, key, value)), strict=True)
+    lengths = ends.diff().tolist()  # once: a GPU is waited for
+    parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     return torch.cat([sdpa_attention_forward(module, *part, None, **options)[0] for part in parts], dim=1)
 
 
@@ -374,13 +368,20 @@ def register_attention():
     AttentionMaskInterface.register(BY_EXAMPLE, mask_by_example)
 
 
+@contextlib.contextmanager
+def asked_attention(name):
+    """Within the block, what an attention function that was asked for cannot do becomes a UserError."""
+    try:
+        yield
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise UserError(f"--attn_implementation {name}: {first_line(error)}; leave it out, or give sdpa or eager")
+
+
 def set_attention(config, name):
     """Let the model that is made from `config` use one of transformers' attention functions."""
-    try:
+    with asked_attention(name):
         config._attn_implementation = name
         skeleton(config)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"--attn_implementation {name}: {first_line(error)}; leave it out, or give sdpa or eager")
 
 
 def logits_and_gradient(model, ids, length, **more):
@@ -414,10 +415,7 @@ def flat_row(lengths, with_borders, device):
 
 
 def is_apart(model, ids, count, with_borders, dtypes):
-    """Whether the last of `count` examples of a flat row moves by no bit with the others, and is as it is alone.
-
-    It is not where a model scales attention by the place in the row, as Llama 4 does.
-    """
+    """Whether the last of `count` examples of a flat row moves by no bit with the others, and is as it is alone."""
     length = ids.shape[1] // count
     other = torch.cat([(ids[:, :-length] + 5) % ids.max(), ids[:, -length:]], dim=1)
     more = flat_row([length] * count, with_borders, ids.device) | {"use_cache": False}
@@ -426,7 +424,7 @@ def is_apart(model, ids, count, with_borders, dtypes):
     if one.shape[1] != length:
         raise ValueError("it does not compute selected logits")
     alone = model(input_ids=ids[:, -length:], use_cache=False).logits.float()
-    bound = 0.001 if dtypes[-1] == torch.float32 else 0.1
+    bound = 0.001 if dtypes[-1] == torch.float32 else 0.1  # Llama 4 scales attention by the place in the row
     is_same = not (one.float() - alone).norm() > bound * alone.norm()
     return is_same and torch.allclose(one, two, rtol=0, atol=0, equal_nan=True)
 
@@ -491,10 +489,6 @@ def choose_layout(trainer, longest):
     layouts = [("flat", BY_EXAMPLE), ("flat, masked", own)]
     if args.attn_implementation:
         layouts = [("flat" if "flash" in own else "flat, masked", own)]
-        try:
-            logits_and_gradient(model, ids[:, :8], 8)
-        except RuntimeError as error:
-            raise UserError(f"--attn_implementation {own}: {first_line(error)}; leave it out, or give sdpa or eager")
     if args.label_smoothing_factor or args.use_liger_kernel:
         layouts, whys = [], ["label smoothing and Liger kernels need all logits"]
     with probing(trainer) as dtypes:
@@ -502,6 +496,9 @@ def choose_layout(trainer, longest):
         early, moved = (model(input_ids=row, use_cache=False).logits[:, :4].float() for row in (ids[:, :8], later))
         if not torch.equal(early, moved) and (early - moved).abs().max() > 0.02 * early.std():
             raise UserError("in this model earlier tokens see later ones: it is no causal language model; give one")
+        if args.attn_implementation:
+            with asked_attention(own), contextlib.suppress(TypeError):  # of a forward that selects no logits
+                logits_and_gradient(model, ids[:, :8], 8)  # backwards too, which FlexAttention on a CPU lacks
         for layout, attention in [] if args.padded else layouts:
             try:
                 model.set_attn_implementation(attention)

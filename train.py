@@ -14,6 +14,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import functools
 import gc
 import importlib.util
 import itertools
@@ -60,6 +61,7 @@ OLD_OPTIONS = {
 OLD_VALUES = {"--optim adamw_hf": "--optim adamw_torch", "--debug ": ""}  # of options that are still there
 
 
+@functools.cache  # asked before the libraries load, and again where the words are parsed
 def read_options():
     """{option: its help} for our own and transformers', off the sources: to import them takes seconds."""
     library = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
@@ -168,9 +170,7 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = option(512, "Window in tokens; longer rows are cut on the right and counted.")
     pad_token: Literal["keep", "add"] = option("keep", "add: a row for [PAD] is added, as Stanford Alpaca did.")
     padded: bool = option(False, "Pad micro-batches on the right instead of flattening them.")
-    attn_implementation: str | None = option(
-        None, "One of transformers', as flash_attention_2; by default causal attention within each example."
-    )
+    attn_implementation: str | None = option(None, "One of transformers'; by default each example by itself.")
     save_dtype: Dtype | None = option(None, "Dtype of the final model's files; by default what the run computes in.")
     save_rehearsal: bool = option(True, "Save, check and remove the model before step 1.")
     memory_check: bool = option(True, "Compare what the run needs with what there is.")
