@@ -94,30 +94,37 @@ def cannot_be_shown(task):
 
 WORDS = {  # for the labels, in the languages that models answer in; those behind the bar count where no others are
     "instruction": "instruction 指令 指示 instrucción instruções instrução istruzione anweisung инструкция 지시사항 지시 명령 "
+    "talimat hướng_dẫn "
     "| question prompt aufgabe consigne tarea задание 问题 問題 任务 任務 질문",
-    "input": "input 输入 輸入 入力 entrada entrée eingabe ingresso ввод 입력 | context contexte kontext 上下文",
-    "output": "output 输出 輸出 出力 salida saída sortie ausgabe uscita вывод 출력 "
+    "input": "input 输入 輸入 入力 entrada entrée eingabe ingresso ввод 입력 girdi đầu_vào | context contexte kontext 上下文",
+    "output": "output 输出 輸出 出力 salida saída sortie ausgabe uscita вывод 출력 çıktı đầu_ra "
     "| response answer réponse respuesta resposta risposta antwort ответ 回答 答案 답변",
 }
-LABELS = {word: name for name, words in WORDS.items() for word in words.replace("|", "").split()}
+LABELS = {word.replace("_", " "): name for name, words in WORDS.items() for word in words.replace("|", "").split()}
 RARE = {word for words in WORDS.values() for word in words.partition("|")[2].split()}
 TASK = "(?:task|example|exercise|任务|任務|タスク|例题|示例|例|과제|課題|문제|tarea|tâche|aufgabe|задание)"
 # A line that begins with a label: "4. Instruction:", "**Input:**", "- Output 5 -", "（4）指令：", "【入力】", "### Output".
 # Every repetition is bounded, so that no line can make the search slow.
-LINE = r"""^(?=.*?[^\W\d_]{2})(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
+LINE = r"""^(?=.*?[^\W\d_]{2})(?P<lead>[ \t]{0,12}(?:[-*+•][ \t]{1,4})?(?:\#{1,6}[ \t]?)?(?:[☀-➿🀀-🫿]\ufe0f?[ \t])?)(?P<bold>[*_]{0,3})[ \t]?(?P<open>[【\[<]?)
     (?:(?:%s[ \t]{0,3})?[(（\[]?(?P<number>\d{1,4})(?:\.\d)?[*_]{0,3}[ \t]?[])）.:：．、-]{0,2}[*_ \t]{0,6})?
     (?P<label>%s)s?(?:[ \t]?\#?(?P<behind>\d{1,4}))?(?P<close>[*_\]】>]{0,4})
     (?:(?P<colon>[ \t]?[:：]|[ \t][-–—](?=[ \t]))|(?=[ \t]{0,9}$)|(?<=[】\]>]))"""
 FLAGS = re.IGNORECASE | re.MULTILINE | re.VERBOSE
-MARKER = re.compile(LINE % (TASK, "|".join(sorted(LABELS, key=len, reverse=True))), FLAGS)
+LINE = LINE.replace(r" \t]", r" \t\xa0\u3000]")  # blanks of other widths
+MARKER = re.compile(LINE % (TASK, "|".join(map(re.escape, sorted(LABELS, key=len, reverse=True)))), FLAGS)
+ANY_LABEL = re.compile(
+    r"^[ \t*_#]{0,8}(?P<number>\d{1,4})[.)][*_ \t]{0,4}(?P<word>[^\W\d_][^:：\n*]{1,30}?)[ \t]?[*_]{0,3}[:：]",
+    re.MULTILINE,
+)
 OTHER_LABEL = re.compile(LINE % (TASK, r"[^\W\d_]{3,14}"), FLAGS)
-EXTRA = "explanation rationale reasoning category difficulty hint note notes type topic reason 解释 说明".split()
+META = "category difficulty level type topic tags domain skill 类别 难度 类型 主题".split()
+EXTRA = META + "explanation rationale reasoning hint note notes reason 解释 说明".split()
 NUMBERED = re.compile(r"^[ \t#*_(（\[>-]{0,12}(\d{1,4})[])）.:：．、](?!\d)(?=[ \t]*\S)", re.MULTILINE)
 HASHES, RULE = re.compile(r"#{2,6}"), re.compile(r"(?=\S)[-=_*~.#•—–+ ]{1,80}")
 HEADING = re.compile(  # "**Task #5:**", "### Example 5: Rain", "任务五：", "第5题", "## 5.", "5. **Rain**"
     rf"""^(?P<deco>[ \t]{{0,3}}[^\w\s(（"'“]{{1,6}}[ \t]?[*_]{{0,3}})?
-    (?:{TASK}[ \t]?(?:no\.?[ ]?)?\#?[ \t]?(?:\d{{1,4}}|[一二三四五六七八九十]{{1,3}})
-    |第.{{1,3}}[题題个個]|\d{{1,4}}(?:(?<=[#* ]\d)|(?<=[#* ]\d\d))|\d{{1,4}}\.(?=[ ]\*\*[^*]{{1,60}}\*\*:?$))
+    (?:{TASK}[ \t]?(?:no\.?[ ]?)?\#?[ \t]?(?:\d{{1,4}}|[ivx]{{1,5}}|[一二三四五六七八九十]{{1,3}})
+    |第.{{1,3}}[题題个個]|\d{{1,4}}[.)]|\d{{1,4}}(?:(?<=[#* ]\d)|(?<=[#* ]\d\d))|\d{{1,4}}\.(?=[ ]\*\*[^*]{{1,60}}\*\*:?$))
     (?:[*_]{{0,3}}[.:：)]?[*_]{{0,3}}|(?(deco)[*_.:：) -].{{0,60}}|[ ]\*\*.{{0,60}}))[ \t]{{0,9}}""",
     FLAGS,
 )
@@ -157,14 +164,15 @@ FAREWELL = re.compile(  # on the last line of an answer
 TO_THE_READER = re.compile(  # a last paragraph that speaks of the tasks themselves, which is no output's
     r"\A(?=.{0,250}(?:\b(?:tasks|instructions|tareas|tâches|aufgaben|tarefas|compiti)\b|任务|指令|タスク|과제|задани))"
     r".{0,250}(?:\b(?:let me know|would you like|hope|i(?:'ve| have|'ll| will| can)|these|if you|feel free|as requested"
-    r"|continue[sd]?|remaining|in total|total|more|espero|n'hésitez|hoffe)\b|希望|以上|如果|需要|ます|바랍|надеюсь)",
+    r"|continue[sd]?|remaining|in total|total|more|follow|ends?|espero|restantes|n'hésitez|voilà|hoffe|waren)\b"
+    r"|希望|以上|如果|需要|结束|ます|바랍|надеюсь)|\A\W{0,4}(?:end of (?:the )?list|list (?:is )?complete)\W{0,4}\Z",
     re.IGNORECASE,
 )
 ALOUD = re.compile(r"\bthe user\b|\bwe (?:need|have|must)\b|\blet me (?:think|draft|see|plan)\b|用户", re.IGNORECASE)
 NO_INPUT = re.compile(
     r"""(?:input:[ ])?(?:(?:(?:there[ ]is[ ])?no[ _-]?(?:additional[ ]|further[ ])?(?:input|context)(?:[ ]is)?|none|not)
     (?:[ ](?:needed|required|necessary|given|provided|available|applicable))?(?:[ ]for[ ]this[ ]\w{1,12})?
-    |n/?a|nil|null|empty|(?:leave[ ]|left[ ])?blank|keine?(?:[ ]eingabe)?|(?:aucune?|sans)(?:[ ]entrée)?|néant
+    |n/?a|nil|null|(?:girdi[ ])?yok|không[ ]có(?:[ ]đầu[ ]vào)?|tidak[ ]ada|لا[ ]يوجد|ไม่มี|कोई[ ]नहीं|ing[ae][nt]|geen(?:[ ]invoer)?|brak(?:[ ]danych)?|empty|(?:leave[ ]|left[ ])?blank|keine?(?:[ ]eingabe)?|(?:aucune?|sans)(?:[ ]entrée)?|néant
     |(?:ningun[ao]|nenhuma?|sem|sin)(?:[ ]entrada)?|nessuno?(?:[ ]input)?|нет(?:[ ]ввода)?|(?:입력[ ]|해당[ ])?없음|空
     |(?:入力)?[はが]?(?:なし|不要|無し)|特になし
     |(?:[此本这該该]?(?:任务|任務|题|題|指令))?(?:无|無|没有|沒有|无需|無需|不需要|不用)(?:额外|額外|任何)?(?:输入|輸入)?(?:内容|內容)?)""",
@@ -210,6 +218,9 @@ def unwrapped(text):
     if text is None:
         return None, False
     text, ends = LEADING.sub("", text), False
+    closed = re.findall(r"^(?!#).*\S[ \t]+###[ \t]*\n(?=\s*(.*))", text, re.MULTILINE)
+    if closed and all(not line or MARKER.match(line) for line in closed):  # a separator at the end of a line
+        text = re.sub(r"^((?!#).*\S)[ \t]+###[ \t]*$", r"\1\n###", text, flags=re.MULTILINE)
     for token in TEMPLATE.finditer(text):
         behind = text[token.end() : token.end() + 40]
         is_spoken_of = re.match(r"(?!assistant|user|system)(?: +[^\s<\[]|[^\s<\[A-Z])", behind)
@@ -253,6 +264,27 @@ def settle_fences(text):
     return text, spans
 
 
+def settle_headings(text, markers):
+    """The text in which a line above each task that names its number, however it is written, is "#5" or the like."""
+    heads, places = [m for m in markers if m.label == "instruction"], []
+    for head in heads if text[: heads[0].start if heads else 0].strip() else heads[1:]:
+        end = len(text[: head.start].rstrip())
+        begin = text.rfind("\n", 0, end) + 1
+        if end - begin > 60 or (begin > 1 and text[begin - 2] != "\n") or MARKER.match(text[begin:end]):
+            return text
+        places.append((begin, end))
+    lines = [text[begin:end] for begin, end in places]
+    if len(lines) < 2 or len({re.sub(r"\d+", "0", line) for line in lines}) > 1:
+        return text
+    for column in zip(*(map(int, re.findall(r"\d+", line)) for line in lines), strict=True):
+        if all(b == a + 1 for a, b in itertools.pairwise(column)):
+            for (begin, end), number in zip(places, column, strict=True):
+                form = f"#{number}".ljust(end - begin)
+                text = text[:begin] + (form if len(form) == end - begin else text[begin:end]) + text[end:]
+            break
+    return text
+
+
 def stands_in(spans, position):
     """Whether a position stands in one of the spans."""
     k = bisect.bisect_right(spans, (position, math.inf)) - 1
@@ -276,6 +308,56 @@ def find_markers(text, spans=()):
     return found
 
 
+def with_usual_labels(text):
+    """The text with our labels, where all tasks lack the instruction's or have three others: "4. Command:", "4. Data:".
+
+    It lacks one where the line above each input has the next number, or the input's own marks, or all have one word.
+    """
+    kinds, places = {}, {}
+    for m in ANY_LABEL.finditer(text):
+        places.setdefault(int(m["number"]), []).append(m.span("word"))
+        kinds.setdefault(int(m["number"]), []).append(m["word"].lower())
+    usual = max(kinds.values(), key=len, default=[])
+    full = sum(words == usual for words in kinds.values())
+    partial = [number for number, words in kinds.items() if words == usual[1:]]  # behind the head in the prompt
+    if len(usual) == 3 and full + len(partial) == len(kinds) >= 2 and partial in ([], [min(kinds)]):
+        found = [
+            (span, name) for spans in places.values() for span, name in zip(spans, FIELDS[-len(spans) :], strict=True)
+        ]
+    else:
+        found = [((place, place), "instruction") for place in bare_instructions(text)]
+    for (start, end), name in sorted(found, reverse=True):
+        behind = text[end:] if start < end else f": {text[end:].lstrip(' ')}"
+        text = text[:start] + (" " if start == end else "") + name.capitalize() + behind
+    return text
+
+
+def bare_instructions(text):
+    """Where the label "Instruction:" is missing in each task of a text; [] where that is not clear."""
+    markers = find_markers(text)
+    inputs = [m for m in markers if m.label == "input"]
+    if len(inputs) < 2 or any(m.label == "instruction" for m in markers):
+        return []
+    places, numbers = [], []
+    for marker in inputs:
+        begin = text[: marker.start].rstrip().rfind("\n") + 1
+        line = text[begin : marker.start].rstrip()
+        is_first = not text[:begin].strip()
+        marks, number = re.match(r"[*#_ ]{1,6}", text[marker.start : marker.end]), NUMBERED.match(line)
+        if number:
+            numbers.append(int(number[1]))
+            places.append(begin + number.end())
+        elif (
+            marks and line.startswith(marks[0]) and (is_first or lines_above(text, begin, 0)[0][0] not in ("", "blank"))
+        ):
+            places.append(begin + len(marks[0].rstrip()))
+        elif marker is not inputs[0]:
+            return []
+        if OTHER_LABEL.match(line):
+            return []
+    return [] if any(b != a + 1 for a, b in itertools.pairwise(numbers)) else places
+
+
 def is_heading(line):
     """Whether a line is the heading of a task alone."""
     label = MARKER.match(line)  # but for "任务 5：", where the word means a task
@@ -284,7 +366,8 @@ def is_heading(line):
 
 
 def lines_above(text, start, floor):
-    """[(kind, start)] of the lines of form right above a position, the nearest first: "###", a rule, a heading.
+    """[(kind, start)] of the lines of form right above a position, the nearest first: "###", a rule, a heading,
+    a field as "Difficulty: easy".
 
     Where there are none it is [("blank", start)] or [("", start)].
     """
@@ -293,7 +376,10 @@ def lines_above(text, start, floor):
         begin = max(text.rfind("\n", 0, position - 1) + 1, floor)
         line = text[begin : position - 1].strip() if position - begin < 120 else "x"
         kind = line if HASHES.fullmatch(line) or RULE.fullmatch(line) or not line else "heading"
-        if kind in [known for known, _ in kinds] or (kind == "heading" and not is_heading(line)):
+        if kind == "heading" and not is_heading(line):
+            label = OTHER_LABEL.match(line)
+            kind = "field" if label and label["label"].lower() in META else "text"
+        if kind in [known for known, _ in kinds] or kind == "text":
             break
         kinds += [(kind, begin)] if kind else []
         position = begin
@@ -351,6 +437,7 @@ def read_blocks(text, shown):
     """The blocks of an answer in labels: [(task or None, reason, its text, what stands behind it, whether it ends)]."""
     text, spans = settle_fences(text.rstrip() + "\n")
     markers = find_markers(text, spans)
+    text = settle_headings(text, markers)
     heads, unsure, separator = find_heads(text, markers, shown) if markers else ([], (), ("",))
     if not heads:
         return []
@@ -370,21 +457,30 @@ def read_blocks(text, shown):
     ends_at = [*starts[1:], len(text)]
     for head, following, start, end in zip(heads, [*heads[1:], None], starts, ends_at, strict=True):
         above = [line for line in lines_above(text, end, head.end) if line[0] not in ("", "blank")]
-        ends = bool(above) and above[-1][0].startswith("##")
+        ends, is_last = bool(above) and above[-1][0].startswith("##"), end == len(text)
         common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0][0] == pair[1], zip(above, separator)))
+        if is_last and not common and above and separator[-len(above) :] == tuple(kind for kind, _ in above):
+            common = len(above)
         common = len(above) if ends else common
         stop, rest = above[common - 1][1] if common else end, ""
         for found in bar.finditer(text, head.end, stop):
             if not stands_in(spans, found.start()):
                 rest, stop, ends = bar.sub("", text[found.end() : stop]).strip(), found.start(), True
                 break
+        fields = [text[at:].partition("\n")[0] for kind, at in above[:common] if kind == "field"]
         inside = markers[bisect.bisect_left(positions, start) : bisect.bisect_left(positions, stop)]
-        is_last, is_wire = end == len(text), separator[-1].startswith("##")
+        is_wire = separator[-1].startswith("##")
         loose = [kind for kind, _ in above[common:]]
         if is_wire and ends and above and above[-1][0] != separator[-1]:
             loose = ["heading"]  # half of a separator, or the heading of a task that was cut
         task, reason = read_block(text[start:stop], start, head, inside, chosen, spans)
-        is_apart = FAREWELL.search(rest) or OPENED.match(rest) or re.match(r"\W{0,4}\d", rest) or find_markers(rest)
+        is_apart = (
+            FAREWELL.search(rest)
+            or TO_THE_READER.match(rest)
+            or OPENED.match(rest)
+            or re.match(r"\W{0,4}\d", rest)
+            or find_markers(rest)
+        )
         if rest and not is_apart:
             loose = ["heading"]  # it may be the output's own
         if task and is_last and not ends:
@@ -395,7 +491,7 @@ def read_blocks(text, shown):
             kind = "##" if ends else lines_above(text, end, head.end)[0][0]
             restarts = not is_last and 0 <= following.number <= head.number
             ways[len(blocks)] = (is_last and not (ends and is_wire), kind, restarts)
-        blocks.append((task, reason, text[start:end], rest, ends))
+        blocks.append((task, reason, text[start:end], rest or "".join(fields), ends))
     return judge(blocks, ways, separator)
 
 
@@ -479,7 +575,7 @@ def read_field(label, field, marker):
         field, closed, behind = field.partition(f"</{tag[1]}>")
         if not closed or re.sub(r"</?\w+[^<>\n]{0,80}>|\s", "", behind):
             return None
-    if label.count("**") % 2:
+    if label.count("**") % 2 and not label.startswith("** "):
         if not field.rstrip().endswith("**"):
             return None
         field = field.rstrip()[:-2]
@@ -559,14 +655,14 @@ def unquote(tasks):
     """Take off the marks around most instructions, and around all inputs and outputs of these: "...", **...**."""
     tasks = [dict(task) for task in tasks]
     halves = [(re.escape(wrap[: len(wrap) // 2]), re.escape(wrap[len(wrap) // 2 :])) for wrap in WRAPS]
-    wraps = [re.compile(rf"{first}((?:(?!{first}|{last}).)+){last}", re.DOTALL) for first, last in halves]
+    wraps = [re.compile(rf"{first}((?:\\.|(?!{first}|{last}).)+){last}", re.DOTALL) for first, last in halves]
     for wrap in wraps:
         marked = [task for task in tasks if wrap.fullmatch(task["instruction"])]
         if len(marked) > 1 and len(marked) * 3 >= len(tasks) * 2:
             for key, around in itertools.product(FIELDS, wraps):
                 if all(not task[key] or around.fullmatch(task[key]) for task in marked):
                     for task in marked:
-                        task[key] = around.sub(r"\1", task[key])
+                        task[key] = around.sub(r"\1", task[key]).replace('\\"' if wrap is wraps[4] else "\0", '"')
     fence = re.compile(r"```\n((?:(?!```).)+)\n```", re.DOTALL)
     if len(tasks) > 1 and all(fence.fullmatch(task[key]) for task in tasks for key in ("input", "output")):
         tasks = [task | {key: fence.sub(r"\1", task[key]) for key in ("input", "output")} for task in tasks]
@@ -587,6 +683,8 @@ def parse_response(text, finish_reason, num_prompt_instructions, response_format
     blocks = read_json_tasks(answer)
     if not is_json and not any(task for task, *_ in blocks):
         blocks = read_blocks(answer, num_prompt_instructions)
+        if not any(task for task, *_ in blocks) and (usual := with_usual_labels(answer)) != answer:
+            blocks = read_blocks(usual, num_prompt_instructions)
     if not blocks:
         return [], [(0, "no task found", text)]
     if not (ends or blocks[-1][4] or str(finish_reason).lower() in CLEAN_ENDS):

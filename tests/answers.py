@@ -158,6 +158,10 @@ def easy(draw):
     return some(draw, hard=0)
 
 
+def one_line(draw):
+    return draw.sample([task for task in EASY if "\n" not in task[2]], 4)
+
+
 def no_rules(draw):
     """Tasks for a form that has lines of dashes between tasks, or blank lines and no numbers."""
     return draw.sample(EASY, 3) + draw.sample([task for task in HARD if not re.search(r"^\W*$", task[2], re.M)], 1)
@@ -548,7 +552,7 @@ wrapped("start_header", lambda x: "<|start_header_id|>assistant<|end_header_id|>
 wrapped("im_start", lambda x: "<|im_start|>assistant\n" + x + "<|im_end|>")
 wrapped("bom", lambda x: "\ufeff" + x)
 wrapped("end_mark", lambda x: x + "\n[END]", keep=slice(0, -1))
-wrapped("end_list", lambda x: x + "\n(End of list)", keep=slice(0, -1))
+wrapped("end_list", lambda x: x + "\n(End of list)")
 wrapped("fare_es", lambda x: x + "\n¡Espero que estas tareas te sean útiles!")
 wrapped("fare_zh", lambda x: x + "\n希望这些任务对您有帮助！")
 wrapped("fare_zh2", lambda x: x + "\n以上是17个任务，如需更多请告诉我。")
@@ -563,7 +567,7 @@ wrapped(
 )
 wrapped("fare_feel", lambda x: x + "\nFeel free to adjust them as you see fit.", keep=slice(0, -1))
 wrapped("fare_omit", lambda x: x + "\n... (and so on up to 20)", keep=slice(0, -1))
-wrapped("fare_omit2", lambda x: x + "\n[Tasks 8-20 follow the same form]", keep=slice(0, -1))
+wrapped("fare_omit2", lambda x: x + "\n[Tasks 8-20 follow the same form]")
 wrapped("fare_hash_head", lambda x: x + "###\n\nLet me know!")
 wrapped("next_head", lambda x: x + "###\n9. Instruction:")
 wrapped("next_head_nosep", lambda x: x + "\n9. Instruction:")
@@ -1062,7 +1066,7 @@ wrapped("fare9", lambda x: x + "\n如果您还有其他需求，请随时告诉�
 wrapped("fare10", lambda x: x + "\nEstas son las tareas solicitadas.", keep=slice(0, -1))
 wrapped("fare11", lambda x: x + "\nI've made sure to cover many domains.", keep=slice(0, -1))
 wrapped("fare12", lambda x: x + "\nHere is the complete list as requested.", keep=slice(0, -1))
-wrapped("fare13", lambda x: x + "\nThe tasks above follow the requested format.", keep=slice(0, -1))
+wrapped("fare13", lambda x: x + "\nThe tasks above follow the requested format.")
 wrapped("fare14", lambda x: x + "\nIf you need anything else, just ask.", keep=slice(0, -1))
 wrapped("fare15", lambda x: x + "\n✅ Done!", keep=slice(0, -1))
 wrapped("fare16", lambda x: x + "\nI can continue with tasks 8 to 20.")
@@ -1099,6 +1103,30 @@ broken(
 )
 broken("heading_gone", r"\n### Task 5\n", "\n", {4, 5}, BOLD_PLAIN, heading("\n### Task {n}\n"))
 broken("both_gone", r"\n### Task 5\n\*\*Instruction:\*\* ", "\n", {4, 5}, BOLD_PLAIN, heading("\n### Task {n}\n"))
+
+# Labels of other words, or none, and headings of any words with the task's number.
+simple("own_words", ("{n}. Command: {t}", "{n}. Data:\n{t}", "{n}. Result:\n{t}"), "###\n", easy)
+simple(
+    "two_languages",
+    ("{n}. 指令 (Instruction): {t}", "{n}. 输入 (Input):\n{t}", "{n}. 输出 (Output):\n{t}"),
+    "###\n",
+    easy,
+)
+simple("number_alone", ("{n}. {t}", "   Input: {t}", "   Output: {t}"), "\n", one_line)
+simple("marks_alone", ("** {t}\n", "** Input:\n{t}\n", "** Output:\n{t}"), heading("\nTask {n}:\n"), one_line)
+simple("item_heading", PLAIN, heading("\nItem #{n} of 20\n"), one_line)
+simple("keycap_heading", PLAIN, heading("\n{n}\ufe0f\u20e3\n"), one_line)
+simple("roman_heading", PLAIN, lambda n: f"\nTask {['IV', 'V', 'VI', 'VII'][n - 4]}\n", one_line)
+simple("hashes_at_the_end", (*SAME_LINE[:2], "{n}. Output: {t} ###"), "", one_line)
+simple("no_break_spaces", ("{n}.\xa0Instruction:\xa0{t}", "{n}.\xa0Input: {t}", "{n}.\xa0Output: {t}"), "\n", one_line)
+simple(
+    "field_behind",
+    BOLD_PLAIN,
+    heading("**Difficulty:** easy\n\n### Task {n}\n"),
+    one_line,
+    end="\n**Difficulty:** easy\n",
+)
+simple("field_before", BOLD_PLAIN, heading("\n### Task {n}\n**Category:** daily life\n"), one_line)
 
 
 def make(name, seed):

@@ -9,7 +9,7 @@ from generate_instruction import parse_response
 
 SEEDS = range(4)
 # What the parser does not read: all that is asked is that it keeps nothing of it, and says so.
-UNREAD = ["yaml_list", "py_single_quotes", "md_table", "ar", "vi", "md_think", "final_answer_head"]
+UNREAD = ["yaml_list", "py_single_quotes", "md_table", "md_think", "final_answer_head"]
 
 
 def kept(name, seed):
@@ -54,6 +54,19 @@ def test_what_goes_wrong_in_one_place_costs_no_other_task(name):
         assert sorted(rows) == sorted(tasks)
 
 
+WHOLE = (
+    "own_words two_languages number_alone marks_alone item_heading keycap_heading roman_heading hashes_at_the_end "
+    "no_break_spaces field_behind field_before"
+).split()
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_an_answer_in_a_form_of_its_own_is_read_whole(name):
+    for seed in SEEDS:
+        rows, tasks, dropped = kept(name, seed)
+        assert sorted(rows) == sorted(tasks), dropped
+
+
 SIZE = 200_000
 HOSTILE = {  # texts on which a search that goes back would take minutes
     "spaces in a field": f"4. Instruction: x\n4. Input:{' ' * SIZE}\n4. Output: y",
@@ -73,6 +86,10 @@ HOSTILE = {  # texts on which a search that goes back would take minutes
     "objects": "[" + '{"a":' * SIZE,
     "stars": "4" + "*" * SIZE,
     "words of tasks": "任务" * SIZE,
+    "hashes behind lines": "4. Instruction: x\n4. Output: y\n" + "a ###\n" * SIZE,
+    "labels of any word": "4. word: x\n" * SIZE,
+    "inputs alone": "x\nInput: y\n" * (SIZE // 10),
+    "headings with a number": "".join(f"\n\nItem {k}\nInstruction: x\nOutput: y" for k in range(SIZE // 50)),
 }
 
 
