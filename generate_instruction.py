@@ -195,7 +195,7 @@ WRAPS = ("****", "____", "**", "__", '""', "''", "``", "“”", "「」")
 
 
 def without_reasoning(text):
-    """The answer behind its reasoning; None where that does not end."""
+    """The answer without its reasoning; None where that does not end."""
     head, closed = OPENED.match(text, len(text) - len(text.lstrip())), []
     for found in CLOSED.finditer(text):
         line = text[max(text.rfind("\n", 0, found.start()) + 1, found.start() - 200) : found.start()]
@@ -208,7 +208,10 @@ def without_reasoning(text):
         closed = named[:1]
     if head and not closed:
         return None
-    return text[closed[-1].end() :] if closed else text
+    behind, opened = text[closed[-1].end() :] if closed else text, []
+    if closed and not behind.strip() and not head:  # reasoning behind the tasks
+        opened = [m.start() for m in OPENED.finditer(text) if m.start() < closed[-1].start()]
+    return text[: opened[-1]] if opened else behind
 
 
 def unwrapped(text):

@@ -1037,7 +1037,7 @@ wrapped(
     "think_nested", lambda x: f"<think>a <think>{DRAFT}</think> b\n4. Instruction: draft\n4. Output: no\n</think>\n{x}"
 )
 wrapped("nothink_close_only_first", lambda x: f"</think>\n\n{x}")
-wrapped("think_after", lambda x: f"{x}\n<think>\nWas that enough? Yes.\n</think>", keep=slice(0, 0))
+wrapped("think_after", lambda x: f"{x}\n<think>\nWas that enough? Yes.\n</think>")
 wrapped("think_at_end_unclosed", lambda x: f"{x}\n<think>\nWas that enough?", keep=slice(0, -1))
 wrapped("s_end_tok", lambda x: x.rstrip() + "\n</s>")
 wrapped("multi_eos", lambda x: x.rstrip() + "<|endoftext|><|endoftext|><|endoftext|>")

@@ -56,7 +56,7 @@ def test_what_goes_wrong_in_one_place_costs_no_other_task(name):
 
 WHOLE = (
     "own_words two_languages number_alone marks_alone item_heading keycap_heading roman_heading hashes_at_the_end "
-    "no_break_spaces field_behind field_before"
+    "no_break_spaces field_behind field_before think_after"
 ).split()
 
 

@@ -14,7 +14,7 @@ MOST_LINES = {
     "engines": 588,
     "weights": 465,
     "utils": 1234,
-    "generate_instruction": 1702,
+    "generate_instruction": 1708,
     "convert_llama_weights": 887,
     "apply_delta": 752,
     "chat": 535,
