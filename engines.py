@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import os
+import re
 
 import accelerate
 import torch
@@ -174,9 +175,73 @@ def num_steps(num_examples, args):
 
 
 def save_dtype(args):
-    """The dtype of the final model: --save_dtype, else what the run computes in."""
-    chosen = getattr(args, "save_dtype", None)
+    """The dtype of the final model: --save_dtype, else what the run computes in; of adapters that of the masters."""
+    chosen = getattr(args, "save_dtype", None) or ("float32" if args.lora_r else None)
     return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
+
+
+# --- LoRA and QLoRA --------------------------------------------------------------------------------------------------
+
+
+def check_adapter_options(args, dtype):
+    """Refuse what does not go with LoRA; `dtype` is that of the frozen weights."""
+    engine, way = engine_name(args), "with several devices give --lora_r with --fsdp and without --load_in_4bit"
+    wrong = {
+        f"--load_in_4bit: {engine} would compute with wrong weights; {way}": args.load_in_4bit
+        and (args.fsdp or args.deepspeed),
+        "--pad_token add: gives the model a row that adapters do not hold; leave it out": args.pad_token == "add",
+        f"--dtype {dtype}: adapters in float32 need --bf16 True or --fp16 True with it": (
+            dtype != "float32" and not (args.bf16 or args.fp16)
+        ),
+        f"--lora_r {args.lora_r}: it must be at least 1": args.lora_r < 1,
+        f"--lora_alpha {args.lora_alpha:g}: it must be more than 0": args.lora_alpha <= 0,
+        f"--lora_dropout {args.lora_dropout:g}: it must be at least 0 and below 1": not 0 <= args.lora_dropout < 1,
+    }
+    if problems := [text for text, is_so in wrong.items() if is_so]:
+        raise UserError("; ".join(problems))
+
+
+def in_4bit(args):
+    """What from_pretrained takes to load a model's linear layers in NF4 with double quantisation, the head's apart."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise UserError("--load_in_4bit needs the package: pip install bitsandbytes; or leave it out") from None
+    compute = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **kind)
+    return {"quantization_config": config, "device_map": None if args.use_cpu else {"": args.device}}
+
+
+def count_trained(model):
+    """(parameters that are trained, tensors that they are, parameters that are frozen) of a model on any engine."""
+    sizes = {True: [], False: []}
+    for parameter in model.parameters():
+        packed = 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1  # two a byte
+        sizes[parameter.requires_grad].append(getattr(parameter, "ds_numel", parameter.numel() * packed))
+    return sum(sizes[True]), len(sizes[True]), sum(sizes[False])
+
+
+def gather_adapters(trainer, dtype):
+    """All that is trained beside frozen weights, by peft's names: {name: CPU tensor of `dtype`} on the first process.
+
+    On the others it is {}; nothing that is frozen is gathered. The names are the parameters' own, without what FSDP's
+    checkpointing, torch.compile and peft itself put between.
+    """
+    model, weights = trainer.accelerator.unwrap_model(trainer.model_wrapped), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            whole = parameter
+            if hasattr(trainer.model_wrapped, "zero_optimization_stage"):
+                from deepspeed.utils import safe_get_full_fp32_param  # of the masters
+
+                whole = safe_get_full_fp32_param(parameter)
+            elif hasattr(parameter, "full_tensor"):
+                whole = parameter.to(trainer.args.device).full_tensor()
+            if trainer.args.should_save:
+                name = re.sub(r"\.(_checkpoint_wrapped_module|modules_to_save\.default|default)(?=\.|$)", "", name)
+                weights[name.removeprefix("_orig_mod.")] = whole.detach().to("cpu", dtype, copy=True).contiguous()
+    return weights
 
 
 # --- Before weights are loaded: will it run, and does it fit? --------------------------------------------------------
@@ -212,10 +277,11 @@ def check_layers(args, model, longest):
         say(f"warning: rows of up to {longest} tokens, where this model was made for {trained} positions")
 
 
-def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size):
+def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_size, frozen=0):
     """Lower bounds in bytes: {engine: (on each device, on each host)} for weights, gradients and AdamW's two moments.
 
-    `weight_bytes` is the size of a master weight, `half` whether ZeRO computes in 16 bits. Sources: the ZeRO paper,
+    `weight_bytes` is the size of a master weight, `half` whether ZeRO computes in 16 bits, `frozen` the bytes of the
+    weights beside the `num_params` that are trained. Sources: the ZeRO paper,
     section 3.1 (16 bytes a parameter for mixed precision Adam), and one full copy per node while FSDP loads.
     """
     share, states = local_world_size / world_size, 2 * weight_bytes + 8 * adam
@@ -226,7 +292,14 @@ def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_s
         "ZeRO-2": (work + (work + rest) / world_size, 0), "ZeRO-2 with offload": (work, rest * share),
         "ZeRO-3": ((2 * work + rest) / world_size, 0), "ZeRO-3 with offload": (0, (2 * work + rest) * share),
     }  # fmt: skip
-    return {name: (num_params * device, num_params * host) for name, (device, host) in needs.items()}
+    parts = {  # of what is frozen
+        "single process": (1, 0), "DDP": (1, 0), "FSDP": (1 / world_size, 0), "FSDP with offload": (0, 1),
+        "ZeRO-2": (1, 0), "ZeRO-2 with offload": (1, 0), "ZeRO-3": (1 / world_size, 0), "ZeRO-3 with offload": (0, share),
+    }  # fmt: skip
+    return {
+        name: tuple(num_params * size + frozen * part for size, part in zip(needs[name], parts[name], strict=True))
+        for name in needs
+    }
 
 
 def memory_problem(engine, needs, local_world_size, host_free, device_free=None):
@@ -247,20 +320,23 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
     return f"{engine} needs {lack(engine)}, for weights, gradients and optimizer; {advice}"
 
 
-def needs_here(args, dtype, num_params):
-    """`memory_needs` of this run, whose masters are of `dtype`, and how many processes a host has."""
+def needs_here(args, dtype, counts):
+    """`memory_needs` of this run, whose weights are of `dtype`, and how many processes a host has."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
-    return memory_needs(num_params, getattr(torch, dtype).itemsize, half, adam, args.world_size, local), local
+    size, (trained, _, frozen) = getattr(torch, dtype).itemsize, counts
+    frozen *= 0.5 if args.load_in_4bit else size
+    return memory_needs(trained, 4 if args.lora_r else size, half, adam, args.world_size, local, frozen), local
 
 
-def check_memory(args, dtype, num_params):
-    """Refuse a run whose weights, gradients and optimizer alone do not fit; `dtype` is of the masters."""
-    needs, local = needs_here(args, dtype, num_params)
+def check_memory(args, dtype, counts):
+    """Refuse a run whose weights, gradients and optimizer alone do not fit; `dtype` is of the weights."""
+    needs, local = needs_here(args, dtype, counts)
     device_free = None if args.use_cpu else torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else math.inf
     if problem := memory_problem(engine_name(args), needs, local, free_host_memory(), device_free):
         anyway = "to try all the same: --memory_check False"
-        raise UserError(f"{num_params / 1e9:.2f} billion parameters: {problem}; {anyway}")
+        lora = "" if args.lora_r else ", or --lora_r 16, which trains adapters alone"
+        raise UserError(f"{(counts[0] + counts[2]) / 1e9:.2f} billion parameters: {problem}{lora}; {anyway}")
 
 
 # --- The model on its engine: loading, proofs, resuming, saving -------------------------------------------------------
@@ -453,6 +529,13 @@ def by_example_problem(model, ids, own, dtypes):
     return ""
 
 
+def reshard(model):
+    """Give back what FSDP keeps whole for a backward pass, which a probe and an evaluation do not have."""
+    for module in model.modules():
+        if isinstance(module, torch.distributed.fsdp.FSDPModule):
+            module.reshard()
+
+
 @contextlib.contextmanager
 def probing(trainer):
     """Within the block the wrapped model is in eval mode without gradients; yields the dtypes its output layer gave."""
@@ -466,9 +549,7 @@ def probing(trainer):
     finally:
         hook.remove()
         model.train(training)
-        for module in model.modules():
-            if isinstance(module, torch.distributed.fsdp.FSDPModule):
-                module.reshard()  # the last unit stays whole for a backward pass that a probe does not have
+        reshard(model)
 
 
 def choose_layout(trainer, longest):
@@ -524,7 +605,8 @@ def check_engine(args, model, compute, layout, max_steps):
 
     `compute` is the dtype of the output layer, `layout` as in `choose_layout`. All processes call it.
     """
-    *_, last = parameters = list(model.parameters())
+    parameters = list(model.parameters())
+    last = [parameter for parameter in parameters if parameter.requires_grad][-1]  # ZeRO has no masters of others
     kinds = {"FSDP": torch.distributed.fsdp.FSDPModule, "DDP": torch.nn.parallel.DistributedDataParallel}
     inner = getattr(model, "_orig_mod", model)  # of torch.compile
     found = next((name for name, kind in kinds.items() if isinstance(inner, kind)), "single process")
@@ -537,12 +619,14 @@ def check_engine(args, model, compute, layout, max_steps):
         raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
     weights = "/".join(sorted({str(parameter.dtype)[6:] for parameter in parameters}))
     dtypes = f"weights {weights}, masters {str(last.dtype)[6:]}, compute {str(compute)[6:]}"
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    trained, _, frozen = count_trained(model)
+    total = trained + frozen
     shards = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # of ZeRO-3; FSDP2 has DTensors
     here = sum((shard.to_local() if hasattr(shard, "to_local") else shard).numel() for shard in shards)
+    here = total if args.load_in_4bit else here  # whose tensors hold two parameters a byte
     return dtypes, (
         f"engine: {wanted}, {count} process{'es' * (count > 1)} on {args.device.type}, "
-        f"{here:,} of {total:,} parameters here, {dtypes}, "
+        f"{here:,} of {total:,} parameters here, {f'{trained:,} trained, ' * bool(frozen)}{dtypes}, "
         f"micro-batch {args.per_device_train_batch_size} {layout} x accumulation {args.gradient_accumulation_steps} "
         f"x processes {count} = global batch {global_batch(args)}, {max_steps:,} steps"
         + f"; a process that is lost is noticed within {args.ddp_timeout / 60:g} min (--ddp_timeout)"

@@ -12,6 +12,7 @@ The same command in the same folder resumes. The method and the public names are
 
 import ast
 import contextlib
+import copy
 import csv
 import dataclasses
 import functools
@@ -100,17 +101,20 @@ if __name__ == "__main__":
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 import engines
-from utils import COMPLETE, GIB, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
+from utils import COMPLETE, PROMPT_DICT, UserError, find_checkpoints, first_line, say  # noqa: F401
 
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = "[PAD]", "</s>", "<s>", "<unk>"
 IGNORE_INDEX = -100  # PyTorch's cross entropy leaves these labels out
 CHUNK = 1000  # rows a tokenizer call; one call for all would hold every Encoding at once (about 1.2 GB for 52k rows)
 Dtype = Literal["float32", "bfloat16", "float16"]
 LIBRARY_ERRORS = (ValueError, TypeError, RuntimeError, ImportError, AssertionError)  # about options they do not take
+HELD_OUT_SEED = 42  # for all runs, whatever --seed: so that their losses can be compared
 MAX_SKIPPED_STEPS = 40  # from a loss scale of 2^32 a healthy fp16 run skips 16
 
 # --- Arguments -------------------------------------------------------------------------------------------------------
@@ -155,12 +159,14 @@ def option(default, text, **more):
 @dataclasses.dataclass
 class ModelArguments:
     model_name_or_path: str | None = option("facebook/opt-125m", "Model folder, or a name on the hub.")
-    dtype: Dtype = option("float32", "Dtype of the master weights; half ones train worse.")
+    dtype: Dtype | None = option(None, "Dtype of the weights: float32; of LoRA's frozen ones what the run computes in.")
 
 
 @dataclasses.dataclass
 class DataArguments:
     data_path: list[str] | None = option(None, "JSON or JSON Lines files; given again, it adds.", action="extend")
+    eval_data_path: list[str] | None = option(None, "The same for records to evaluate on.", action="extend")
+    val_set_size: float = option(0, "Records held out to evaluate on: a number, or a share below 1.")
     skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
 
 
@@ -170,6 +176,13 @@ class TrainingArguments(transformers.TrainingArguments):
     model_max_length: int = option(512, "Window in tokens; longer rows are cut on the right and counted.")
     pad_token: Literal["keep", "add"] = option("keep", "add: a row for [PAD] is added, as Stanford Alpaca did.")
     padded: bool = option(False, "Pad micro-batches on the right instead of flattening them.")
+    lora_r: int = option(0, "Rank of LoRA adapters, which alone are trained; 0: all weights are.")
+    lora_alpha: float = option(16, "What adapters add is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Share of an adapter's inputs that is dropped.")
+    lora_target_modules: list[str] | None = option(None, "Names of the layers adapted; by default all linear ones.")
+    lora_modules_to_save: list[str] | None = option(None, "Modules trained whole, such as embed_tokens,lm_head.")
+    load_in_4bit: bool = option(False, "QLoRA: the frozen weights in 4 bits (NF4), by bitsandbytes.")
+    early_stopping_patience: int = option(0, "Stop after so many evaluations without a better one; 0: never.")
     attn_implementation: str | None = option(None, "One of transformers'; by default each example by itself.")
     save_dtype: Dtype | None = option(None, "Dtype of the final model's files; by default what the run computes in.")
     save_rehearsal: bool = option(True, "Save, check and remove the model before step 1.")
@@ -189,6 +202,8 @@ class TrainingArguments(transformers.TrainingArguments):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {bound}")
+        for name in ("lora_target_modules", "lora_modules_to_save"):  # q_proj,v_proj or '[q_proj,v_proj]'
+            setattr(self, name, re.findall(r"[^\s,'\"\[\]]+", " ".join(getattr(self, name) or [])))
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs:g} trains nothing; it must be more than 0")
         engines.fit_device(self)
@@ -199,6 +214,11 @@ class TrainingArguments(transformers.TrainingArguments):
             engines.configure_deepspeed(self)
         if self.gradient_checkpointing and not self.gradient_checkpointing_kwargs:
             self.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        if str(self.save_strategy).lower().endswith("best"):
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if str(self.eval_strategy).lower().endswith("steps") and not self.eval_steps:
+            self.eval_steps = 0.1
+            say("--eval_steps 0.1: ten evaluations in all")
         if self.tensorboard_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.tensorboard_dir
         self.disable_tqdm = True  # there is a line of progress
@@ -239,24 +259,42 @@ def parse_arguments(words):
     except torch.distributed.DistError as error:
         hint = f"if port {os.environ.get('MASTER_PORT')} is in use, choose another with --master_port"
         raise UserError(f"the processes cannot meet ({first_line(error)}); {hint}") from None
-    refuse_options(args)
+    if "per_device_eval_batch_size" not in given:
+        args.per_device_eval_batch_size = args.per_device_train_batch_size
+    if (data_args.eval_data_path or data_args.val_set_size) and args.eval_strategy == "no":
+        args.eval_strategy = transformers.IntervalStrategy.EPOCH
+        say("--eval_strategy epoch: there is data to evaluate on")
+    compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    model_args.dtype = model_args.dtype or (compute if args.lora_r else "float32")
+    refuse_options(args, data_args)
+    if args.lora_r:
+        engines.check_adapter_options(args, model_args.dtype)
+    elif unused := [f"--{name}" for name in given if name.startswith("lora_")]:
+        say(f"{', '.join(unused)}: without --lora_r, which turns LoRA on; ignored")
     return model_args, data_args, args, given
 
 
-def refuse_options(args):
+def refuse_options(args, data_args):
     """Refuse options of the library that would do nothing here, or something else than the engine line says."""
-    no_data = "there is no data to evaluate on; leave it out"
+    no_data = "there is no data to evaluate on; give --val_set_size 0.02 or --eval_data_path FILE"
+    has_none = not (data_args.eval_data_path or data_args.val_set_size)
     accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None)
     upload = "it would upload checkpoints and not the final model; leave it out, and when the run has ended: hf upload"
     wrong = {
-        f"--eval_strategy: {no_data}": args.eval_strategy != "no",
-        f"--save_strategy best: {no_data}": args.save_strategy == "best",
+        f"--eval_strategy: {no_data}": has_none and args.eval_strategy != "no",
+        f"--save_strategy best: {no_data}": has_none and args.save_strategy == "best",
+        f"--load_best_model_at_end: {no_data}": has_none and args.load_best_model_at_end,
+        f"--early_stopping_patience: {no_data}": has_none and args.early_stopping_patience,
+        "--val_set_size and --eval_data_path: give one of them": data_args.eval_data_path and data_args.val_set_size,
+        f"--val_set_size {data_args.val_set_size:g}: it must be at least 0": data_args.val_set_size < 0,
         f"--push_to_hub: {upload} NAME {args.output_dir}": args.push_to_hub,
         "--auto_find_batch_size: it would change the batch in mid-run; give a --per_device_train_batch_size that fits, "
         "and --gradient_accumulation_steps": args.auto_find_batch_size,
         "--torch_compile: several processes train what is compiled without DDP or FSDP around it; leave it out": (
             args.torch_compile and args.world_size > 1
         ),
+        "--load_in_4bit: weights in 4 bits cannot be trained; give --lora_r 16 too": args.load_in_4bit
+        and not args.lora_r,
         f"--accelerator_config: gradient_accumulation_kwargs {accumulation} would change what a step is; give "
         "--gradient_accumulation_steps": accumulation,
     }
@@ -344,12 +382,11 @@ def preprocess(sources, targets, tokenizer):
 class SupervisedDataset(torch.utils.data.Dataset):
     """The records of one or more files as masked tensors; every record is kept, or dropped and counted in `report`.
 
-    Items are {input_ids, labels}, LongTensors (length,); `sources[i]` names the record of item i. `rows` are the items
-    with `source` and their number `row`, filled to a `multiple` with rows of one token and no target: so each record is
-    trained once per epoch on every engine. Raises UserError for data that cannot be read or holds nothing to train on.
+    Items are {input_ids, labels}, LongTensors (length,); `sources[i]` names the record of item i. Raises UserError for
+    data that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False, multiple=1, sentencepiece_path=None):
+    def __init__(self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None):
         super().__init__()
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
@@ -390,16 +427,39 @@ class SupervisedDataset(torch.utils.data.Dataset):
             what = f"{', '.join(map(str, paths))}: nothing to train on, none of {count} records is left"
             raise UserError(f"{what}; see the counts above, or raise --model_max_length")
         self.input_ids, self.labels = ([rows[i][key] for i in kept] for key in ("input_ids", "labels"))
-        self.sources, self.num_filled = [name[i] for i in kept], -len(kept) % multiple
-        filler = (torch.tensor([tokenizer.eos_token_id]), torch.tensor([IGNORE_INDEX]), "")
-        rows = [*zip(self.input_ids, self.labels, self.sources, strict=True), *[filler] * self.num_filled]
-        self.rows = [{"input_ids": i, "labels": j, "source": name, "row": n} for n, (i, j, name) in enumerate(rows)]
+        self.sources, self.end_id = [name[i] for i in kept], tokenizer.eos_token_id
+
+    def rows(self, multiple):
+        """The items with `source` and their number `row`, filled to a multiple with rows of one token and no target.
+
+        So each record is met once an epoch on every engine.
+        """
+        filler = (torch.tensor([self.end_id]), torch.tensor([IGNORE_INDEX]), "")
+        rows = [*zip(self.input_ids, self.labels, self.sources, strict=True), *[filler] * (-len(self) % multiple)]
+        return [{"input_ids": i, "labels": j, "source": name, "row": n} for n, (i, j, name) in enumerate(rows)]
 
     def __len__(self):
         return len(self.input_ids)
 
     def __getitem__(self, i):
         return {"input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def hold_out(dataset, size):
+    """Take records out of a dataset at random, always the same ones: (the rest, these). `size` is a number or a share.
+
+    Raises UserError where nothing would be left.
+    """
+    count = max(round(size * len(dataset)), 1) if size < 1 else int(size)
+    if not 0 < count < len(dataset):
+        raise UserError(f"--val_set_size {size:g}: of {len(dataset)} records; give a share below 1, or fewer records")
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(HELD_OUT_SEED)).tolist()
+    parts = []
+    for chosen in (sorted(order[count:]), sorted(order[:count])):
+        parts.append(copy.copy(dataset))
+        for name in ("input_ids", "labels", "sources"):
+            setattr(parts[-1], name, [getattr(dataset, name)[i] for i in chosen])
+    return parts
 
 
 def account(report, window):
@@ -600,9 +660,9 @@ def shutdown_patience(longest, is_step):
     return max(30, 3 * longest) if is_step else math.inf  # a whole checkpoint is worth more than a quick end
 
 
-def relief(args, dtype, num_params):
+def relief(args, dtype, counts):
     """What to do about a run that has run out of memory: options that lower it, then engines that need less."""
-    batch, needs = args.per_device_train_batch_size, engines.needs_here(args, dtype, num_params)[0]
+    batch, needs = args.per_device_train_batch_size, engines.needs_here(args, dtype, counts)[0]
     more = f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps"
     cures = [f"{more} {args.gradient_accumulation_steps * batch // (batch // 2)}"] if batch > 1 else []
     is_saving = args.gradient_checkpointing or (args.fsdp_config or {}).get("activation_checkpointing")
@@ -624,7 +684,7 @@ LOST = re.compile(
 
 
 @contextlib.contextmanager
-def told_in_a_line(args, model_args, num_params, progress):
+def told_in_a_line(args, model_args, counts, progress):
     """Within the block, what ends a run from outside becomes a UserError: no memory, no disk, a lost process.
 
     So does what libraries say of options that they do not take, before `progress` has a "step"; its "longest" is that
@@ -640,7 +700,7 @@ def told_in_a_line(args, model_args, num_params, progress):
         kept = f"{last_checkpoint(args)}; {GO_ON}"
         if utils.is_memory_full(error):
             what = f"{where}: the memory is full ({said}); micro-batch {args.per_device_train_batch_size}, "
-            what += f"rows of up to {progress['longest']} tokens; give {relief(args, model_args.dtype, num_params)}"
+            what += f"rows of up to {progress['longest']} tokens; give {relief(args, model_args.dtype, counts)}"
         elif utils.is_disk_full(error):
             what, kept = f"{args.output_dir}: cannot be written ({said}); make room", last_checkpoint(args)
         elif args.world_size > 1 and isinstance(error, RuntimeError) and LOST.search(str(error)):
@@ -699,10 +759,37 @@ def load_model(model_args, args, config, tokenizer):
     if args.fsdp and args.fsdp_config["cpu_ram_efficient_loading"] and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         model = engines.empty_model(config, dtype)  # accelerate sends its shards from the first process
     else:
-        model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir)
+        more = engines.in_4bit(args) if args.load_in_4bit else {}
+        model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir, **more)
     repair_ids(model, tokenizer)
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
         smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
+    return add_adapters(model, args) if args.lora_r else model
+
+
+def add_adapters(model, args, **more):
+    """Freeze `model` and give it LoRA adapters in float32, equal on all processes; raises UserError for unknown names."""
+    import peft
+
+    base, modules, kept = model.name_or_path, dict(model.named_modules()), args.lora_modules_to_save
+    linear = [path for path, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    head = model.get_output_embeddings()
+    names = sorted({path.rpartition(".")[2] for path in linear if modules[path] is not head})
+    for name in [*args.lora_target_modules, *kept]:
+        if not any(path == name or path.endswith(f".{name}") for path in modules):
+            raise UserError(f"LoRA: no module of this model is named {name}; its linear layers are {', '.join(names)}")
+    tied = model.config.get_text_config().tie_word_embeddings and bool({"embed_tokens", "lm_head"} & set(kept))
+    transformers.set_seed(args.seed)
+    adapters = peft.LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, task_type="CAUSAL_LM",
+        target_modules=args.lora_target_modules or names, modules_to_save=kept or None, ensure_weight_tying=tied,
+        base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
+    )  # fmt: skip
+    model = peft.get_peft_model(model, adapters, **more)
+    dtype = model.dtype if args.deepspeed else torch.float32  # ZeRO has masters of its own, and wants one dtype
+    for parameter in model.parameters():
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)
     return model
 
 
@@ -719,6 +806,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         super().__init__(*arguments, **keywords)
         self.layout = ""  # of micro-batches: see engines.choose_layout
+        self.num_adapted = engines.count_trained(self.model)[1] if self.args.lora_r else 0  # tensors, before wrapping
         self.add_callback(self)
 
     def create_accelerator_and_postprocess(self):
@@ -728,12 +816,13 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self.progress["step"] = state.global_step
+        args.eval_on_start = self.eval_dataset is not None and not state.global_step  # what training has to better
         self.layout, attention, compute = engines.choose_layout(self, self.progress["longest"])
         if self.layout == "padded" and self.data_collator is flatten:
             self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
         self.dtypes, line = engines.check_engine(args, self.model_wrapped, compute, self.layout, state.max_steps)
-        say(f"{line}; attention: {attention}")
+        say(f"{line}; attention: {attention}{self.adapters_in_words()}")
         engines.replay_cpu_adam(self)
         if args.save_rehearsal:
             rehearse_save(self)
@@ -746,6 +835,15 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.watch = Watch(args, state.global_step)
         if state.global_step and args.resume_anyway:  # the checkpoint brings the schedule of its own learning rate
             use_learning_rate(self)
+
+    def adapters_in_words(self):
+        """What LoRA trains, by name; "" where all weights are trained."""
+        if not self.num_adapted:
+            return ""
+        config, args = self.accelerator.unwrap_model(self.model_wrapped).peft_config["default"], self.args
+        kept = f", and {', '.join(config.modules_to_save)} whole" if config.modules_to_save else ""
+        in_4bit = ", the rest in 4 bits" if args.load_in_4bit else ""
+        return f"; LoRA of rank {args.lora_r} on {', '.join(sorted(config.target_modules))}{kept}{in_4bit}"
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
@@ -767,6 +865,42 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add the loss of a micro-batch and its targets to the sums of the evaluation; all processes take part."""
+        inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key != "rows"}
+        if self.layout == "flat, masked":
+            inputs = {key: value for key, value in inputs.items() if key not in engines.BORDERS}
+        labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = model(**inputs, use_cache=False).loss
+        if targets := (labels != IGNORE_INDEX).sum():
+            self.eval_sums += torch.stack([loss.double() * targets, targets.double()])
+        return None, None, None
+
+    def evaluation_loop(self, *arguments, metric_key_prefix="eval", **keywords):
+        """The Trainer's, with the exact mean loss of all targets: its own weighs micro-batches alike, and the filler."""
+        doing = self.watch.doing
+        self.watch.begin("evaluating")
+        self.eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with utils.say_if_slow(f"evaluating on {len(self.eval_dataset):,} records"):
+            output = super().evaluation_loop(*arguments, metric_key_prefix=metric_key_prefix, **keywords)
+        engines.reshard(self.model_wrapped)
+        loss, targets = self.accelerator.reduce(self.eval_sums, "sum").tolist()
+        output.metrics.update(
+            {f"{metric_key_prefix}_loss": loss / targets, f"{metric_key_prefix}_targets": int(targets)}
+        )
+        self.watch.begin(doing)
+        return output
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        worse = len(losses) - 1 - losses.index(min(losses))  # evaluations since the best
+        words = f"; the best was {min(losses):.4f}" if worse else ""
+        say(f"step {state.global_step}: loss {losses[-1]:.4f} on the held-out records{words}")
+        if 0 < args.early_stopping_patience <= worse:
+            control.should_training_stop = True
+            say(f"stopping early: no better loss in {worse} evaluations (--early_stopping_patience)")
+
     def on_substep_end(self, args, state, control, **kwargs):  # after each micro-batch but a step's last
         self.watch.alive = time.monotonic()
 
@@ -787,6 +921,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         heard = self.accelerator.gather(torch.stack([own_loss.float(), own_loss.new_tensor(float(self.signal))])[None])
         loss, self.stopped_by = heard[:, 0].mean().item(), int(heard[:, 1].max())
         self.control.should_log = True  # loss.csv has a row for every step
+        if self.state.global_step == self.state.max_steps and self.eval_dataset is not None:
+            self.control.should_evaluate = True
         if self.stopped_by:
             self.control.should_save = self.control.should_training_stop = True
             self.args.save_only_model = False  # the same command is to go on from this checkpoint
@@ -807,6 +943,15 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
             f"records of process {self.args.process_index}: {', '.join(filter(None, names)) or 'none'}; {self.dtypes}; "
             f"{last_checkpoint(self.args)}; look at these records with --dry_run, or lower --learning_rate"
         )
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Of a checkpoint: with LoRA the adapters alone, which peft would select by names that an engine changes."""
+        if not self.num_adapted:
+            return super().save_model(output_dir, _internal_call)
+        adapters = engines.gather_adapters(self, torch.float32)
+        if self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            write_adapters(self, adapters, Path(output_dir))
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
@@ -887,17 +1032,26 @@ class ProgressLine(transformers.TrainerCallback):
 
 # --- The run's folder: whose it is, what of it is whole, and saving into it ------------------------------------------
 
-RUN_FILES = ("config.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*", "checkpoint-*", "trainer_state.json")
+RUN_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "*.safetensors",
+    "pytorch_model*.bin",
+    "tokenizer*",
+    "checkpoint-*",
+    "trainer_state.json",
+)
 
 
-def check_disk(args, num_params, steps):
-    """Refuse a run whose checkpoints and model do not fit on the disk."""
+def check_disk(args, num_trained, steps):
+    """Refuse a run whose checkpoints and model, or adapters, do not fit on the disk."""
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
     planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
     kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
-    half = args.fp16 or args.bf16
-    disk = num_params * ((2 if half else 4) + kept * (4 if args.save_only_model else 12))  # masters, AdamW's moments
+    disk = num_trained * (
+        engines.save_dtype(args).itemsize + kept * (4 if args.save_only_model else 12)
+    )  # masters, AdamW's moments
     os.makedirs(args.output_dir, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if args.overwrite_output_dir:  # what there is goes before the first step
@@ -909,8 +1063,8 @@ def check_disk(args, num_params, steps):
         raise UserError(f"{args.output_dir}: {what}; {cure}; to try all the same: --memory_check False")
 
 
-def settings_of(args, model_args, hashes):
-    """The settings that decide what a run computes, which a resumed run must share; `hashes` are of the data files."""
+def settings_of(args, model_args, data_args, hashes):
+    """The settings that decide what a run computes, which a resumed run must share; `hashes` are {data file: its}."""
     names = (
         "model_max_length pad_token seed data_seed learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps "
         "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
@@ -920,28 +1074,39 @@ def settings_of(args, model_args, hashes):
     settings = {name: getattr(args, name) for name in names.split()} | {
         "model": os.path.abspath(model) if os.path.isdir(model) else model,
         "dtype": model_args.dtype,
-        "data": hashes,
+        "data": [hashes[path] for path in data_args.data_path],
         "global_batch": engines.global_batch(args),
         "engine": engines.engine_name(args).removesuffix(" with offload"),
     }
+    if data_args.eval_data_path or data_args.val_set_size:
+        held_out = [hashes[path] for path in data_args.eval_data_path or []] or data_args.val_set_size
+        names = (
+            "eval_strategy eval_steps eval_delay early_stopping_patience load_best_model_at_end metric_for_best_model"
+        )
+        settings |= {"held out": held_out} | {name: getattr(args, name) for name in names.split()}
+    if args.lora_r:
+        names = "lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save load_in_4bit"
+        settings |= {name: getattr(args, name) for name in names.split()}
     blocks = {"optimizer", "scheduler"} & set(args.deepspeed or {})  # set by DeepSpeed's JSON in place of the options
     settings |= {f"DeepSpeed's {name}": args.deepspeed[name] for name in sorted(blocks)}
     settings |= {"processes": args.world_size} if args.deepspeed or args.fsdp else {}  # parts of its checkpoints
     return json.loads(json.dumps(settings, default=str))
 
 
-def started_run(args, given, settings, hashes, dataset):
+def started_run(args, given, settings, hashes, dataset, held_out):
     """What run.json says of a run before its first step: paths absolute, a DeepSpeed JSON by its content."""
     momentary = ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")
     arguments = {key: given[key] for key in given if key not in momentary}
-    arguments |= {"data_path": list(map(os.path.abspath, given["data_path"]))} if given.get("data_path") else {}
+    for key in ("data_path", "eval_data_path"):
+        arguments |= {key: list(map(os.path.abspath, given[key]))} if given.get(key) else {}
     arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
     if os.path.isdir(given.get("model_name_or_path", "")):
         arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
     counts = {key: value if isinstance(value, (int, dict)) else len(value) for key, value in dataset.report.items()}
     about = {"made_by": "cria", "status": "started", "arguments": arguments, "settings": settings, "seed": args.seed}
-    about |= {"prompt_style": "alpaca", "data": hashes, "counts": counts, "filled": dataset.num_filled}
-    versions = utils.versions("torch", "transformers", "accelerate", "deepspeed", "tokenizers")
+    about |= {"prompt_style": "alpaca", "data": hashes, "counts": counts, "held_out": held_out and held_out.sources}
+    about["filled"] = -len(dataset) % engines.global_batch(args)
+    versions = utils.versions("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
     files = (utils.read_run(args.output_dir) or {}).get("files", [])  # of the model that this run will replace
     return about | {"versions": versions, "git_commit": utils.git_commit(), "files": files}
 
@@ -1049,7 +1214,7 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
 def check_settings(place, runs, settings, anyway):
     """What of `settings` any of `runs` had otherwise, as words; raises UserError for it unless `anyway`."""
     olds = [run["settings"] for run in runs if run and "settings" in run]
-    now = [(old, k, v) for old in olds for k, v in settings.items() if old.get(k) != v]
+    now = [(old, k, settings.get(k)) for old in olds for k in {**settings, **old} if old.get(k) != settings.get(k)]
     changed = [f"{k} was {old[k]} and is {v}" if k in old else f"{k} is {v}" for old, k, v in now]
     if changed and not anyway:
         cure = "start afresh with --overwrite_output_dir, or go on all the same with --resume_anyway True"
@@ -1105,18 +1270,35 @@ def check_weights(folder, expected):
         raise UserError(f"{folder}: saved weights lack {len(missing)} of {len(expected)} tensors, first {min(missing)}")
 
 
+def write_adapters(trainer, adapters, folder):
+    """Write LoRA's weights, {name: tensor}, its config and the tokenizer into `folder`; check that all are there."""
+    if len(adapters) != trainer.num_adapted:
+        raise RuntimeError(f"{len(adapters)} tensors gathered of {trainer.num_adapted} trained")
+    save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = copy.copy(trainer.accelerator.unwrap_model(trainer.model_wrapped).peft_config["default"])
+    config.inference_mode, config.target_modules = True, sorted(config.target_modules)  # peft has a set
+    config.save_pretrained(folder)
+    trainer.processing_class.save_pretrained(folder)
+    check_weights(folder, adapters)
+
+
 def write_model(trainer, weights, folder):
     """Write weights, config and tokenizer into `folder`, and check them; returns the names of the files.
 
     Raises UserError for a value that is not finite in the dtype of the weights.
     """
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    weights = revert_weight_conversion(model, weights)  # the names of published files, where the library's differ
+    if not trainer.num_adapted:
+        weights = revert_weight_conversion(model, weights)  # the names of published files, where the library's differ
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
+        if trainer.num_adapted:
+            write_adapters(trainer, weights, staging)
+            trainer.state.save_to_json(str(staging / "trainer_state.json"))
+            return sorted(path.name for path in staging.iterdir())
         model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
         changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": getattr(trainer, "use_cache", True)}
         config = utils.read_json(staging / "config.json") | changes
@@ -1132,7 +1314,8 @@ def write_model(trainer, weights, folder):
 
 def safe_save_model_for_hf_trainer(trainer, output_dir):
     """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
-    weights = engines.gather_weights(trainer, engines.save_dtype(trainer.args))
+    gather = engines.gather_adapters if trainer.num_adapted else engines.gather_weights
+    weights = gather(trainer, engines.save_dtype(trainer.args))
     return from_first_process(write_model, trainer, weights, output_dir)
 
 
@@ -1142,18 +1325,23 @@ def rehearse_save(trainer):
     with utils.say_if_slow("save rehearsal: writing the untrained model and reading it back; it is removed again"):
         safe_save_model_for_hf_trainer(trainer, folder)
     if trainer.args.should_save:
-        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) / GIB
+        size = utils.size_of(sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")))
         shutil.rmtree(folder)
-        say(f"save rehearsed: {size:.2f} GiB written, read back and removed in {time.perf_counter() - start:.1f} s")
+        say(f"save rehearsed: {size} written, read back and removed in {time.perf_counter() - start:.1f} s")
 
 
 def write_loss_csv(history, path):
-    """Write the per-step log of the Trainer as CSV."""
-    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps")
+    """Write the per-step log of the Trainer as CSV; `eval_loss` stands in the row of the step after which it was."""
+    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps", "eval_loss")
+    steps = {entry["step"]: dict(entry) for entry in history if "loss" in entry}
+    for entry in history:
+        if "eval_loss" in entry:
+            step = steps.setdefault(entry["step"], {"step": entry["step"], "epoch": entry["epoch"]})
+            step["eval_loss"] = entry["eval_loss"]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(entry for entry in history if "loss" in entry)
+        writer.writerows(steps[step] for step in sorted(steps))
 
 
 def finish(trainer, run):
@@ -1167,19 +1355,31 @@ def finish(trainer, run):
     results = {"steps": state.global_step, "skipped_steps": skips_of(state)[0], "padded": trainer.layout == "padded"}
     results |= {"first_loss": losses[0], "last_loss": losses[-1], "mean_loss": sum(losses) / len(losses)}
     results |= {"engine": engines.engine_name(args), "processes": args.world_size, "dtypes": trainer.dtypes}
+    if evaluated := {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}:
+        written = (args.load_best_model_at_end and state.best_global_step) or state.global_step
+        best = min(evaluated, key=evaluated.get)
+        results |= {"eval_losses": evaluated, "best_step": best, "weights_of_step": written}
     run |= {"status": "finished", "results": results, "files": [*names, "loss.csv"]}
     utils.write_json(run, folder / "run.json")
     sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
-    print(f"{folder}: model saved ({sum(sizes) / GIB:.2f} GiB {dtype}), last loss {losses[-1]:.4f}", flush=True)
+    what, held = "adapters" if trainer.num_adapted else "model", ""
+    if evaluated:
+        which = "best" if args.load_best_model_at_end else "last"
+        held = f"; held-out loss {evaluated[written]:.4f} of the {which} weights, those of step {written}"
+    print(f"{folder}: {what} saved ({utils.size_of(sum(sizes))} {dtype}), last loss {losses[-1]:.4f}{held}", flush=True)
 
 
 # --- The story -------------------------------------------------------------------------------------------------------
 
 
-def make_trainer(model, args, dataset, tokenizer, run, progress):
+def make_trainer(model, args, dataset, held_out, tokenizer, run, progress):
     """The Trainer of the run, which takes over the deletion of old checkpoints."""
     num_kept, args.save_total_limit = args.save_total_limit, None
-    config, words = model.config, {"train_dataset": dataset.rows, "processing_class": tokenizer}
+    config, words = (
+        model.config,
+        {"processing_class": tokenizer, "train_dataset": dataset.rows(engines.global_batch(args))},
+    )
+    words["eval_dataset"] = held_out and held_out.rows(args.per_device_eval_batch_size * args.world_size)
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
     collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flatten
@@ -1192,26 +1392,38 @@ def make_trainer(model, args, dataset, tokenizer, run, progress):
 
 
 def load_data(data_args, args, base, tokenizer, config):
-    """The dataset of the run, whose ids are those of the model's SentencePiece file, and rows of its embedding."""
-    law, batch = utils.find_sentencepiece(base, args.cache_dir), engines.global_batch(args)
-    with utils.say_if_slow("data: still reading and tokenizing the records"):
-        dataset = SupervisedDataset(data_args.data_path, tokenizer, data_args.skip_bad_records, batch, law)
-    special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
-    rows = ((name, ids.tolist()) for name, ids in zip(dataset.sources, dataset.input_ids, strict=True))
-    utils.check_ids(itertools.chain(special, rows), tokenizer, config)  # a row at a time: lists take much memory
-    return dataset
+    """(the dataset of the run, that to evaluate on or None); their ids are those of the model's SentencePiece file.
+
+    Raises UserError for an id that is no row of its embedding.
+    """
+    law, datasets = utils.find_sentencepiece(base, args.cache_dir), []
+    for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
+        say(f"held-out data: {', '.join(paths)}") if datasets else None
+        with utils.say_if_slow("data: still reading and tokenizing the records"):
+            datasets.append(SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law))
+        special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
+        rows = ((name, ids.tolist()) for name, ids in zip(datasets[-1].sources, datasets[-1].input_ids, strict=True))
+        utils.check_ids(itertools.chain(special, rows), tokenizer, config)  # a row at a time: lists take much memory
+    if data_args.val_set_size:
+        datasets = hold_out(datasets[0], data_args.val_set_size)
+        say(f"data: {len(datasets[1]):,} of the records are held out to evaluate on, {len(datasets[0]):,} are trained")
+    if len(datasets) > 1:
+        seen = {ids.numpy().tobytes() for ids in datasets[0].input_ids}
+        if shared := sum(ids.numpy().tobytes() in seen for ids in datasets[1].input_ids):
+            say(f"warning: {shared:,} of {len(datasets[1]):,} held-out records are among the trained ones word by word")
+    return datasets[0], datasets[1] if len(datasets) > 1 else None
 
 
 def check_run(args, model_args, bones, longest, steps):
-    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns its parameters' number."""
+    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns `count_trained` of it."""
     engines.check_layers(args, bones, longest)
-    num_params = sum(p.numel() for p in bones.parameters())
+    counts = engines.count_trained(add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones)
     if args.memory_check:
-        engines.check_memory(args, model_args.dtype, num_params)
-        check_disk(args, num_params, steps)
+        engines.check_memory(args, model_args.dtype, counts)
+        check_disk(args, counts[0], steps)
     if args.warmup_steps > steps:
         say(f"warning: --warmup_steps {args.warmup_steps:g} of {steps} steps: {args.learning_rate} is never reached")
-    return num_params
+    return counts
 
 
 def run_steps(trainer, checkpoint):
@@ -1240,15 +1452,15 @@ def train():
     transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
     config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
     tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
-    dataset = load_data(data_args, args, base, tokenizer, config)
+    dataset, held_out = load_data(data_args, args, base, tokenizer, config)
     if args.dry_run:
         if utils.rank() == 0:
             has_colour = utils.terminal_width(sys.stdout) and not os.environ.get("NO_COLOR")
             print(dry_run(dataset, tokenizer, args, args.dry_run, has_colour))
         return
 
-    hashes = {path: utils.sha256_of(path) for path in data_args.data_path}
-    settings = settings_of(args, model_args, [hashes[path] for path in data_args.data_path])
+    hashes = {path: utils.sha256_of(path) for path in [*data_args.data_path, *(data_args.eval_data_path or [])]}
+    settings = settings_of(args, model_args, data_args, hashes)
     finished, checkpoint = from_first_process(open_output, args, settings, base)
     if finished:
         return
@@ -1256,20 +1468,21 @@ def train():
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     if args.attn_implementation:
         engines.set_attention(config, args.attn_implementation)
-    longest, steps = max(map(len, dataset.input_ids)), engines.num_steps(len(dataset), args)
-    num_params = check_run(args, model_args, utils.skeleton(config), longest, steps)
-    if dataset.num_filled:
-        say(f"data: rows without targets, to fill the last global batch of {batch}: {dataset.num_filled}")
-    run = started_run(args, given, settings, hashes, dataset)
+    longest = max(len(ids) for one in (dataset, held_out) if one for ids in one.input_ids)
+    steps = engines.num_steps(len(dataset), args)
+    counts = check_run(args, model_args, utils.skeleton(config), longest, steps)
+    if filled := -len(dataset) % batch:
+        say(f"data: rows without targets, to fill the last global batch of {batch}: {filled}")
+    run = started_run(args, given, settings, hashes, dataset, held_out)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
 
     progress = {"longest": longest}
     if args.deepspeed:
         watch_compiler()
-    with told_in_a_line(args, model_args, num_params, progress):
+    with told_in_a_line(args, model_args, counts, progress):
         model = load_model(model_args, args, config, tokenizer)
-        trainer = make_trainer(model, args, dataset, tokenizer, run, progress)
+        trainer = make_trainer(model, args, dataset, held_out, tokenizer, run, progress)
         del model  # the engine shards it: a name for the whole would keep its memory
         gc.collect()
         with trainer.signals:  # heard, and noted, from step 1 on until the model is saved

@@ -31,7 +31,7 @@ NOT_JUDGED = "tiny: bounds of speed and memory are not judged"
 # LLaMA's shape with intermediate_size near 8/3 of hidden_size. Parameters in all: see the names.
 VOCAB = {"vocab_size": 32000}
 PRESETS = {
-    "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 2,
+    "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
              "num_attention_heads": 4},
     "20m": {**VOCAB, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 5, "num_attention_heads": 4},
     "106m": {**VOCAB, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12},

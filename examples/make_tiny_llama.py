@@ -19,14 +19,14 @@ import utils
 CORPUS = Path(__file__).resolve().with_name("tiny_corpus.txt")
 LENGTH = 2048  # tokens: the longest sequence, that of the first LLaMA
 
-# Parameters in all: tiny 227,136, small 3,630,336. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
+# Parameters in all: tiny 234,816, small 3,654,912. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
 PRESETS = {
-    "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4},
-    "small": {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4},
+    "tiny": {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4},
+    "small": {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4},
 }
 
 
-MULTIPLE_OF = {"tiny": 4, "small": 16}  # in Meta's rule for intermediate_size: 8/3 of dim, up to such a multiple
+MULTIPLE_OF = 64  # in Meta's rule for intermediate_size: 8/3 of dim, up to such a multiple; bitsandbytes wants it too
 
 # Along which dimension Meta's model parallel layout splits a tensor; norms and the rotary table are in every shard.
 SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "tok_embeddings": 1, "output": 0}
@@ -167,7 +167,7 @@ def make_tiny_raw(output_dir, preset="tiny", seed=0, texts=(), num_shards=1, num
     pieces = train_sentencepiece(texts, sizes["vocab_size"])
     weights = raw_weights(sizes, 2, heads, seed)
     count = sum(tensor.numel() for name, tensor in weights.items() if name != "rope.freqs")
-    params = {"dim": sizes["hidden_size"], "multiple_of": MULTIPLE_OF[preset], "n_heads": sizes["num_attention_heads"],
+    params = {"dim": sizes["hidden_size"], "multiple_of": MULTIPLE_OF, "n_heads": sizes["num_attention_heads"],
               "n_layers": 2, "norm_eps": 1e-6, "vocab_size": -1}  # fmt: skip
     if num_key_value_heads:
         params["n_kv_heads"] = heads

@@ -177,7 +177,7 @@ def needs_fp16(deepspeed_ready):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """A tiny random LLaMA with its tokenizer: 227,136 parameters, vocabulary 1,000."""
+    """A tiny random LLaMA with its tokenizer: 234,816 parameters, vocabulary 1,000."""
     from make_tiny_llama import make_tiny_llama
 
     folder = tmp_path_factory.mktemp("models") / "tiny"

@@ -100,7 +100,8 @@ def test_only_these_options_are_our_own():
     }
     assert own == {
         "cache_dir", "model_max_length", "pad_token", "padded", "attn_implementation", "save_dtype", "save_rehearsal", "memory_check",
-        "overwrite_output_dir", "resume_anyway", "dry_run", "tensorboard_dir",
+        "overwrite_output_dir", "resume_anyway", "dry_run", "tensorboard_dir", "early_stopping_patience",
+        "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "load_in_4bit",
     }  # fmt: skip
     assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
     assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == ["data_path", "skip_bad_records"]
@@ -324,10 +325,11 @@ def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, t
     args = parse("--output_dir", tmp_path)[2]
     monkeypatch.setattr(trainer.engines, "free_host_memory", lambda: 64 * 2**30)
     with pytest.raises(UserError) as caught:
-        engines.check_memory(args, "float32", 6_738_415_616)
+        engines.check_memory(args, "float32", (6_738_415_616, 291, 0))
     assert str(caught.value) == (
         "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
-        "gradients and optimizer; no engine fits here: more devices, or a smaller model; "
+        "gradients and optimizer; no engine fits here: more devices, or a smaller model, or --lora_r 16, which trains "
+        "adapters alone; "
         "to try all the same: --memory_check False"
     )
 

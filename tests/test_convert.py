@@ -22,7 +22,7 @@ import utils
 import weights
 
 IDS = [(i * 37 + 5) % 1000 for i in range(24)]
-PARAMS = {"dim": 64, "multiple_of": 4, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1}
+PARAMS = {"dim": 64, "multiple_of": 64, "n_heads": 4, "n_layers": 2, "norm_eps": 1e-5, "vocab_size": -1}
 
 
 def make_weights(kv_heads=4, dtype=torch.float16, vocab_size=1000, theta=1e4, seed=0):
@@ -240,8 +240,8 @@ def test_every_tensor_is_accounted_for(pieces, tmp_path, capsys):
     run(source, tmp_path / "out", "--max_shard_size", "100KB")
     err = capsys.readouterr().err
     assert (
-        f"{source}: 2 shards, 227,136 parameters in float16; 2 layers, 4 heads (4 key-value), width 64, feed-forward "
-        "172, vocabulary 1,000\n" in err
+        f"{source}: 2 shards, 234,816 parameters in float16; 2 layers, 4 heads (4 key-value), width 64, feed-forward "
+        "192, vocabulary 1,000\n" in err
     )
     assert (
         "21 tensors written + 1 dropped (rope.freqs, computed anew) = 22 in each shard; 0.00 GB of float16 in 4 files\n"
@@ -253,7 +253,7 @@ def test_every_tensor_is_accounted_for(pieces, tmp_path, capsys):
             "tokenizer.model", "tokenizer_config.json"]  # fmt: skip
     assert sorted(os.listdir(tmp_path / "out")) == sorted(names + rest)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == 227136 * 2
+    assert index["metadata"]["total_size"] == 234816 * 2
     assert sorted(index["weight_map"]) == sorted(tensors(tmp_path / "out"))
 
 
@@ -286,7 +286,7 @@ def test_there_and_back_every_shard_has_the_same_bytes(family, pieces, tmp_path)
     found = json.loads((tmp_path / "back" / "params.json").read_text())
     rule = convert.ffn_size(64, found["multiple_of"], found.get("ffn_dim_multiplier"))
     same = {key: found.get(key, {"rope_theta": 1e4}.get(key)) for key in ("dim", "n_heads", "n_layers", "norm_eps")}
-    assert same == {key: (PARAMS | params)[key] for key in same} and rule == 172
+    assert same == {key: (PARAMS | params)[key] for key in same} and rule == 192
     (tmp_path / "back2").mkdir()
     run(tmp_path / "back", tmp_path / "again")  # rope.freqs is there, so heads are checked
     assert_same(tensors(tmp_path / "again"), expected(weights))
@@ -347,7 +347,7 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
         ({"tie_word_embeddings": "false"}, 'tied is "false"'),
         ({"num_attention_heads": "4"}, 'num_heads is "4"'),
         ({"num_key_value_heads": "4"}, 'num_kv_heads is "4"'),
-        ({"intermediate_size": "172"}, 'ffn_dim is "172"'),
+        ({"intermediate_size": "192"}, 'ffn_dim is "192"'),
         ({"num_hidden_layers": None}, "num_layers is null"),
         ({"rms_norm_eps": "1e-5"}, 'norm_eps is "1e-5"'),
         ({"num_attention_heads": 0}, "division"),
@@ -361,7 +361,7 @@ def test_reverse_says_what_cannot_be_said_in_metas_format(pieces, tmp_path):
     assert refusal(num_hidden_layers=3) == f"{folder}: tensor model.layers.2.{name} is missing {whole}"
     assert refusal(num_hidden_layers=1) == f"{folder}: tensor model.layers.1.{name} is not of a LLaMA {whole}"
     assert refusal(intermediate_size=176).endswith(
-        "tensor model.layers.0.mlp.gate_proj.weight is float16 [172, 64], by config.json floats [176, 64]"
+        "tensor model.layers.0.mlp.gate_proj.weight is float16 [192, 64], by config.json floats [176, 64]"
     )
     assert refusal("--num_shards", 3) == "--num_shards 3: 4 heads do not divide by it; choose another number"
     assert refusal("--num_shards", 0) == "--num_shards 0: expected a number above 0"
@@ -693,7 +693,7 @@ def test_train_py_accepts_what_the_converter_wrote(tmp_path):
     run(tmp_path / "raw", tmp_path / "out")
     config, tokenizer = utils.load_config(tmp_path / "out"), utils.load_tokenizer(tmp_path / "out", 512)
     model = utils.load_weights(tmp_path / "out", config, torch.float32)
-    assert sum(p.numel() for p in model.parameters()) == 227136 and tokenizer.eos_token_id == 2
+    assert sum(p.numel() for p in model.parameters()) == 234816 and tokenizer.eos_token_id == 2
     with pytest.raises(utils.UserError) as caught:
         utils.load_config(str(tmp_path / "out" / "llama-7b"))
     out = tmp_path / "out"

@@ -239,7 +239,7 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
         dataset = SupervisedDataset(path, tokenizer)
     finally:
         sys.setprofile(None)
-    rows = dataset.rows
+    rows = dataset.rows(1)
     trainer = train.SFTTrainer(model=model, args=args, train_dataset=rows, data_collator=flatten)
     trainer.remove_callback(trainer)
     model.forward = forward
@@ -603,11 +603,12 @@ def test_both_collators_tell_the_numbers_of_rows_that_have_one():
 @pytest.mark.parametrize(("count", "multiple", "filled"), [(5, 4, 3), (4, 4, 0), (1, 8, 7), (3, 1, 0)])
 def test_rows_are_the_records_once_and_fillers_without_targets(count, multiple, filled, tokenizer, tmp_path):
     path = write_records(tmp_path / "d.json", make_records(count))
-    dataset = SupervisedDataset(path, tokenizer, multiple=multiple)
-    assert (len(dataset), len(dataset.rows), dataset.num_filled) == (count, count + filled, filled)
+    dataset = SupervisedDataset(path, tokenizer)
+    rows = dataset.rows(multiple)
+    assert (len(dataset), len(rows)) == (count, count + filled)
     items = [{**lists(dataset[i]), "source": f"d.json[{i}]", "row": i} for i in range(count)]
     items += [{"input_ids": [2], "labels": [-100], "source": "", "row": i} for i in range(count, count + filled)]
-    assert [{k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()} for row in dataset.rows] == items
+    assert [{k: v.tolist() if torch.is_tensor(v) else v for k, v in row.items()} for row in rows] == items
 
 
 def exact_loss(model, instances):
@@ -631,7 +632,7 @@ def model(base):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_flat_and_padded_batches_have_the_loss_and_gradient_of_single_examples(attention, base, data, tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention)
-    rows = SupervisedDataset(data, tokenizer, multiple=8).rows
+    rows = SupervisedDataset(data, tokenizer).rows(8)
     instances = [
         {key: rows[i][key] for key in ("input_ids", "labels")} for i in (0, 71, 6, 13, 70, 68)
     ]  # 70, 71: fillers

@@ -31,7 +31,7 @@ from conftest import (
 import utils
 
 COUNT, BATCH, STEPS, SEED, RATE = 70, 8, 18, 42, 1e-3
-ALL, HALF = "227,136", "113,568"  # the tiny model's parameters, and what one of two processes holds of them
+ALL, HALF = "234,816", "117,408"  # the tiny model's parameters, and what one of two processes holds of them
 HALF_PRECISION = {"bf16": True}
 TORN = {"save_rehearsal": False}
 
@@ -287,7 +287,7 @@ def test_every_engine_saves_the_same_model(runs, name):
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
     assert len(AutoTokenizer.from_pretrained(run.folder)) == 1000
     assert run.out.splitlines()[-1] == (
-        f"{run.folder}: model saved (0.00 GiB float32), last loss {run.losses()[-1]:.4f}"
+        f"{run.folder}: model saved (0.9 MiB float32), last loss {run.losses()[-1]:.4f}"
     )
 
 
@@ -364,7 +364,7 @@ def test_bf16_computes_in_16_bits_over_masters_of_32(runs, name, weights):
     assert column(run, "loss") == pytest.approx(column(runs("single"), "loss"), abs=2e-2)
     assert {tensor.dtype for tensor in run.weights().values()} == {torch.bfloat16}
     assert json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
-    assert "model saved (0.00 GiB bfloat16)" in run.out
+    assert "model saved (0.4 MiB bfloat16)" in run.out
 
 
 @slow
@@ -528,7 +528,7 @@ def launched(command, base, data, folder, **changes):
 def test_the_deepspeed_launcher_runs_it(base, data, tmp_path, runs, deepspeed_ready):
     command = ["deepspeed", "--num_gpus", "2", "--master_port", free_port()]
     run = launched(command, base, data, tmp_path / "out", deepspeed=ZERO3[1])
-    assert "engine: ZeRO-3 with offload, 2 processes on cpu, 113,568 of 227,136 parameters here" in run.err
+    assert "engine: ZeRO-3 with offload, 2 processes on cpu, 117,408 of 234,816 parameters here" in run.err
     assert column(run, "loss") == pytest.approx(column(runs("single"), "loss"), abs=1e-5)
 
 
@@ -536,7 +536,7 @@ def test_the_deepspeed_launcher_runs_it(base, data, tmp_path, runs, deepspeed_re
 def test_torch_distributed_launch_runs_it(base, data, tmp_path, runs):
     command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2", "--master_port", free_port()]
     run = launched(command, base, data, tmp_path / "out")
-    assert "engine: DDP, 2 processes on cpu, 227,136 of 227,136 parameters here" in run.err
+    assert "engine: DDP, 2 processes on cpu, 234,816 of 234,816 parameters here" in run.err
     assert column(run, "loss") == pytest.approx(column(runs("single"), "loss"), abs=1e-5)
 
 
@@ -544,7 +544,7 @@ def test_torch_distributed_launch_runs_it(base, data, tmp_path, runs):
 def test_accelerate_launch_runs_it(base, data, tmp_path, runs):
     command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
     run = launched(command, base, data, tmp_path / "out")
-    assert "engine: DDP, 2 processes on cpu, 227,136 of 227,136 parameters here" in run.err
+    assert "engine: DDP, 2 processes on cpu, 234,816 of 234,816 parameters here" in run.err
     assert column(run, "loss") == pytest.approx(column(runs("single"), "loss"), abs=1e-5)
 
 

@@ -95,7 +95,7 @@ def fsdp_run(base, many_records, tmp_path_factory):
 def test_readme_command_trains_under_fsdp(fsdp_run, base, many_records, tokenizer):
     check_learned(fsdp_run, base, many_records, tokenizer)
     assert fsdp_run.code == 0
-    assert "engine: FSDP, 2 processes on cpu, 113,568 of 227,136 parameters here" in fsdp_run.err
+    assert "engine: FSDP, 2 processes on cpu, 117,408 of 234,816 parameters here" in fsdp_run.err
     assert "= global batch 64, 5 steps" in fsdp_run.err
     assert "weights float32, masters float32, compute bfloat16" in fsdp_run.err
 
@@ -152,7 +152,7 @@ def test_deepspeed_command_with_our_json(deepspeed_ready, base, many_records, to
         root=ROOT,
     )
     check_learned(run, base, many_records, tokenizer)
-    assert "engine: ZeRO-3 with offload, 2 processes on cpu, 113,568 of 227,136 parameters here" in run.err
+    assert "engine: ZeRO-3 with offload, 2 processes on cpu, 117,408 of 234,816 parameters here" in run.err
     if computes_fp16():
         assert "weights float16, masters float32, compute float16" in run.err
     else:
