@@ -54,10 +54,10 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     add = parser.add_argument
-    spellings = {  # ours, FastChat's, Stanford's
-        "base": ("--base", "--base-model-path", "--base_model_path", "--path_raw"),
-        "delta": ("--delta", "--delta-path", "--delta_path", "--path_diff"),
-        "target": ("--target", "--target-model-path", "--target_model_path", "--path_tuned"),
+    spellings = {  # ours, FastChat's, Stanford's, merge_peft's
+        "base": ("--base", "--base-model-path", "--base_model_path", "--path_raw", "--base_model"),
+        "delta": ("--delta", "--delta-path", "--delta_path", "--path_diff", "--peft_model"),
+        "target": ("--target", "--target-model-path", "--target_model_path", "--path_tuned", "--output_dir"),
     }
     for name, words in spellings.items():
         add(*words, dest=name, required=True, metavar="DIR", help=f"The {name} model: a folder, or a name on the hub.")

@@ -4,7 +4,7 @@
     python chat.py --model_name_or_path OUT --instruction "Sort these." --input "b, a"   # one answer
     python chat.py --model_name_or_path OUT < questions.jsonl > answers.jsonl            # many, in batches
 
-Reads a model folder, whose run.json names the prompt style, and questions: lines of text, or JSON records
+Reads a model folder or LoRA adapters, whose run.json names the prompt style, and questions: lines of text, or JSON records
 {instruction, input (optional)}. Answers go to stdout, those of many questions as JSON Lines; all else to stderr.
 """
 
@@ -12,10 +12,12 @@ import argparse
 import codecs
 import contextlib
 import json
+import logging
 import os
 import re
 import select
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +33,8 @@ def parse_arguments(words):
         "chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--model_name_or_path", required=True, help="Model folder, or a name on the hub.")
+    add("--model_name_or_path", "--lora_weights", required=True, help="Model or adapter folder, or a name on the hub.")
+    add("--base", "--base_model", help="The model that adapters belong to; by default the one that they name.")
     add("--instruction", help="Answer this once and end.")
     add("--input", default="", help="What the instruction is about.")
     add("--data_path", help="A file of questions: lines of text, JSON Lines or a JSON list; - is standard input.")
@@ -236,6 +239,35 @@ def prompt_style(asked, name_or_path):
     return "alpaca", "no run.json names one; --prompt_style chooses another"
 
 
+def base_of(folder, asked=None):
+    """The base model of the adapters in `folder`: the one asked for, or the one that they name.
+
+    A path that they name may be as it was typed, or relative to the folder or those above it. Raises UserError where
+    none is there.
+    """
+    named = utils.config_of(folder, "adapter_config.json").get("base_model_name_or_path") or ""
+    if asked:
+        return asked
+    places = [Path(named), *(place / named for place in (folder, folder.parent, folder.parent.parent))]
+    places += [place / Path(named).name for place in (folder.parent, folder.parent.parent)]  # moved with it
+    found = next((place for place in places if named and place.is_dir()), None)
+    if found is None and (not named or os.path.isabs(named) or named.startswith(".")):
+        raise UserError(f"{folder}: its base {named or 'is not named and'} is not there; give it with --base")
+    return str(found or named)
+
+
+def add_adapters(model, folder, base):
+    """Merge the adapters of `folder` into their base; raises UserError where they do not fit it."""
+    import peft
+
+    try:
+        with utils.say_if_slow(f"{folder}: merging its adapters"):
+            return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        what = f"its adapters do not fit {base} ({utils.first_line(error)})"
+        raise UserError(f"{folder}: {what}; give the right one with --base, or try apply_delta.py") from None
+
+
 def choose_dtype(asked, stored, num_params, free_memory=None):
     """The dtype to compute in, with the reason. `free_memory` is the host's in bytes, None with a GPU."""
     if asked:
@@ -266,12 +298,19 @@ def load_chat(args):
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which peft imports where it is installed
+    warnings.simplefilter("ignore")
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     name = args.model_name_or_path
     style, reason = prompt_style(args.prompt_style, name)
-    config = utils.load_config(name, args.cache_dir)
-    tokenizer = utils.load_tokenizer(name, cache_dir=args.cache_dir)
+    adapted = utils.check_model(name, allowed=("a LoRA adapter",)) and name
+    base = base_of(Path(name), args.base) if adapted else name
+    if args.base and not adapted:
+        say(f"--base: {name} is a whole model and needs none; ignored")
+    config = utils.load_config(base, args.cache_dir)
+    has_tokenizer = not adapted or any(Path(name).glob("tokenizer*"))
+    tokenizer = utils.load_tokenizer(name if has_tokenizer else base, cache_dir=args.cache_dir)
     utils.check_ids([("eos_token", [tokenizer.eos_token_id])], tokenizer, config)
     if style == "alpaca" and not args.prompt_style and tokenizer.chat_template and "run.json names" in reason:
         reason += "; the tokenizer has a chat template"
@@ -282,9 +321,12 @@ def load_chat(args):
     free_memory = None if on_gpu else utils.free_host_memory()
     dtype, reason = choose_dtype(args.dtype, stored, num_params, free_memory)
     # "sequential": the first GPU, the next where it is full, the host's memory where all are
-    model = utils.load_weights(name, config, dtype, args.cache_dir, device_map="sequential" if on_gpu else None)
+    model = utils.load_weights(base, config, dtype, args.cache_dir, device_map="sequential" if on_gpu else None)
+    if adapted:
+        say(f"adapters: {name}, merged into their base, {base}")
+        model = add_adapters(model, name, base)
     devices = ", ".join(sorted({str(parameter.device) for parameter in model.parameters()}))
-    say(f"model: {name}, {num_params:,} parameters, {str(model.dtype)[6:]} on {devices} ({reason})")
+    say(f"model: {base}, {num_params:,} parameters, {str(model.dtype)[6:]} on {devices} ({reason})")
     ends = {tokenizer.eos_token_id}  # and those of the generation config, of which chat models have several
     more = model.generation_config.eos_token_id
     ends.update(more if isinstance(more, list) else [more] if more is not None else [])

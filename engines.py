@@ -213,6 +213,14 @@ def in_4bit(args):
     return {"quantization_config": config, "device_map": None if args.use_cpu else {"": args.device}}
 
 
+def check_4bit(model):
+    """Refuse widths that bitsandbytes gets wrong on a CPU: its blocks of 64 values may not span two rows there."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 64:
+            what = f"{name} is {list(module.weight.shape)}, whose width is no multiple of 64"
+            raise UserError(f"--load_in_4bit on a CPU: {what}; it needs a GPU, or leave the option out")
+
+
 def count_trained(model):
     """(parameters that are trained, tensors that they are, parameters that are frozen) of a model on any engine."""
     sizes = {True: [], False: []}

@@ -43,14 +43,27 @@ import utils
 RENAMED = (
     "evaluation_strategy eval_strategy, warmup_ratio warmup_steps, no_cuda use_cpu, logging_dir tensorboard_dir, "
     "per_gpu_train_batch_size per_device_train_batch_size, per_gpu_eval_batch_size per_device_eval_batch_size, "
-    "torch_dtype dtype, push_to_hub_model_id hub_model_id, push_to_hub_token hub_token"
+    "torch_dtype dtype, push_to_hub_model_id hub_model_id, push_to_hub_token hub_token, "
+    # of alpaca-lora and Axolotl
+    "base_model model_name_or_path, micro_batch_size per_device_train_batch_size, num_epochs num_train_epochs, "
+    "batch_size gradient_accumulation_steps, cutoff_len model_max_length, sequence_len model_max_length, "
+    "optimizer optim, lr_scheduler lr_scheduler_type, wandb_run_name run_name"
 )  # today a warm-up below 1 is a share of all steps
 GONE = (
     "save_safetensors half_precision_backend fp16_backend fp16_opt_level use_mps_device use_ipex xpu_backend "
     "sharded_ddp jit_mode_eval past_index tpu_num_cores tpu_metrics_debug ray_scope include_tokens_per_second "
     "include_inputs_for_metrics mp_parameters dispatch_batches split_batches lazy_preprocess use_fast_tokenizer "
-    "overwrite_cache push_to_hub_organization torchdynamo use_legacy_prediction_loop"
+    "overwrite_cache push_to_hub_organization torchdynamo use_legacy_prediction_loop "
+    "add_eos_token prompt_template_name wandb_project wandb_watch wandb_log_model "  # of alpaca-lora
+    "adapter base_model_config base_model_ignore_patterns dataset_prepared_path eval_sample_packing flash_attention "
+    "is_llama_derived_model load_in_8bit lora_fan_in_fan_out lora_model_dir lora_target_linear model_type "  # of Axolotl
+    "pad_to_sequence_len sample_packing sdp_attention special_tokens strict tokenizer_type wandb_entity wandb_run_id "
+    "xformers_attention"
 )
+NOT_HERE = {  # values of these that ask for what is not there
+    "load_in_8bit": (("true", "1"), "--load_in_4bit True is"),
+    "prompt_template_name": (("alpaca_legacy", "alpaca_short", "vigogne"), "leave it out for Alpaca's two templates"),
+}
 OLD_OPTIONS = {
     **{old: f"--{new} {{value}}" for old, new in map(str.split, RENAMED.split(", "))},
     "fsdp_transformer_layer_cls_to_wrap": '--fsdp_config {{"transformer_layer_cls_to_wrap": "{value}"}}',
@@ -95,6 +108,7 @@ def answer_early(words):
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of packages that it can do without
     utils.end_by_ctrl_c()
     utils.run_main(lambda: answer_early(sys.argv[1:]), goes_on=True)
 
@@ -131,10 +145,15 @@ def translate_old_options(words):
         groups += [[]] if word.startswith("--") or not groups else []
         groups[-1].append(word)
     pairs = [group[0].split("=", 1) if "=" in group[0] else (group[0], " ".join(group[1:])) for group in groups]
-    steps = dict(pairs).get("--warmup_steps")
+    options = dict(pairs)
+    steps = options.get("--warmup_steps")
     for group, (name, value) in zip(groups, pairs, strict=True):
         key = name[2:].replace("-", "_") if name.startswith("--") else ""
         old = name if key in OLD_OPTIONS else f"{name} {value}"
+        values, cure = NOT_HERE.get(key, ((), ""))
+        if value.lower() in values:
+            raise UserError(f"{name} {value} is not there; {cure}")
+        value = accumulation_of(value, options) if key == "batch_size" else value
         if key not in OLD_OPTIONS and old not in OLD_VALUES:
             # torch.distributed.launch and deepspeed pass --local_rank; the environment says it too
             result += group if key != "local_rank" else group[1 if "=" in group[0] else 2 :]
@@ -148,7 +167,54 @@ def translate_old_options(words):
             (late if key == "warmup_ratio" and steps else result).extend(new)  # 0 steps counted as not given
             shown = " ".join(word for word in new if word != value)
             notices.append(f"{old} is now {shown}" if new else f"{old.strip()} has no meaning any more; ignored")
+    if "--base_model" in options and "--lora_r" not in options:
+        notices.append(f"--base_model without --lora_r: {ALPACA_LORA}, as alpaca-lora does")
+        late += ALPACA_LORA.split()
     return result + late, notices
+
+
+ALPACA_LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules q_proj,v_proj"
+
+
+def accumulation_of(batch_size, options):
+    """alpaca-lora's global --batch_size in micro-batches a process; `options` are {"--name": its value}."""
+    names = ("--micro_batch_size", "--per_device_train_batch_size")
+    micro = next((options[name] for name in names if name in options), "8")
+    at_once = int(micro) * int(os.environ.get("WORLD_SIZE", 1))
+    if int(batch_size) % at_once:
+        raise UserError(f"--batch_size {batch_size}: it is no multiple of micro-batch x processes, {at_once}")
+    return str(int(batch_size) // at_once)
+
+
+def words_of_file(path):
+    """The command line that a YAML or JSON file {option: value} stands for, with Axolotl's `datasets`; null is unset."""
+    if path.suffix == ".json":
+        options = utils.read_json(path)
+    else:
+        import yaml
+
+        try:
+            options = yaml.safe_load(utils.read_text(path))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: it should hold options, as learning_rate: 2e-5")
+    words, ignored = [], []
+    for key, value in options.items():
+        if key == "datasets":
+            for one in value or []:
+                if str(one.get("type", "alpaca")) != "alpaca":
+                    raise UserError(f"{path}: datasets: type {one['type']} is not there; alpaca is")
+                words += ["--data_path", str(one.get("path"))]
+        elif key in GONE.split() and key not in NOT_HERE and value is not None:
+            ignored.append(key)
+        elif value is not None:
+            key = {"base_model": "model_name_or_path"}.get(key, key)
+            items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{key}", *map(str, items)]
+    if ignored:
+        say(f"{path}: without meaning here, ignored: {', '.join(ignored)}")
+    return words
 
 
 def option(default, text, **more):
@@ -167,6 +233,7 @@ class DataArguments:
     data_path: list[str] | None = option(None, "JSON or JSON Lines files; given again, it adds.", action="extend")
     eval_data_path: list[str] | None = option(None, "The same for records to evaluate on.", action="extend")
     val_set_size: float = option(0, "Records held out to evaluate on: a number, or a share below 1.")
+    train_on_inputs: bool = option(False, "Train the prompts too, which alpaca-lora did and Stanford Alpaca did not.")
     skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
 
 
@@ -233,6 +300,9 @@ def parse_arguments(words):
     `given` is what differs from the defaults, as run.json keeps it. A first word that is a run.json brings its own.
     """
     classes = (ModelArguments, DataArguments, TrainingArguments)
+    is_file = words and words[0].endswith((".yml", ".yaml", ".json"))
+    if is_file and (words[0].endswith("ml") or "arguments" not in utils.read_json(words[0])):
+        words = words_of_file(Path(words[0])) + words[1:]
     answer_early(words)
     parser = transformers.HfArgumentParser(classes, prog="train.py", allow_abbrev=False)
     words, notices = translate_old_options(words)
@@ -243,7 +313,9 @@ def parse_arguments(words):
         path = Path(words.pop(0))
         run = utils.read_run(path.parent) if path.name == "run.json" else None
         if run is None:
-            raise UserError(f"{path}: a file before the options must be the run.json of an earlier run")
+            raise UserError(
+                f"{path}: not the run.json of an earlier run; options stand in YAML or JSON as {{name: value}}"
+            )
         saved = run["arguments"]
     if sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
         raise UserError("--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON")
@@ -262,8 +334,8 @@ def parse_arguments(words):
     if "per_device_eval_batch_size" not in given:
         args.per_device_eval_batch_size = args.per_device_train_batch_size
     if (data_args.eval_data_path or data_args.val_set_size) and args.eval_strategy == "no":
-        args.eval_strategy = transformers.IntervalStrategy.EPOCH
-        say("--eval_strategy epoch: there is data to evaluate on")
+        args.eval_strategy = transformers.IntervalStrategy("steps" if "eval_steps" in given else "epoch")
+        say(f"--eval_strategy {args.eval_strategy.value}: there is data to evaluate on")
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     model_args.dtype = model_args.dtype or (compute if args.lora_r else "float32")
     refuse_options(args, data_args)
@@ -386,7 +458,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
     data that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None):
+    def __init__(self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None, train_all=False):
         super().__init__()
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
@@ -407,6 +479,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
             cure = "mend them, or drop and count them with --skip_bad_records True"
             raise UserError(f"{len(problems)} of {count} records cannot be used: {shown}; {cure}")
         conversations = [utils.spans("alpaca", record["messages"], tokenizer) for record in records]
+        if train_all:
+            conversations = [[(text, True) for text, _ in spans] for spans in conversations]
         rows, name = encode(conversations, tokenizer), [record["source"] for record in records]
         if sentencepiece_path:
             compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
@@ -921,7 +995,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         heard = self.accelerator.gather(torch.stack([own_loss.float(), own_loss.new_tensor(float(self.signal))])[None])
         loss, self.stopped_by = heard[:, 0].mean().item(), int(heard[:, 1].max())
         self.control.should_log = True  # loss.csv has a row for every step
-        if self.state.global_step == self.state.max_steps and self.eval_dataset is not None:
+        if self.state.global_step == self.state.max_steps and self.args.eval_strategy == "steps":
             self.control.should_evaluate = True
         if self.stopped_by:
             self.control.should_save = self.control.should_training_stop = True
@@ -1032,6 +1106,7 @@ class ProgressLine(transformers.TrainerCallback):
 
 # --- The run's folder: whose it is, what of it is whole, and saving into it ------------------------------------------
 
+CURVES = ("loss.csv", "loss.png")
 RUN_FILES = (
     "config.json",
     "adapter_config.json",
@@ -1075,6 +1150,7 @@ def settings_of(args, model_args, data_args, hashes):
         "model": os.path.abspath(model) if os.path.isdir(model) else model,
         "dtype": model_args.dtype,
         "data": [hashes[path] for path in data_args.data_path],
+        **({"train_on_inputs": True} if data_args.train_on_inputs else {}),
         "global_batch": engines.global_batch(args),
         "engine": engines.engine_name(args).removesuffix(" with offload"),
     }
@@ -1146,7 +1222,7 @@ def delete_run(folder):
             delete_checkpoint(path)
         else:
             say(f"{path}: holds nothing of a run; left")
-    for name in [*(utils.read_run(folder) or {}).get("files", []), "loss.csv", "run.json"]:
+    for name in [*(utils.read_run(folder) or {}).get("files", []), *CURVES, "run.json"]:
         path = Path(folder, Path(name).name)  # never outside, whatever run.json says
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -1344,13 +1420,49 @@ def write_loss_csv(history, path):
         writer.writerows(steps[step] for step in sorted(steps))
 
 
+def write_loss_png(history, path):
+    """Draw the losses and the learning rate over the steps, 800 pixels wide; a failure is told and ends nothing."""
+    hidden = path.with_name(f".{path.name}")
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps what it drew
+
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="constrained")
+        left = figure.subplots()
+        right = left.twinx()
+        for axes, key, name, style in (
+            (right, "learning_rate", "learning rate", {"color": "0.6", "linewidth": 1, "linestyle": "--"}),
+            (left, "loss", "loss on the trained records", {"color": "C0", "linewidth": 1.2, "alpha": 0.8}),
+            (left, "eval_loss", "loss on the held-out records", {"color": "C3", "linewidth": 2, "marker": "o"}),
+        ):
+            if points := [(entry["step"], entry[key]) for entry in history if key in entry]:
+                axes.plot(*zip(*points, strict=True), label=name, **style)
+        left.set(xlabel="step", ylabel="mean loss of a target token")
+        right.set_ylabel("learning rate", color="0.5")
+        left.set_zorder(right.get_zorder() + 1)
+        left.patch.set_visible(False)
+        left.grid(alpha=0.3)
+        left.legend(loc="upper right")
+        figure.savefig(hidden, format="png")
+        os.replace(hidden, path)
+    except Exception as error:  # whatever a library for drawing may raise
+        say(f"{path}: not drawn ({first_line(error)}); loss.csv has the numbers")
+        hidden.unlink(missing_ok=True)
+
+
+def write_curves(trainer):
+    """Write loss.csv and loss.png of the steps so far, from the first process."""
+    history, folder = trainer.state.log_history, Path(trainer.args.output_dir)
+    if trainer.args.should_save and history:
+        write_loss_csv(history, folder / "loss.csv")
+        write_loss_png(history, folder / "loss.png")
+
+
 def finish(trainer, run):
-    """Write the model, loss.csv and the finished run.json; say where they are."""
+    """Write the model and the finished run.json; say where they are."""
     args, state, folder = trainer.args, trainer.state, Path(trainer.args.output_dir)
     names = safe_save_model_for_hf_trainer(trainer, args.output_dir)
     if not args.should_save:
         return
-    write_loss_csv(state.log_history, folder / "loss.csv")
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     results = {"steps": state.global_step, "skipped_steps": skips_of(state)[0], "padded": trainer.layout == "padded"}
     results |= {"first_loss": losses[0], "last_loss": losses[-1], "mean_loss": sum(losses) / len(losses)}
@@ -1359,7 +1471,11 @@ def finish(trainer, run):
         written = (args.load_best_model_at_end and state.best_global_step) or state.global_step
         best = min(evaluated, key=evaluated.get)
         results |= {"eval_losses": evaluated, "best_step": best, "weights_of_step": written}
-    run |= {"status": "finished", "results": results, "files": [*names, "loss.csv"]}
+    run |= {
+        "status": "finished",
+        "results": results,
+        "files": [*names, *(name for name in CURVES if (folder / name).is_file())],
+    }
     utils.write_json(run, folder / "run.json")
     sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
     what, held = "adapters" if trainer.num_adapted else "model", ""
@@ -1400,7 +1516,9 @@ def load_data(data_args, args, base, tokenizer, config):
     for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
         say(f"held-out data: {', '.join(paths)}") if datasets else None
         with utils.say_if_slow("data: still reading and tokenizing the records"):
-            datasets.append(SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law))
+            datasets.append(
+                SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law, data_args.train_on_inputs)
+            )
         special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
         rows = ((name, ids.tolist()) for name, ids in zip(datasets[-1].sources, datasets[-1].input_ids, strict=True))
         utils.check_ids(itertools.chain(special, rows), tokenizer, config)  # a row at a time: lists take much memory
@@ -1417,6 +1535,8 @@ def load_data(data_args, args, base, tokenizer, config):
 def check_run(args, model_args, bones, longest, steps):
     """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns `count_trained` of it."""
     engines.check_layers(args, bones, longest)
+    if args.load_in_4bit and args.use_cpu:
+        engines.check_4bit(bones)
     counts = engines.count_trained(add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones)
     if args.memory_check:
         engines.check_memory(args, model_args.dtype, counts)
@@ -1430,6 +1550,7 @@ def run_steps(trainer, checkpoint):
     """Train to the last step, or the first after a signal. Raises UserError for that end, and for fp16's overflow."""
     with contextlib.suppress(AlreadyTrained):
         trainer.train(resume_from_checkpoint=checkpoint)
+    write_curves(trainer)
     step, number = trainer.state.global_step, trainer.stopped_by
     if number:
         what = f"{signal.Signals(number).name}: stopped at step {step}, checkpoint saved"
@@ -1442,7 +1563,7 @@ def run_steps(trainer, checkpoint):
 def train():
     """Parse the command line, prepare the data, train, and write the model; see the module's docstring."""
     transformers.utils.logging.set_verbosity_error()  # the libraries speak of errors only
-    for name in ("accelerate", "tensorboardX"):  # the latter speaks at every step that overflows
+    for name in ("accelerate", "tensorboardX", "matplotlib"):  # the latter speaks at every step that overflows
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     if utils.rank() != 0 or not sys.stderr.isatty():

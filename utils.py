@@ -971,12 +971,13 @@ def skeleton(config):
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
-def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None):
+def load_weights(name_or_path, config, dtype, cache_dir=None, device_map=None, quantization_config=None):
     """Load a model whole. Raises UserError where weights are missing, damaged or of another shape."""
     import transformers
 
     try:
         options = {"config": config, "cache_dir": cache_dir, "dtype": dtype, "device_map": device_map}
+        options |= {"quantization_config": quantization_config} if quantization_config else {}
         options |= {"trust_remote_code": False, "output_loading_info": True}
         options |= {"ignore_mismatched_sizes": True}  # so that they are named, below
         with say_if_slow(f"{name_or_path}: loading its weights"):
