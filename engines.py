@@ -237,7 +237,7 @@ def gather_adapters(trainer, dtype):
     checkpointing, torch.compile and peft itself put between.
     """
     model, weights = trainer.accelerator.unwrap_model(trainer.model_wrapped), {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # peft has both names of what is tied
         if parameter.requires_grad:
             whole = parameter
             if hasattr(trainer.model_wrapped, "zero_optimization_stage"):
@@ -301,7 +301,7 @@ def memory_needs(num_params, weight_bytes, half, adam, world_size, local_world_s
         "ZeRO-3": ((2 * work + rest) / world_size, 0), "ZeRO-3 with offload": (0, (2 * work + rest) * share),
     }  # fmt: skip
     parts = {  # of what is frozen
-        "single process": (1, 0), "DDP": (1, 0), "FSDP": (1 / world_size, 0), "FSDP with offload": (0, 1),
+        "single process": (1, 0), "DDP": (1, 0), "FSDP": (1 / world_size, 1), "FSDP with offload": (0, 1),
         "ZeRO-2": (1, 0), "ZeRO-2 with offload": (1, 0), "ZeRO-3": (1 / world_size, 0), "ZeRO-3 with offload": (0, share),
     }  # fmt: skip
     return {

@@ -835,6 +835,9 @@ def load_model(model_args, args, config, tokenizer):
     else:
         more = engines.in_4bit(args) if args.load_in_4bit else {}
         model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir, **more)
+        for module in model.modules():  # else a forward without gradients packs weights anew, for good, and inexactly:
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # no gradient passes through them from then on
+                module.support_avx512bf16_for_cpu = False
     repair_ids(model, tokenizer)
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
         smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
@@ -880,7 +883,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         super().__init__(*arguments, **keywords)
         self.layout = ""  # of micro-batches: see engines.choose_layout
-        self.num_adapted = engines.count_trained(self.model)[1] if self.args.lora_r else 0  # tensors, before wrapping
+        named = self.model.named_parameters(remove_duplicate=False)  # before wrapping
+        self.num_adapted = sum(parameter.requires_grad for _, parameter in named) if self.args.lora_r else 0
         self.add_callback(self)
 
     def create_accelerator_and_postprocess(self):
