@@ -256,7 +256,7 @@ def base_of(folder, asked=None):
     return str(found or named)
 
 
-def add_adapters(model, folder, base):
+def merge_adapters(model, folder, base):
     """Merge the adapters of `folder` into their base; raises UserError where they do not fit it."""
     import peft
 
@@ -308,7 +308,10 @@ def load_chat(args):
     base = base_of(Path(name), args.base) if adapted else name
     if args.base and not adapted:
         say(f"--base: {name} is a whole model and needs none; ignored")
-    config = utils.load_config(base, args.cache_dir)
+    try:
+        config = utils.load_config(base, args.cache_dir)
+    except UserError as error:
+        raise UserError(f"{name}: its base {error}; --base gives another" if adapted else str(error)) from None
     has_tokenizer = not adapted or any(Path(name).glob("tokenizer*"))
     tokenizer = utils.load_tokenizer(name if has_tokenizer else base, cache_dir=args.cache_dir)
     utils.check_ids([("eos_token", [tokenizer.eos_token_id])], tokenizer, config)
@@ -324,7 +327,7 @@ def load_chat(args):
     model = utils.load_weights(base, config, dtype, args.cache_dir, device_map="sequential" if on_gpu else None)
     if adapted:
         say(f"adapters: {name}, merged into their base, {base}")
-        model = add_adapters(model, name, base)
+        model = merge_adapters(model, name, base)
     devices = ", ".join(sorted({str(parameter.device) for parameter in model.parameters()}))
     say(f"model: {base}, {num_params:,} parameters, {str(model.dtype)[6:]} on {devices} ({reason})")
     ends = {tokenizer.eos_token_id}  # and those of the generation config, of which chat models have several

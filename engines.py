@@ -176,7 +176,7 @@ def num_steps(num_examples, args):
 
 def save_dtype(args):
     """The dtype of the final model: --save_dtype, else what the run computes in; of adapters that of the masters."""
-    chosen = getattr(args, "save_dtype", None) or ("float32" if args.lora_r else None)
+    chosen = getattr(args, "save_dtype", None) or ("float32" if getattr(args, "lora_r", 0) else None)
     return getattr(torch, chosen or ("bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"))
 
 
@@ -221,13 +221,28 @@ def check_4bit(model):
             raise UserError(f"--load_in_4bit on a CPU: {what}; it needs a GPU, or leave the option out")
 
 
-def count_trained(model):
-    """(parameters that are trained, tensors that they are, parameters that are frozen) of a model on any engine."""
-    sizes = {True: [], False: []}
+def count_parameters(model):
+    """(how many parameters are trained, how many are not) of a model on any engine."""
+    sizes = {True: 0, False: 0}
     for parameter in model.parameters():
         packed = 2 if type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8 else 1  # two a byte
-        sizes[parameter.requires_grad].append(getattr(parameter, "ds_numel", parameter.numel() * packed))
-    return sum(sizes[True]), len(sizes[True]), sum(sizes[False])
+        sizes[parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel() * packed)
+    return sizes[True], sizes[False]
+
+
+NF4_BYTES = 0.516  # a weight: 4 bits, one of 8 bits for every 64, one of 32 for every 16,384 (QLoRA, section 3)
+
+
+def count_run(args, dtype, model):
+    """(parameters trained, all of them, bytes of those that are not) of a run; `model` is its model without weights.
+
+    `dtype` is that of what is not trained; with --load_in_4bit linear layers but the last have NF4_BYTES a weight.
+    """
+    (trained, frozen), head = count_parameters(model), model.get_output_embeddings()
+    linear = (module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head)
+    quantised = {id(module.weight): module.weight.numel() for module in linear if not module.weight.requires_grad}
+    in_4bit = sum(quantised.values()) if args.load_in_4bit else 0
+    return trained, trained + frozen, (frozen - in_4bit) * getattr(torch, dtype).itemsize + in_4bit * NF4_BYTES
 
 
 def gather_adapters(trainer, dtype):
@@ -329,12 +344,11 @@ def memory_problem(engine, needs, local_world_size, host_free, device_free=None)
 
 
 def needs_here(args, dtype, counts):
-    """`memory_needs` of this run, whose weights are of `dtype`, and how many processes a host has."""
+    """`memory_needs` of this run, given its `count_run`, and how many processes a host has; `dtype` is of its masters."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size))
     half, adam = args.fp16 or args.bf16, args.optim.value in ("adamw_torch", "adamw_torch_fused")
-    size, (trained, _, frozen) = getattr(torch, dtype).itemsize, counts
-    frozen *= 0.5 if args.load_in_4bit else size
-    return memory_needs(trained, 4 if args.lora_r else size, half, adam, args.world_size, local, frozen), local
+    size, (trained, _, frozen) = 4 if args.lora_r else getattr(torch, dtype).itemsize, counts
+    return memory_needs(trained, size, half, adam, args.world_size, local, frozen), local
 
 
 def check_memory(args, dtype, counts):
@@ -344,7 +358,7 @@ def check_memory(args, dtype, counts):
     if problem := memory_problem(engine_name(args), needs, local, free_host_memory(), device_free):
         anyway = "to try all the same: --memory_check False"
         lora = "" if args.lora_r else ", or --lora_r 16, which trains adapters alone"
-        raise UserError(f"{(counts[0] + counts[2]) / 1e9:.2f} billion parameters: {problem}{lora}; {anyway}")
+        raise UserError(f"{counts[1] / 1e9:.2f} billion parameters: {problem}{lora}; {anyway}")
 
 
 # --- The model on its engine: loading, proofs, resuming, saving -------------------------------------------------------
@@ -627,7 +641,7 @@ def check_engine(args, model, compute, layout, max_steps):
         raise UserError(f"{wanted} was asked for and {found} would run; check the versions against requirements.txt")
     weights = "/".join(sorted({str(parameter.dtype)[6:] for parameter in parameters}))
     dtypes = f"weights {weights}, masters {str(last.dtype)[6:]}, compute {str(compute)[6:]}"
-    trained, _, frozen = count_trained(model)
+    trained, frozen = count_parameters(model)
     total = trained + frozen
     shards = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]  # of ZeRO-3; FSDP2 has DTensors
     here = sum((shard.to_local() if hasattr(shard, "to_local") else shard).numel() for shard in shards)

@@ -107,8 +107,8 @@ def answer_early(words):
         raise utils.unknown_options(unknown, [f"--{name}" for name in options])
 
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of packages that it can do without
 if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of packages that it can do without
     utils.end_by_ctrl_c()
     utils.run_main(lambda: answer_early(sys.argv[1:]), goes_on=True)
 
@@ -167,9 +167,6 @@ def translate_old_options(words):
             (late if key == "warmup_ratio" and steps else result).extend(new)  # 0 steps counted as not given
             shown = " ".join(word for word in new if word != value)
             notices.append(f"{old} is now {shown}" if new else f"{old.strip()} has no meaning any more; ignored")
-    if "--base_model" in options and "--lora_r" not in options:
-        notices.append(f"--base_model without --lora_r: {ALPACA_LORA}, as alpaca-lora does")
-        late += ALPACA_LORA.split()
     return result + late, notices
 
 
@@ -304,6 +301,9 @@ def parse_arguments(words):
     if is_file and (words[0].endswith("ml") or "arguments" not in utils.read_json(words[0])):
         words = words_of_file(Path(words[0])) + words[1:]
     answer_early(words)
+    if {"--base_model"} == {"--base_model", "--lora_r"} & {word.split("=")[0] for word in words}:
+        say(f"--base_model without --lora_r: {ALPACA_LORA}, as alpaca-lora does")
+        words = words + ALPACA_LORA.split()
     parser = transformers.HfArgumentParser(classes, prog="train.py", allow_abbrev=False)
     words, notices = translate_old_options(words)
     for notice in notices:
@@ -829,7 +829,7 @@ def repair_ids(model, tokenizer):
 
 def load_model(model_args, args, config, tokenizer):
     """The base model with fp32 master weights and with special ids that are the tokenizer's."""
-    dtype = getattr(torch, model_args.dtype)  # transformers 5 would take the files' fp16 and train in it
+    dtype = getattr(torch, model_args.dtype or "float32")  # transformers 5 would take the files' fp16 and train in it
     if args.fsdp and args.fsdp_config["cpu_ram_efficient_loading"] and int(os.environ.get("LOCAL_RANK", 0)) > 0:
         model = engines.empty_model(config, dtype)  # accelerate sends its shards from the first process
     else:
@@ -999,7 +999,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         heard = self.accelerator.gather(torch.stack([own_loss.float(), own_loss.new_tensor(float(self.signal))])[None])
         loss, self.stopped_by = heard[:, 0].mean().item(), int(heard[:, 1].max())
         self.control.should_log = True  # loss.csv has a row for every step
-        if self.state.global_step == self.state.max_steps and self.args.eval_strategy == "steps":
+        if self.args.eval_strategy == "steps" and self.state.global_step == self.state.max_steps:
             self.control.should_evaluate = True
         if self.stopped_by:
             self.control.should_save = self.control.should_training_stop = True
@@ -1294,7 +1294,12 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
 def check_settings(place, runs, settings, anyway):
     """What of `settings` any of `runs` had otherwise, as words; raises UserError for it unless `anyway`."""
     olds = [run["settings"] for run in runs if run and "settings" in run]
-    now = [(old, k, settings.get(k)) for old in olds for k in {**settings, **old} if old.get(k) != settings.get(k)]
+    now = [
+        (old, k, settings.get(k))
+        for old in olds
+        for k in {**settings, "lora_r": settings.get("lora_r")}
+        if old.get(k) != settings.get(k)
+    ]
     changed = [f"{k} was {old[k]} and is {v}" if k in old else f"{k} is {v}" for old, k, v in now]
     if changed and not anyway:
         cure = "start afresh with --overwrite_output_dir, or go on all the same with --resume_anyway True"
@@ -1367,15 +1372,15 @@ def write_model(trainer, weights, folder):
 
     Raises UserError for a value that is not finite in the dtype of the weights.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    if not trainer.num_adapted:
+    model, is_adapted = trainer.accelerator.unwrap_model(trainer.model_wrapped), getattr(trainer, "num_adapted", 0)
+    if not is_adapted:
         weights = revert_weight_conversion(model, weights)  # the names of published files, where the library's differ
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             advice = "lower --learning_rate" if weight.dtype == torch.float32 else "use --save_dtype float32"
             raise UserError(f"weight {name} has values that are not finite in {str(weight.dtype)[6:]}; {advice}")
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
-        if trainer.num_adapted:
+        if is_adapted:
             write_adapters(trainer, weights, staging)
             trainer.state.save_to_json(str(staging / "trainer_state.json"))
             return sorted(path.name for path in staging.iterdir())
@@ -1394,7 +1399,7 @@ def write_model(trainer, weights, folder):
 
 def safe_save_model_for_hf_trainer(trainer, output_dir):
     """Gather the trained weights on the first process's CPU and write the model, verified; returns its files."""
-    gather = engines.gather_adapters if trainer.num_adapted else engines.gather_weights
+    gather = engines.gather_adapters if getattr(trainer, "num_adapted", 0) else engines.gather_weights  # 0: a fork's
     weights = gather(trainer, engines.save_dtype(trainer.args))
     return from_first_process(write_model, trainer, weights, output_dir)
 
@@ -1412,7 +1417,8 @@ def rehearse_save(trainer):
 
 def write_loss_csv(history, path):
     """Write the per-step log of the Trainer as CSV; `eval_loss` stands in the row of the step after which it was."""
-    columns = ("step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps", "eval_loss")
+    columns = ["step", "epoch", "loss", "learning_rate", "grad_norm", "num_targets", "skipped_steps"]
+    columns += ["eval_loss"] * any("eval_loss" in entry for entry in history)
     steps = {entry["step"]: dict(entry) for entry in history if "loss" in entry}
     for entry in history:
         if "eval_loss" in entry:
@@ -1537,11 +1543,12 @@ def load_data(data_args, args, base, tokenizer, config):
 
 
 def check_run(args, model_args, bones, longest, steps):
-    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns `count_trained` of it."""
+    """Refuse what cannot run or does not fit; `bones` is the model without weights. Returns its `count_run`."""
     engines.check_layers(args, bones, longest)
     if args.load_in_4bit and args.use_cpu:
         engines.check_4bit(bones)
-    counts = engines.count_trained(add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones)
+    bones = add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones
+    counts = engines.count_run(args, model_args.dtype, bones)
     if args.memory_check:
         engines.check_memory(args, model_args.dtype, counts)
         check_disk(args, counts[0], steps)

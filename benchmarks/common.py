@@ -129,7 +129,10 @@ def make_our_trainer(model, options, rows, tokenizer, attn_implementation):
     args = train.TrainingArguments(save_rehearsal=False, attn_implementation=attn_implementation, **options)
     rows = [{**rows[i], "source": f"row {i}", "row": i} for i in range(len(rows))]
     progress = {"longest": max(len(row["input_ids"]) for row in rows)}
-    trainer = train.make_trainer(model, args, types.SimpleNamespace(rows=rows), tokenizer, None, progress)
+    if args.lora_r:
+        model = train.add_adapters(model, args)
+    dataset = types.SimpleNamespace(rows=lambda multiple: rows)
+    trainer = train.make_trainer(model, args, dataset, None, tokenizer, None, progress)
     trainer.remove_callback(train.ProgressLine)
     return trainer
 
@@ -144,7 +147,7 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
     """Train one epoch of `rows` by a recipe of LAYOUTS under the real Trainer, and time the steps.
 
     `rows` must fill whole optimizer steps. `tokenizer` needs no more than pad_token_id and eos_token_id; `options` are
-    of TrainingArguments. Returns {losses, step_seconds}; the first `skip` steps, with their warming up, have no
+    are of TrainingArguments, and `lora_r` for LoRA on the model as it is. Returns {losses, step_seconds}; the first `skip` steps, with their warming up, have no
     seconds. Raises RuntimeError where the micro-batches have another layout than the recipe's.
     """
     import original_recipe
@@ -179,7 +182,8 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
             **options,
         }
         if recipe == "original":
-            trainer = original_recipe.make_trainer(model, options, rows, tokenizer)
+            lora_r = options.pop("lora_r", 0)
+            trainer = original_recipe.make_trainer(model, options, rows, tokenizer, lora_r)
         else:
             trainer = make_our_trainer(model, options, rows, tokenizer, "sdpa" if recipe == "masked" else None)
         trainer.remove_callback(transformers.PrinterCallback)

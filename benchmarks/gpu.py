@@ -8,8 +8,8 @@ checks: losses of flat and of masked against padded micro-batches, and attention
 example at a time, in float32 and bf16. engines: train.py on one process, under FSDP2 and, where DeepSpeed is installed,
 ZeRO-3 with offload: the same losses, a save that transformers reads, a resumed run that ends as one that was not
 interrupted; and fp16 that skips and counts steps that overflow. speed: bf16 over float32 masters with AdamW, random
-weights, the same rows for the original recipe and ours, each at several micro-batches, each arm in a process of its
-own; a card that is too small for 7 billion gets as many layers as fit, and an arm that does not fit starts again with
+weights, the same rows for the original recipe and ours, each at several micro-batches, for our LoRA over bf16 weights
+and, where bitsandbytes is installed, over weights in 4 bits; each arm in a process of its own; a card that is too small for 7 billion gets as many layers as fit, and an arm that does not fit starts again with
 gradient checkpointing: the result says both. Rows are made up with the lengths of Alpaca's unless --data_path and
 --tokenizer are given. The result is written after each check and arm; what --minutes leaves no time for is named.
 Exit code 1 where a check or an arm fails, 2 without a GPU.
@@ -47,9 +47,13 @@ ARMS = {
     "ours 32 x 1": ("ours", 32),
     "original 8 x 4": ("original", 8),
     "ours 4 x 8": ("ours", 4),
+    "LoRA 16 x 2": ("lora", 16),
+    "QLoRA 16 x 2": ("qlora", 16),
     "original 16 x 2": ("original", 16),
     "ours 16 x 2": ("ours", 16),
 }
+RANK = 16  # of LoRA
+WORK = {"lora": 4, "qlora": 4}  # operations a parameter and token; 6 where the weights get a gradient
 SKIP = 3  # steps without a time: warming up
 ENGINES_SHARE = 0.5  # of the time, at which the engines leave the rest to speed
 STATE_BYTES = 18  # a parameter: float32 master, gradient, AdamW's two moments, and autocast's copy in bf16
@@ -305,6 +309,23 @@ def watch_utilisation(samples):
     return process
 
 
+def in_4bit(model):
+    """The model with its linear layers but the last in NF4 with double quantisation, as --load_in_4bit has them."""
+    import bitsandbytes
+    import torch
+
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+                sizes = (module.in_features, module.out_features)
+                kind = {"compress_statistics": True, "quant_type": "nf4"}
+                new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, **kind)
+                new.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, **kind)
+                new.support_avx512bf16_for_cpu = False
+                setattr(parent, name, new.to(module.weight.device))
+    return model
+
+
 def train_or_none(args, rows, checkpointing):
     """Train the arm of `args`; returns what was measured, or None where the GPU's memory does not suffice."""
     import torch
@@ -316,10 +337,14 @@ def train_or_none(args, rows, checkpointing):
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     try:
         model = common.build_model(args.preset, "cpu" if args.tiny else "cuda", num_hidden_layers=args.layers)
+        num_params = model.num_parameters()
+        if recipe in WORK:
+            model, options["lora_r"] = model.to(torch.bfloat16), RANK
+        model, recipe = in_4bit(model) if recipe == "qlora" else model, "ours" if recipe in WORK else recipe
         found = common.train_arm(recipe, model, rows, tokens, micro_batch, GLOBAL_BATCH // micro_batch, **options)
     except torch.OutOfMemoryError:
         return None
-    return found | {"parameters": model.num_parameters(), "gradient_checkpointing": checkpointing}
+    return found | {"parameters": num_params, "gradient_checkpointing": checkpointing}
 
 
 def train_in_process(args):
@@ -378,13 +403,20 @@ def needs_checkpointing(name, runs):
 def summarize(runs, skip, tflops):
     """Figures of all arms that were measured, and the best of ours against the best of the original's.
 
-    `tflops` is what the card can do, in 10^12 operations a second, or None; 6 a parameter and token count as work.
+    `tflops` is what the card can do, in 10^12 operations a second, or None; what counts as work stands in WORK.
     """
     arms, seconds = {}, {name: run["step_seconds"] for name, run in runs.items() if "step_seconds" in run}
     for name in seconds:
         rates, run = common.spread([GLOBAL_BATCH / one for one in seconds[name]]), runs[name]
         steps = skip + len(seconds[name])
-        work = 6 * run["parameters"] * run["tokens"] / steps / statistics.median(seconds[name]) / 1e12
+        work = (
+            WORK.get(ARMS[name][0], 6)
+            * run["parameters"]
+            * run["tokens"]
+            / steps
+            / statistics.median(seconds[name])
+            / 1e12
+        )
         arms[name] = {"examples_per_s": rates, "tflops": work, "of_the_card": tflops and work / tflops}
         arms[name] |= {key: run.get(key) for key in ("peak_gib", "gpu_busy_percent", "gradient_checkpointing")}
     best = {}
@@ -463,6 +495,9 @@ def run_speed(args, result, save):
     print(f"speed: {model}", flush=True)
     runs, longest = {}, 0
     for name in ARMS:
+        if ARMS[name][0] == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
+            skip_part(result, f"arm: {name}", "bitsandbytes is not installed")
+            continue
         if time.perf_counter() + longest > args.until:
             skip_part(result, f"arm: {name}", "no time left")
             continue

@@ -6,7 +6,8 @@
     python benchmarks/micro_batches.py --preset tiny         # the way through the script, on made-up records
 
 speed: examples a second of forward, backward and step, for the arms of SPEED_ARMS, each whole under the real Trainer.
-memory: the highest anonymous memory of a process that trains one arm. windows: seconds a token on rows that fill a
+memory: the highest anonymous memory of a process that trains one arm. lora: both for LORA_ARMS, train.py's LoRA beside
+peft's under the plain recipe, and beside full fine-tuning. windows: seconds a token on rows that fill a
 window, from the smallest to the largest micro-batch, with gradient checkpointing, so that the largest fits. All
 compute on the CPU, in bf16 autocast over float32 masters, or in float32 where the CPU has no bf16. The bounds stand
 below; and in float32 no step's loss may differ from the padded recipe's by more than LOSS_BOUND. The exit code is 1
@@ -33,42 +34,54 @@ FLAT_OF_MASKED = 1.8  # examples/s, at least: ours at 32 of the same flat row un
 OURS_OF_PADDED = 1.3  # examples/s, at least: ours at 4 of the padded recipe at 4
 MEMORY_OF_PADDED = 0.6  # anonymous memory, at most: ours at 32 of the padded recipe at 32
 GROWTH = 1.2  # time a token, at most: a larger micro-batch of the smallest, in each window
+LORA_OF_PADDED = 1.3  # examples/s, at least: our LoRA at 4 of peft under the padded recipe at 4
+LORA_OF_FULL = 0.45  # anonymous memory, at most: our LoRA at 4 of our full fine-tuning at 4
 LOSS_BOUND = 1e-5
 
 GLOBAL_BATCH = 32
-# name: (recipe, micro-batch size)
+RANK = 16
+# name: (recipe, micro-batch size, rank of LoRA or 0)
 SPEED_ARMS = {
-    "original 4": ("original", 4),
-    "ours 4": ("ours", 4),
-    "ours 32": ("ours", 32),
-    "masked 32": ("masked", 32),
+    "original 4": ("original", 4, 0),
+    "ours 4": ("ours", 4, 0),
+    "ours 32": ("ours", 32, 0),
+    "masked 32": ("masked", 32, 0),
 }
-MEMORY_ARMS = {"original 32": ("original", 32), "ours 32": ("ours", 32)}
+MEMORY_ARMS = {"original 32": ("original", 32, 0), "ours 32": ("ours", 32, 0)}
+LORA_ARMS = {"peft 4": ("original", 4, RANK), "our LoRA 4": ("ours", 4, RANK)}
+LORA_MEMORY_ARMS = {"ours 4": ("ours", 4, 0), "our LoRA 4": ("ours", 4, RANK)}
+ALL_ARMS = SPEED_ARMS | MEMORY_ARMS | LORA_ARMS
 # (arm, arm): the least ratio of the first's examples/s to the second's
 SPEED_BOUNDS = {
     ("ours 32", "ours 4"): LARGE_OF_SMALL,
     ("ours 32", "masked 32"): FLAT_OF_MASKED,
     ("ours 4", "original 4"): OURS_OF_PADDED,
 }
+LORA_BOUNDS = {("our LoRA 4", "peft 4"): LORA_OF_PADDED}
 WINDOWS, MICRO_BATCHES = (512, 2048), (4, 8, 16, 32, 64)
 TINY_WINDOWS, TINY_MICRO_BATCHES = (64, 128), (2, 4, 8)
 WINDOW_REPEAT = 2  # at most: a cell takes minutes
 ANSWER = 64  # tokens that a row of the windows trains: logits of all would need more memory than attention
 
 
-def make_model(args):
-    """The model of --model or --preset, with float32 weights."""
+def make_model(args, dtype="float32"):
+    """The model of --model or --preset, with weights of this dtype."""
     import torch
 
+    dtype = getattr(torch, dtype)
     if args.model:
-        return common.utils.load_weights(args.model, common.utils.load_config(args.model), torch.float32)
-    return common.build_model(args.preset)
+        return common.utils.load_weights(args.model, common.utils.load_config(args.model), dtype)
+    return common.build_model(args.preset).to(dtype)
 
 
 def run(arm, rows, args, **options):
-    """Train the model on `rows` by an arm (recipe, micro-batch size); see `common.train_arm`."""
-    recipe, micro_batch = arm
-    model, tokenizer = make_model(args), common.load_tokenizer(args.tokenizer)
+    """Train the model on `rows` by an arm (recipe, micro-batch size, rank); see `common.train_arm`.
+
+    What LoRA freezes is in bf16 where bf16 is computed in, under both recipes.
+    """
+    recipe, micro_batch, rank = arm
+    model = make_model(args, "bfloat16" if rank and options.get("bf16") else "float32")
+    tokenizer, options = common.load_tokenizer(args.tokenizer), options | {"lora_r": rank} if rank else options
     gc.collect()  # the last arm's model
     accumulation = options.pop("rows_a_step", GLOBAL_BATCH) // micro_batch
     return common.train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, **options)
@@ -79,17 +92,17 @@ def load_rows(args, steps, window=common.WINDOW):
     return common.load_rows(args.data_path, common.load_tokenizer(args.tokenizer, window), steps * GLOBAL_BATCH)
 
 
-def measure_speed(args):
-    """Examples a second of all arms in turn, and their losses in float32."""
+def measure_speed(args, arms=SPEED_ARMS, wanted=SPEED_BOUNDS):
+    """Examples a second of all arms in turn, and their losses in float32, which must be the first's."""
     rows = load_rows(args, args.steps)
-    runs = common.alternate(SPEED_ARMS, args.repeat, lambda arm: run(SPEED_ARMS[arm], rows, args, bf16=args.bf16))
+    runs = common.alternate(arms, args.repeat, lambda arm: run(arms[arm], rows, args, bf16=args.bf16))
     timed = (args.steps - 1) * GLOBAL_BATCH
     rates = {arm: [timed / sum(one["step_seconds"]) for one in runs[arm]] for arm in runs}
-    ratios = {f"{one} / {other}": common.ratio(rates[one], rates[other]) for one, other in SPEED_BOUNDS}
-    bounds = {f"{one} / {other}": bound for (one, other), bound in SPEED_BOUNDS.items()}
+    ratios = {f"{one} / {other}": common.ratio(rates[one], rates[other]) for one, other in wanted}
+    bounds = {f"{one} / {other}": bound for (one, other), bound in wanted.items()}
     exact_rows = load_rows(args, args.loss_steps)
-    exact = common.alternate(SPEED_ARMS, 1, lambda arm: run(SPEED_ARMS[arm], exact_rows, args, skip=0))
-    differences = {arm: common.loss_difference(exact["original 4"][0], exact[arm][0]) for arm in SPEED_ARMS}
+    exact = common.alternate(arms, 1, lambda arm: run(arms[arm], exact_rows, args, skip=0))
+    differences = {arm: common.loss_difference(exact[next(iter(arms))][0], exact[arm][0]) for arm in arms}
     for arm, found in rates.items():
         print(f"{arm}: {common.in_words(common.spread(found))} examples/s")
     for name, found in ratios.items():
@@ -145,15 +158,15 @@ def run_memory_arm(args):
     watcher = threading.Thread(target=watch_memory, args=(peak, ended))
     watcher.start()
     try:
-        found = run(MEMORY_ARMS[args.arm], rows, args, bf16=args.bf16)
+        found = run(ALL_ARMS[args.arm], rows, args, bf16=args.bf16)
     finally:
         ended.set()
         watcher.join()
     common.utils.write_json(found | {"peak_anon_gb": peak[0] * 1024 / 1e9}, args.output)
 
 
-def measure_memory(args):
-    """The highest anonymous memory of both arms, each in processes of its own."""
+def measure_memory(args, arms=MEMORY_ARMS, bound=MEMORY_OF_PADDED):
+    """The highest anonymous memory of both arms, each in processes of its own; the bound is of the second's share."""
     estimate = check_memory(args, load_rows(args, args.steps, args.memory_window))
 
     def measure(arm):
@@ -168,21 +181,30 @@ def measure_memory(args):
                 raise RuntimeError(f"its process ended with {done.returncode}: {done.stderr[-1500:]}")
             return json.loads(output.read_text(encoding="utf-8"))
 
-    runs = common.alternate(MEMORY_ARMS, args.repeat, measure)
+    runs = common.alternate(arms, args.repeat, measure)
     peaks = {arm: [one["peak_anon_gb"] for one in runs[arm]] for arm in runs}
-    ratio = common.ratio(peaks["ours 32"], peaks["original 32"])
+    first, second = arms
+    ratio = common.ratio(peaks[second], peaks[first])
     for arm, found in peaks.items():
         print(f"{arm}: {common.in_words(common.spread(found))} GB of anonymous memory")
-    print(f"memory, ours 32 / original 32: {common.in_words(ratio)}, at most {MEMORY_OF_PADDED}")
+    print(f"memory, {second} / {first}: {common.in_words(ratio)}, at most {bound}")
     return {
         "window": args.memory_window,
         "estimated_gb": round(estimate / 1e9, 1),
         "peak_anon_gb": {arm: common.spread(found) for arm, found in peaks.items()},
         "ratio": ratio,
-        "bound": MEMORY_OF_PADDED,
+        "bound": bound,
         "runs": runs,
-        "passed": ratio["median"] <= MEMORY_OF_PADDED,
+        "passed": ratio["median"] <= bound,
     }
+
+
+def measure_lora(args):
+    """Speed of our LoRA beside peft's, memory beside that of full fine-tuning."""
+    speed = measure_speed(args, LORA_ARMS, LORA_BOUNDS)
+    memory = measure_memory(args, LORA_MEMORY_ARMS, LORA_OF_FULL)
+    parts = {"rank": RANK, "speed": speed, "memory": memory, "equal": speed["equal"]}
+    return parts | {"passed": speed["passed"] and memory["passed"]}
 
 
 def fill_windows(rows, window, count):
@@ -205,7 +227,7 @@ def measure_windows(args):
 
     def measure(cell):
         window, size = map(int, cell.split(" x "))
-        (seconds,) = run(("ours", size), filled[window], args, **options)["step_seconds"]
+        (seconds,) = run(("ours", size, 0), filled[window], args, **options)["step_seconds"]
         return 1000 * seconds / (count * window)
 
     cells = [f"{window} x {size}" for window in windows for size in sizes]
@@ -231,7 +253,7 @@ def measure_windows(args):
     }
 
 
-PARTS = {"speed": measure_speed, "memory": measure_memory, "windows": measure_windows}
+PARTS = {"speed": measure_speed, "memory": measure_memory, "lora": measure_lora, "windows": measure_windows}
 
 
 def main():
@@ -281,7 +303,7 @@ def parse():
     parser.add_argument("--loss_steps", type=int, default=3, help="steps compared in float32 (default: 3)")
     parser.add_argument("--memory_window", type=int, default=common.WINDOW, help="window of memory's rows, in tokens")
     parser.add_argument("--threads", type=int, help="threads of all arms (default: as many as torch takes)")
-    parser.add_argument("--arm", choices=MEMORY_ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=ALL_ARMS, help=argparse.SUPPRESS)
     common.add_output(parser, "micro_batches")
     args = parser.parse_args()
     args.tokenizer, args.tiny = args.tokenizer or args.model, args.preset == "tiny" and not args.model

@@ -8,6 +8,7 @@ one. Importable functions and nothing more.
 
 import copy
 
+import peft
 import torch
 import transformers
 
@@ -62,8 +63,15 @@ class PaddingCollator:
         return {"input_ids": input_ids, "labels": pad("labels", IGNORE_INDEX), "attention_mask": mask}
 
 
-def make_trainer(model, options, rows, tokenizer):
-    """The stock Trainer over `rows`; `options` are those of transformers.TrainingArguments."""
+def make_trainer(model, options, rows, tokenizer, lora_r=0):
+    """The stock Trainer over `rows`, with peft's LoRA on all linear layers where `lora_r` is given.
+
+    `options` are those of transformers.TrainingArguments.
+    """
+    if lora_r:
+        transformers.set_seed(options.get("seed", 42))
+        config = peft.LoraConfig(r=lora_r, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, config)
     return transformers.Trainer(
         model=model,
         args=transformers.TrainingArguments(use_cpu=not torch.accelerator.is_available(), **options),

@@ -32,7 +32,7 @@ MODEL_FILES = frozenset(
         "tokenizer_config.json",
     }
 )
-RUN_FILES = MODEL_FILES | {"loss.csv", "trainer_state.json"}
+RUN_FILES = MODEL_FILES | {"loss.csv", "loss.png", "trainer_state.json"}
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="the optional package deepspeed is not installed")
 
 

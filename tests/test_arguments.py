@@ -104,7 +104,9 @@ def test_only_these_options_are_our_own():
         "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "load_in_4bit",
     }  # fmt: skip
     assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
-    assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == ["data_path", "skip_bad_records"]
+    assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == [
+        "data_path", "eval_data_path", "val_set_size", "train_on_inputs", "skip_bad_records",
+    ]  # fmt: skip
     assert all(
         f.metadata["help"]
         for cls in (trainer.ModelArguments, trainer.DataArguments, trainer.TrainingArguments)
@@ -202,9 +204,13 @@ def test_run_json_brings_its_arguments_and_later_options_win(tmp_path):
 
 def test_other_json_before_the_options_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"some": "file"}')
-    for name in ("data.json", "run.json"):
-        with pytest.raises(UserError, match="run.json"):
-            trainer.parse_arguments([str(tmp_path / name)])
+    with pytest.raises(UserError, match="unknown option: --some"):
+        trainer.parse_arguments([str(tmp_path / "run.json")])
+    with pytest.raises(UserError, match="data.json: No such file"):
+        trainer.parse_arguments([str(tmp_path / "data.json")])
+    (tmp_path / "run.json").write_text('{"arguments": {}}')
+    with pytest.raises(UserError, match="not a run.json of these scripts"):
+        trainer.parse_arguments([str(tmp_path / "run.json")])
 
 
 @pytest.mark.slow
@@ -325,7 +331,7 @@ def test_too_big_a_model_is_refused_before_loading_with_what_fits(monkeypatch, t
     args = parse("--output_dir", tmp_path)[2]
     monkeypatch.setattr(trainer.engines, "free_host_memory", lambda: 64 * 2**30)
     with pytest.raises(UserError) as caught:
-        engines.check_memory(args, "float32", (6_738_415_616, 291, 0))
+        engines.check_memory(args, "float32", (6_738_415_616, 6_738_415_616, 0))
     assert str(caught.value) == (
         "6.74 billion parameters: single process needs 100.4 GiB of host memory, where 64.0 GiB are free, for weights, "
         "gradients and optimizer; no engine fits here: more devices, or a smaller model, or --lora_r 16, which trains "
@@ -403,8 +409,9 @@ def test_read_only_output_is_one_line(base, data):
 
 def test_what_changes_the_mathematics_is_a_setting_of_the_run(tmp_path):
     def settings(*words, sha256="1", more=()):
-        model_args, _, args, _ = parse("--output_dir", tmp_path, *words)
-        return trainer.settings_of(args, model_args, [sha256, *more])
+        model_args, data_args, args, _ = parse("--output_dir", tmp_path, *words)
+        data_args.data_path = ["a", *map(str, range(len(more)))]
+        return trainer.settings_of(args, model_args, data_args, dict(zip(data_args.data_path, [sha256, *more])))
 
     plain = settings()
     for words, key in {

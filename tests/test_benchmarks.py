@@ -62,7 +62,7 @@ def test_micro_batches_runs_every_arm_of_speed(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["memory", "windows"])
+@pytest.mark.parametrize("part", ["memory", "windows", "lora"])
 def test_micro_batches_measures_memory_and_windows(part, tmp_path, base, data):
     words = ("--preset", "tiny", "--part", part, "--steps", 2, "--repeat", 1, "--output", tmp_path / "out.json")
     out, _ = run("micro_batches.py", *words)
@@ -72,6 +72,9 @@ def test_micro_batches_measures_memory_and_windows(part, tmp_path, base, data):
             "original 32",
             "ours 32",
         }
+    elif part == "lora":
+        assert found["speed"]["equal"] and found["speed"]["bounds"] == {"our LoRA 4 / peft 4": 1.3}
+        assert found["memory"]["bound"] == 0.45 and found["memory"]["runs"].keys() == {"ours 4", "our LoRA 4"}
     else:
         assert (
             len(found["ms_a_token"]) == 6 and "| ms a token, window | micro-batch 2 | " in out and "\n| 128 | " in out
@@ -351,3 +354,31 @@ def test_a_real_run_learns_alike_on_both_engines(tmp_path, model_file, deepspeed
     assert result["engines"].keys() == {"FSDP", "ZeRO-3 with offload"} and result["steps"] == 12
     _, err = run("real_run.py", *words, "--micro_batch", 0, "--work_dir", tmp_path / "other", code=1)
     assert "error: FSDP failed: " in err
+
+
+# --- real_model.py ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_real_model_trains_by_both_methods_and_compares(tmp_path, base, data):
+    words = (
+        "--data_path",
+        data,
+        "--work_dir",
+        tmp_path / "w",
+        "--model",
+        base,
+        "--rows",
+        32,
+        "--held_out",
+        8,
+        "--tiny",
+    )
+    out, _ = run("real_model.py", *words, "--accumulation", 1, "--output", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())["methods"]
+    assert found.keys() == {"all weights", "LoRA"} and all(one["steps"] == 4 for one in found.values())
+    assert found["LoRA"]["before"] == pytest.approx(found["all weights"]["before"], abs=2e-2)
+    held_out = json.loads((tmp_path / "w" / "held_out.json").read_text())
+    trained = json.loads((tmp_path / "w" / "records.json").read_text())
+    assert (len(held_out), len(trained)) == (8, 32) and not any(record in trained for record in held_out)
+    assert "| LoRA | " in out and NOT_JUDGED in out

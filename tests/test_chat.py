@@ -703,7 +703,9 @@ def test_an_empty_instruction_and_a_missing_model_are_refused():
     assert (
         refusal(chat.parse_arguments, ["--model_name_or_path", "m", "--instruction", " "]) == "--instruction is empty"
     )
-    assert refusal(chat.parse_arguments, []) == "the following arguments are required: --model_name_or_path"
+    assert (
+        refusal(chat.parse_arguments, []) == "the following arguments are required: --model_name_or_path/--lora_weights"
+    )
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_verify_names_its_memory_and_its_result(pieces, tmp_path, capsys):
 
 def test_every_tensor_is_accounted_for(pieces, tmp_path, capsys):
     source = make_raw(tmp_path / "raw", pieces, shards=2)
-    run(source, tmp_path / "out", "--max_shard_size", "100KB")
+    run(source, tmp_path / "out", "--max_shard_size", "128KB")
     err = capsys.readouterr().err
     assert (
         f"{source}: 2 shards, 234,816 parameters in float16; 2 layers, 4 heads (4 key-value), width 64, feed-forward "
@@ -428,8 +428,8 @@ def test_views_of_shared_storage_transposed_and_wrapped(pieces, tmp_path):
     views["layers.0.attention.wq.weight"] = weights["layers.0.attention.wq.weight"].t().contiguous().t()
     views["layers.1.feed_forward.w2.weight"] = weights["layers.1.feed_forward.w2.weight"].t().contiguous().t()
     wide = torch.zeros(64, 200, dtype=torch.float16)
-    wide[:, 10:182] = weights["layers.0.feed_forward.w2.weight"]
-    views["layers.0.feed_forward.w2.weight"] = wide[:, 10:182]
+    wide[:, 4:196] = weights["layers.0.feed_forward.w2.weight"]
+    views["layers.0.feed_forward.w2.weight"] = wide[:, 4:196]
     views["norm.weight"] = torch.nn.Parameter(weights["norm.weight"])
     source = make_raw(tmp_path / "raw", pieces, weights)
     views = collections.OrderedDict(views)

@@ -109,7 +109,7 @@ def test_the_table_of_files_says_who_imports_whom():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_lines_fit_a_screen_and_files_a_reader(document):
     lines = read(document).split("\n")
-    assert len(lines) <= 151 and [line for line in lines if len(line) > 120] == []
+    assert len(lines) <= 156 and [line for line in lines if len(line) > 120] == []
 
 
 def commands(document):

@@ -281,7 +281,7 @@ def test_every_engine_saves_the_same_model(runs, name):
     assert {path.name for path in run.folder.iterdir()} == RUN_FILES | {".lock", "run.json"}
     weights = run.weights()
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    assert largest_difference(weights, single.weights()) < 1e-5
+    assert largest_difference(weights, single.weights()) < 5e-5  # of Adam's steps of 1e-3
     model, info = AutoModelForCausalLM.from_pretrained(run.folder, output_loading_info=True)
     assert not any(info.values()), info
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())

@@ -112,6 +112,7 @@ def zoo(base, tmp_path_factory):
 FORMAT, SHARDS, NONE = "in the format of transformers already", "no consolidated.00.pth", "takes a folder with config"
 GOOD = {"train": "", "chat": "", "base": "", "convert": FORMAT}
 CAUSAL = {"train": "is not causal", "chat": "is not causal", "base": "do not fit together", "convert": FORMAT}
+ADAPTER = dict.fromkeys(("train", "base", "convert"), "is a LoRA adapter") | {"chat": "its base llama-7b "}
 # What each script says: one text for all of them, or one for each; "" where it takes the folder.
 TABLE = {
     "model": GOOD, "model in .bin": GOOD, "sharded": GOOD, "checkpoint": GOOD,
@@ -122,8 +123,9 @@ TABLE = {
     "delta": "is a delta (by its run.json)",
     "delta without a record": "is a delta (the weights of all 5 norms are near 0)",
     "delta in .bin": "is a delta (the weights of all 5 norms are near 0)",
-    "adapter": "is a LoRA adapter (adapter_config.json); merge it first: python -m apply_delta --base llama-7b --delta ",
-    "adapter in .bin": "is a LoRA adapter", "adapter with a config": "is a LoRA adapter",
+    "adapter": ADAPTER | {"train": "is a LoRA adapter (adapter_config.json); merge it first: python -m apply_delta "
+                                   "--base llama-7b --delta "},
+    "adapter in .bin": ADAPTER, "adapter with a config": ADAPTER,
     "lora run": "is a folder around a LoRA adapter (checkpoint-100)", "named adapter": "a LoRA adapter (mine)",
     "adapter beside a model": "is an adapter beside a whole model",
     "file of an adapter": "is a file (adapter_model.safetensors); give its folder: ",

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import FSDP, ZERO2, ZERO3, basic_options, finish, make_records, render_prompt, start, train
+from conftest import FSDP, ROOT, ZERO2, ZERO3, basic_options, finish, make_records, render_prompt, start, train
 from safetensors.torch import load_file
 
 import apply_delta
@@ -36,7 +36,7 @@ RUNS = {
     "zero2": (2, {"deepspeed": ZERO2[1]}),
     "fsdp": (2, {"fsdp": FSDP[1]}),
 }
-QUICK = ("single", "checkpointing", "fsdp checkpointing", "zero3")
+QUICK = ("single", "fsdp checkpointing")
 OPTIONS = {
     "num_train_epochs": 2,
     "learning_rate": RATE,
@@ -186,7 +186,7 @@ def test_the_adapters_are_pefts_by_name_and_value_in_every_checkpoint(runs, name
 
 
 @pytest.mark.usefixtures("deepspeed_ready")
-@pytest.mark.parametrize("name", ["fsdp checkpointing", "zero3"])
+@pytest.mark.parametrize("name", ["fsdp checkpointing", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_the_adapters_are_what_the_engine_itself_has_saved(runs, name):
     """Gathered by accelerate from FSDP's shards, by DeepSpeed's own tool from those of ZeRO."""
     folder = runs(name).folder / "checkpoint-12"
@@ -255,6 +255,7 @@ def test_the_folder_says_which_weights_it_holds_and_which_records_were_held_out(
 # --- The same run again, other settings, other shapes ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_run_again_from_its_run_json_and_a_refusal_of_others(runs, base, data, tmp_path):
     run = runs("single")
     again = train([run.folder / "run.json", "--output_dir", tmp_path / "again"]).finished()
@@ -420,6 +421,38 @@ def test_lora_needs_the_memory_of_what_it_trains_and_its_base_once():
     needs = engines.memory_needs(40, 4, True, True, 8, 8, 800)
     assert needs["FSDP"] == (40 * 16 / 8 + 100, 40 * 4 + 800) and needs["ZeRO-2"][0] == 40 * (2 + 14 / 8) + 800
     assert needs["FSDP with offload"][1] == 40 * 16 + 800
+
+
+LLAMA = {  # of Meta's papers: width, inner width, layers, heads, key-value heads; vocabulary 32,000
+    "7B": (4096, 11008, 32, 32, 32),
+    "13B": (5120, 13824, 40, 40, 40),
+    "33B": (6656, 17920, 60, 52, 52),
+    "70B": (8192, 28672, 80, 64, 8),
+}
+
+
+def card_table():
+    """README's table: what fits on one card, by engines.memory_needs and 2 GiB for the activations of a short row."""
+    needs = {}
+    for name, (width, inner, layers, heads, kv_heads) in LLAMA.items():
+        shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+        shape |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+        config = transformers.LlamaConfig(vocab_size=32000, **shape)
+        for method, options in (("QLoRA", {"load_in_4bit": True}), ("LoRA", {}), ("full", {"lora_r": 0})):
+            args = trainer.TrainingArguments("x", use_cpu=True, bf16=True, **{"lora_r": 16} | options)
+            bones, dtype = utils.skeleton(config), "bfloat16" if args.lora_r else "float32"
+            bones = trainer.add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones
+            counts = engines.count_run(args, dtype, bones)
+            needs[name, method] = engines.needs_here(args, dtype, counts)[0]["single process"][0] / GIB + 2
+    lines = [f"| card | {' | '.join(LLAMA)} |", "|---" * (len(LLAMA) + 1) + "|"]
+    for card in (8, 12, 16, 24, 48, 80, 141):
+        fits = [[method for method in ("full", "LoRA", "QLoRA") if needs[name, method] <= card] for name in LLAMA]
+        lines.append(f"| {card} GiB | {' | '.join(', '.join(cell) or 'no' for cell in fits)} |")
+    return "\n".join(lines)
+
+
+def test_readme_says_what_fits_on_which_card():
+    assert card_table() in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_size_on_disk_is_that_of_the_adapters(monkeypatch, tmp_path):

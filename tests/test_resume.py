@@ -139,9 +139,14 @@ def assert_stopped_with_a_checkpoint(run):
     step = printed_steps(run)[-1]
     assert 5 <= step < STEPS
     assert f": stopped at step {step}, checkpoint saved; the same command goes on from there\n" in run.err
-    assert names_in(run.folder) == {".lock", "run.json", "checkpoint-4", f"checkpoint-{step}"} | {
-        f"checkpoint-{number}" for number in range(4, step, 4)
-    }
+    assert names_in(run.folder) == {
+        ".lock",
+        "run.json",
+        "loss.csv",
+        "loss.png",
+        "checkpoint-4",
+        f"checkpoint-{step}",
+    } | {f"checkpoint-{number}" for number in range(4, step, 4)}
     assert checkpoints(run.folder)[0][-1] == step and not checkpoints(run.folder)[1]
     for folder in utils.find_checkpoints(run.folder)[0]:  # marked last, when all processes had written theirs
         marker = json.loads((folder / "complete.json").read_text(encoding="utf-8"))

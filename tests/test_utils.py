@@ -506,6 +506,12 @@ def test_render_prompt_chooses_the_template_by_the_input(given, prompt):
 
 LAYER = '{"transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}'
 GONE = "has no meaning any more; ignored"
+PEERS = (  # of alpaca-lora and Axolotl, without a meaning here
+    "add_eos_token wandb_project wandb_watch wandb_log_model adapter base_model_config base_model_ignore_patterns "
+    "dataset_prepared_path eval_sample_packing flash_attention is_llama_derived_model lora_fan_in_fan_out lora_model_dir "
+    "lora_target_linear model_type pad_to_sequence_len sample_packing sdp_attention special_tokens strict tokenizer_type "
+    "wandb_entity wandb_run_id xformers_attention"
+)
 # (old name, value, today's words, what the notice says of it)
 TRANSLATED = [
     ("evaluation_strategy", "no", ["--eval_strategy", "no"], "is now --eval_strategy"),
@@ -563,6 +569,18 @@ TRANSLATED = [
     ("push_to_hub_model_id", "m", ["--hub_model_id", "m"], "is now --hub_model_id"),
     ("push_to_hub_organization", "o", [], GONE),
     ("push_to_hub_token", "t", ["--hub_token", "t"], "is now --hub_token"),
+    ("base_model", "m", ["--model_name_or_path", "m"], "is now --model_name_or_path"),
+    ("micro_batch_size", "4", ["--per_device_train_batch_size", "4"], "is now --per_device_train_batch_size"),
+    ("num_epochs", "3", ["--num_train_epochs", "3"], "is now --num_train_epochs"),
+    ("cutoff_len", "256", ["--model_max_length", "256"], "is now --model_max_length"),
+    ("sequence_len", "256", ["--model_max_length", "256"], "is now --model_max_length"),
+    ("optimizer", "adamw_torch", ["--optim", "adamw_torch"], "is now --optim"),
+    ("lr_scheduler", "cosine", ["--lr_scheduler_type", "cosine"], "is now --lr_scheduler_type"),
+    ("wandb_run_name", "r", ["--run_name", "r"], "is now --run_name"),
+    ("batch_size", "128", ["--gradient_accumulation_steps", "16"], "is now --gradient_accumulation_steps"),
+    ("prompt_template_name", "alpaca", [], GONE),
+    ("load_in_8bit", "False", [], GONE),
+    *((name, "x", [], GONE) for name in PEERS.split()),
 ]
 
 
@@ -980,7 +998,7 @@ def test_a_step_is_sound_by_its_loss_and_the_norm_of_its_gradient(loss, norm, sk
     rows = [{"source": "d.json[3]"}, {"source": ""}, {"source": "d.json[9]"}]
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(gather=lambda own: own, optimizer_step_was_skipped=skipped),
-        args=SimpleNamespace(output_dir=str(tmp_path), process_index=1, save_only_model=True),
+        args=SimpleNamespace(output_dir=str(tmp_path), process_index=1, save_only_model=True, eval_strategy="no"),
         control=SimpleNamespace(should_save=False, should_training_stop=False),
         state=SimpleNamespace(global_step=7, log_history=[]),
         signal=0, step_rows=[0, 1], train_dataset=rows, dtypes="weights float32",
