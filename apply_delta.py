@@ -42,7 +42,7 @@ EMBEDDINGS, OUTPUT = (re.compile(rf"(^|\.)({n})\.weight$") for n in ("embed_toke
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*")
 FILES = ("*.json", "*.safetensors", "*.bin", *TOKENIZER)  # wanted from the hub
 MORE_THAN_LORA = (  # options of peft that change what an adapter adds, or to what
-    "use_dora lora_bias fan_in_fan_out target_parameters layer_replication trainable_token_indices use_qalora "
+    "lora_bias fan_in_fan_out target_parameters layer_replication use_qalora "
     "alora_invocation_tokens use_bdlora arrow_config kasa_config monteclora_config enable_lora"
 ).split()
 
@@ -106,12 +106,18 @@ def lora_product(lora_a, lora_b, scaling, embedding=False):
     return (product.T if embedding else product).mul_(scaling)
 
 
-def merge(base, product, embedding=False):
+def merge(base, product, embedding=False, magnitude=None):
     """base + product in the dtype of `base`, rounded as peft's merge_and_unload(safe_merge=False) does it.
 
-    The sum is computed in float32 and rounded once; for an embedding the product is rounded before.
+    The sum is computed in float32 and rounded once; for an embedding the product is rounded before. DoRA's `magnitude`
+    (rows,) is the norm that each row of the sum gets (https://arxiv.org/abs/2402.09353, equation 5).
     """
-    return base + product.to(base.dtype) if embedding else (base + product).to(base.dtype)
+    if embedding:
+        return base + product.to(base.dtype)
+    total = base + product
+    if magnitude is not None:
+        total = (magnitude / torch.linalg.norm(total, dim=1)).view(-1, 1) * total
+    return total.to(base.dtype)
 
 
 def lora_scaling(config, module):
@@ -202,12 +208,15 @@ def mean_row(tensor):
     return torch.cat(slices)
 
 
-Lora = collections.namedtuple("Lora", "a b scaling embedding")  # the adapter of one weight; see `lora_product`
+Lora = collections.namedtuple(
+    "Lora", "a b scaling embedding magnitude", defaults=[None]
+)  # of one weight; see `lora_product`, `merge`
+Rows = collections.namedtuple("Rows", "tensor indices")  # some rows of a weight, and their numbers
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora or None."""
+    """One tensor of the result: `base` changed by `change`, a stored tensor, a Lora, Rows or None."""
 
     name: str
     dtype: str
@@ -230,11 +239,17 @@ def sum_rows(part):
 def merged_rows(part):
     """The rows of a weight with its adapter merged in, block by block."""
     dtype, lora, rows = getattr(torch, part.dtype), part.change, part.shape[0] if part.shape else 1
-    if lora is None:
+    if not isinstance(lora, Lora):
+        places, new = (torch.tensor(lora.indices), read_tensor(lora.tensor, dtype=dtype)) if lora else ((), ())
         for start, stop in row_blocks(part.shape, part.dtype):
-            yield start, stop, read_tensor(part.base, start, stop, dtype)
+            block = read_tensor(part.base, start, stop, dtype)
+            if lora is not None:
+                inside = (places >= start) & (places < stop)
+                block[places[inside] - start] = new[inside]
+            yield start, stop, block
         return
     a, b = read_tensor(lora.a), read_tensor(lora.b)
+    magnitude = None if lora.magnitude is None else read_tensor(lora.magnitude)
     borders = [start for start, _ in row_blocks(part.shape, "float32", PRODUCT_ROWS, PRODUCT)]
     if len(borders) > 1 and rows - borders[-1] < PRODUCT_ROWS:
         borders.pop()
@@ -242,8 +257,12 @@ def merged_rows(part):
         some = (a[:, first:last], b) if lora.embedding else (a, b[first:last])
         product = lora_product(*some, lora.scaling, lora.embedding)
         for start, stop in row_blocks((last - first, *part.shape[1:]), "float32"):
-            base = read_tensor(part.base, first + start, first + stop, dtype)
-            yield first + start, first + stop, merge(base, product[start:stop], lora.embedding)
+            place = slice(first + start, first + stop)
+            base, norm = (
+                read_tensor(part.base, place.start, place.stop, dtype),
+                None if magnitude is None else magnitude[place],
+            )
+            yield place.start, place.stop, merge(base, product[start:stop], lora.embedding, norm)
 
 
 def check_rows(rows, part, start, stop):
@@ -437,7 +456,7 @@ def check_alpaca_sum(total, config):
 def check_adapter_config(config, path):
     """Refuse, with a way round, the kinds of adapter that are more than base + scaling * B A."""
     kind, found = config.get("peft_type"), [key for key in MORE_THAN_LORA if config.get(key)]
-    found += ["bias"] if config.get("bias") not in (None, "none") else []
+    found += ["use_dora"] if config.get("use_dora") and "embed_tokens" in (config.get("target_modules") or ()) else []
     if config.get("init_lora_weights") not in (None, True, False, "gaussian", "eva", "orthogonal"):
         found.append("init_lora_weights")  # the others change the base's weights first
     if kind != "LORA" or found:
@@ -465,6 +484,14 @@ def open_adapter(folder):
     return tensors
 
 
+def indices_of(config, module):
+    """The numbers of the rows of `module` that an adapter's config trains, a list for all embeddings or {module: list}."""
+    chosen = config.get("trainable_token_indices") or []
+    if isinstance(chosen, dict):
+        return next((rows for name, rows in chosen.items() if f".{module}".endswith(f".{name}")), [])
+    return chosen
+
+
 def output_layer(base, config):
     """(embeddings, output layer, whether they are tied): names of weights; a base need not hold what is so tied.
 
@@ -480,14 +507,25 @@ def output_layer(base, config):
 def match_adapter(base, adapter, config, head):
     """Which tensors of an adapter belong to which weight of the base, whose output layer is named `head`.
 
-    Returns ({weight: {"A": tensor, "B": tensor}}, names of embeddings among them, {weight: tensor that replaces it
-    whole}, problems as words).
+    Returns ({weight: {"A": tensor, "B": tensor, "magnitude": tensor of DoRA}}, {weight: tensor of some rows of it},
+    names of embeddings among the former, {weight: tensor that replaces it whole}, problems as words).
     """
-    halves, embeddings, replaced, problems = {}, set(), {}, []
+    halves, rows, embeddings, replaced, problems = {}, {}, set(), {}, []
     for key, tensor in adapter.items():
         if ".original_module." in key:  # the weight that another one replaces; peft saves it where rows were added
             continue
         name = key.removeprefix("base_model.model.")
+        if found := re.fullmatch(
+            r"(.+)\.(?:lora_(magnitude)_vector|token_adapter\.(trainable)_tokens_delta)(\.weight)?", name
+        ):
+            weight = f"{found[1]}.weight"
+            if weight not in base:
+                problems.append(f"{key} has no counterpart in the base")
+            elif found[2]:
+                halves.setdefault(weight, {})["magnitude"] = tensor
+            else:
+                rows[weight] = tensor
+            continue
         lora = re.fullmatch(r"(.+)\.lora_(?:(embedding_[AB])|([AB])\.weight)", name)
         weight = f"{lora[1]}.weight" if lora else name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
         if weight not in base or len(base[weight].shape) != (2 if lora else len(tensor.shape)):
@@ -504,10 +542,16 @@ def match_adapter(base, adapter, config, head):
             targets |= {head} & {*halves}
         problems += [f"{name} is a target by its config and not in it" for name in targets - {*halves, *replaced}]
         problems += [f"{name} is in it and by its config no target" for name in {*halves} - targets]
-    problems += [f"{name} has one of lora_A and lora_B only" for name, pair in halves.items() if len(pair) < 2]
+    problems += [f"{name} has one of lora_A and lora_B only" for name, pair in halves.items() if not {*"AB"} <= {*pair}]
+    wanted = bool(config.get("use_dora"))
+    without = [name for name, pair in halves.items() if ("magnitude" in pair) != wanted]
+    problems += [
+        f"{name} has {'no' * wanted or 'a'} magnitude, by its config {'it is' if wanted else 'no'} DoRA"
+        for name in without
+    ]
     odd = [tensor for tensor in (*adapter.values(), *map(base.get, halves)) if not is_float(tensor.dtype)]
     problems += [f"{tensor.name} is {tensor.dtype}, quantised; give the weights before that" for tensor in odd]
-    return halves, embeddings, replaced, sorted(problems)
+    return halves, rows, embeddings, replaced, sorted(problems)
 
 
 def lora_parts(base, adapter, base_config, folder, dtype=None):
@@ -520,34 +564,43 @@ def lora_parts(base, adapter, base_config, folder, dtype=None):
     check_adapter_config(config, folder / "adapter_config.json")
     embedding, head, tied = output_layer(base, base_config)
     base = base | ({head: base[embedding]} if tied else {})
-    halves, embeddings, replaced, problems = match_adapter(base, adapter, config, head)
+    halves, some_rows, embeddings, replaced, problems = match_adapter(base, adapter, config, head)
     sources, loras, vocabulary = base | replaced, {}, sorted({embedding, head} & {*base})
     saved = {name for name in vocabulary if is_named(config.get("modules_to_save"), name.removesuffix(".weight"))}
     if tied and head not in replaced and embedding not in saved:
         sources[head] = sources[embedding]
     for name, pair in halves.items():
         rank, scaling = lora_scaling(config, name.removesuffix(".weight"))
-        (rows, columns), shapes = sources[name].shape, [tensor.shape for _, tensor in sorted(pair.items())]
+        (rows, columns), shapes = sources[name].shape, [pair[half].shape for half in "AB" if half in pair]
         wanted = [(rank, rows), (columns, rank)] if name in embeddings else [(rank, columns), (rows, rank)]
-        if len(pair) == 2 and shapes != wanted:
+        wanted += [(rows,)] if "magnitude" in pair else []
+        shapes += [pair["magnitude"].shape] if "magnitude" in pair else []
+        if {*"AB"} <= {*pair} and shapes != wanted:
             what = " and ".join(str(list(shape)) for shape in shapes)
             problems.append(f"{name} is [{rows}, {columns}], its adapter {what}, of rank {rank} by its config")
-        loras[name] = Lora(pair.get("A"), pair.get("B"), scaling, name in embeddings)
+        loras[name] = Lora(pair.get("A"), pair.get("B"), scaling, name in embeddings, pair.get("magnitude"))
+    for name, tensor in some_rows.items():
+        indices = indices_of(config, name.removesuffix(".weight"))
+        if tensor.shape != (len(indices), sources[name].shape[1]) or max(indices, default=0) >= sources[name].shape[0]:
+            problems.append(f"{name} gets rows {list(tensor.shape)}, by its config {len(indices)} of them")
+        loras[name] = Rows(tensor, indices)
     for name, tensor in replaced.items():
         if tensor.shape != base[name].shape and (name not in vocabulary or tensor.shape[1:] != base[name].shape[1:]):
             problems.append(f"{name} is {list(base[name].shape)} in the base and {list(tensor.shape)} in the adapter")
     if len({sources[name].shape[0] for name in vocabulary}) > 1:
         problems.append(f"not all of {', '.join(vocabulary)} get the same number of rows")
     refuse(problems, f"{folder}: adapter and base do not fit together")
-    if not replaced and not any(read_tensor(lora.b).any() for lora in loras.values()):
+    if not replaced and not some_rows and not any(read_tensor(lora.b).any() for lora in loras.values()):
         say(f"warning: every lora_B of {folder} is zero, so it changes nothing; was it saved before it was trained?")
     untied = tied and not config.get("ensure_weight_tying") and bool(saved | halves.keys() & {*vocabulary})
     if tied and not untied:
         del sources[head]
-    ranks, rslora = sorted({lora.a.shape[0] for lora in loras.values()}), config.get("use_rslora")
+    ranks = sorted({lora.a.shape[0] for lora in loras.values() if isinstance(lora, Lora)})
+    found = [word for word, key in (("rslora", "use_rslora"), ("DoRA", "use_dora")) if config.get(key)]
+    words = f" ({', '.join(found)})" if found else ""
     changed, new = sources.keys() & loras, sources.keys() & replaced
     say(
-        f"delta: {folder} is a LoRA adapter, rank {', '.join(map(str, ranks))}{' (rslora)' if rslora else ''}: "
+        f"delta: {folder} is a LoRA adapter, rank {', '.join(map(str, ranks))}{words}: "
         f"{len(changed)} weights are changed, {len(new)} replaced, {len(sources) - len(changed | new)} kept"
     )
     say("arithmetic: base + scaling * B A in float32, rounded once, as peft's merge_and_unload(safe_merge=False)")

@@ -754,6 +754,13 @@ CASES = {  # options of peft, changes to the base's config, rows after resizing,
     "tied, added rows": (HALF, {"tied": True, "resize": 220}),
     "added rows": (HALF, {"modules_to_save": ["embed_tokens", "lm_head"], "resize": 220}),
     "half adapter": (HALF, {"half": True}),
+    "DoRA-float16": (HALF, {"use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "DoRA-bfloat16": (BRAIN, {"use_dora": True, "use_rslora": True}),
+    "DoRA-float32": (FLOAT, {"use_dora": True}),
+    "biases of all": (HALF, {"bias": "all"}),
+    "biases of what is adapted": (BRAIN, {"bias": "lora_only"}),
+    "rows of tokens": (HALF, {"trainable_token_indices": [3, 150, 7]}),
+    "rows of both": (BRAIN, {"trainable_token_indices": {"embed_tokens": [3, 199], "lm_head": [0, 5]}}),
 }  # fmt: skip
 
 
@@ -769,7 +776,7 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=200, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=4,
-        tie_word_embeddings=bool(extra["tied"]),
+        tie_word_embeddings=bool(extra["tied"]), attention_bias="bias" in options, mlp_bias="bias" in options,
     )  # fmt: skip
     LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path / "base")
 
@@ -799,6 +806,27 @@ def test_adapter_equals_peft(tmp_path, peft, case, monkeypatch):
     again, info = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert again.config.vocab_size == (extra["resize"] or 200)
+
+
+def test_adapters_in_turn_equal_peft(tmp_path, peft):
+    """The second is merged into what the first was merged into; bit for bit as peft does it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=200, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    before = tmp_path / "base"
+    for name, options in (("one", {"target_modules": ["q_proj", "v_proj"]}), ("two", {"target_modules": ["v_proj"]})):
+        tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.randn_like(parameter) * 0.05
+        tuned.save_pretrained(tmp_path / name)
+        model = tuned.merge_and_unload(safe_merge=False)
+        script.apply_delta(str(before), str(tmp_path / f"with {name}"), str(tmp_path / name))
+        before = tmp_path / f"with {name}"
+        assert_bits(tensors_in(before), model.state_dict())
 
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -935,9 +963,14 @@ def test_adapter_that_changes_nothing_is_named(tmp_path, base, capsys):
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj"
 BAD_ADAPTERS = {
-    "dora": ({"use_dora": True}, {}, "use_dora is true, so it is not a plain LoRA; peft merges what can be merged: PeftModel"),
+    "dora": ({"use_dora": True}, {}, f"{KEY.removeprefix('base_model.model.')}.weight has no magnitude, by its config it is DoRA"),
+    "dora of embeddings": ({"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}, {},
+                           "use_dora is true, so it is not a plain LoRA; peft merges what can be merged: PeftModel"),
     "fan": ({"fan_in_fan_out": True}, {}, "fan_in_fan_out is true, so"),
-    "bias": ({"bias": "all"}, {}, 'bias is "all", so'),
+    "bias": ({"bias": "all"}, {f"{KEY}.bias": torch.ones(8)}, f"{KEY}.bias has no counterpart in the base"),
+    "rows of tokens": ({"trainable_token_indices": [1, 2]},
+             {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, 8)},
+             "model.embed_tokens.weight gets rows [1, 8], by its config 2 of them"),
     "pissa": ({"init_lora_weights": "pissa"}, {}, 'init_lora_weights is "pissa", so'),
     "other": ({"peft_type": "IA3"}, {}, 'peft_type is "IA3", so it is not a plain LoRA; peft merges'),
     "no rank": ({"r": None}, {}, "r, lora_alpha, use_rslora or target_modules is none; copy the adapter again"),
@@ -948,7 +981,7 @@ BAD_ADAPTERS = {
     "no target": ({"target_modules": ["q_proj"]}, {}, "v_proj.weight is in it and by its config no target"),
     "shape": ({}, {f"{KEY}.lora_A.weight": torch.ones(4, 9)}, "is [8, 8], its adapter [4, 9] and [8, 4], of rank 4"),
     "name": ({}, {"base_model.model.score.weight": torch.ones(2)}, "base_model.model.score.weight has no counterpart"),
-    "magnitude": ({}, {f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector has no counterpart"),
+    "magnitude": ({}, {f"{KEY}.lora_magnitude_vector": torch.ones(8)}, "has a magnitude, by its config no DoRA"),
     "rows": ({}, {"base_model.model.lm_head.weight": torch.ones(41, 8)}, "not all of lm_head.weight, model.embed_tokens.weight get"),
     "norm": ({}, {"base_model.model.model.norm.weight": torch.ones(9)}, "model.norm.weight is [8] in the base and [9]"),
 }  # fmt: skip

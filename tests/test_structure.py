@@ -16,7 +16,7 @@ MOST_LINES = {
     "utils": 1235,
     "generate_instruction": 1708,
     "convert_llama_weights": 887,
-    "apply_delta": 752,
+    "apply_delta": 805,
     "chat": 580,
 }
 # Names of Stanford Alpaca's utils.py, which forks import from there.
