@@ -39,6 +39,9 @@ def parse_arguments(words):
     add("--input", default="", help="What the instruction is about.")
     add("--data_path", help="A file of questions: lines of text, JSON Lines or a JSON list; - is standard input.")
     add("--prompt_style", help=f"{', '.join(PROMPT_STYLES)}; by default what the model's run.json says, else alpaca.")
+    add("--system", help="What the system says before the conversation; Alpaca's prompt has no place for it.")
+    add("--stop", action="append", default=[], help="A text that ends an answer; given again, it adds.")
+    add("--output", help="Write the answers to a file of questions there; the same command goes on where it stopped.")
     add("--max_new_tokens", type=int, default=512, help="Longest answer (default: 512).")
     add("--do_sample", **utils.TRUTH, help="Sample; implied by the next three. Default: greedy.")
     add("--temperature", type=float, help="1.0 where sampling and not given; 0 is greedy.")
@@ -113,7 +116,13 @@ def parse_questions(text, name):
         problems = []
     empty = [record["source"] for record in records if not record["instruction"].strip()]
     problems += [f"{source}: the instruction is empty" for source in empty]
-    return [unwrap(record) for record in records if record["source"] not in empty], problems
+    records = [record for record in records if record["source"] not in empty]
+    return [record if is_conversation(record) else unwrap(record) for record in records], problems
+
+
+def is_conversation(record):
+    """Whether a record has more than one question, or a system's message."""
+    return "messages" in record and utils.kind_of(record["messages"]) == "conversation"
 
 
 def read_questions(path):
@@ -290,6 +299,8 @@ class Chat:
     options: dict  # of transformers' GenerationConfig
     end_ids: frozenset
     to_bytes: object
+    system: str = ""
+    stops: tuple = ()
 
 
 def load_chat(args):
@@ -340,7 +351,17 @@ def load_chat(args):
         say(f"sampling: {', '.join(f'{key} {value:g}' for key, value in chosen.items())}, seed {args.seed}")
         torch.manual_seed(args.seed)
     window = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return Chat(model, tokenizer, style, window, options, frozenset(ends), make_to_bytes(tokenizer))
+    return Chat(
+        model,
+        tokenizer,
+        style,
+        window,
+        options,
+        frozenset(ends),
+        make_to_bytes(tokenizer),
+        args.system,
+        tuple(args.stop),
+    )
 
 
 def ids_of_prompt(chat, turns):
@@ -350,10 +371,15 @@ def ids_of_prompt(chat, turns):
     """
     try:
         messages = [message for turn in turns[:-1] for message in utils.as_messages(turn)]
-        messages += utils.as_messages(turns[-1], needs_answer=False)
+        is_whole = is_conversation(turns[-1])
+        messages += turns[-1]["messages"] if is_whole else utils.as_messages(turns[-1], needs_answer=False)
+        if chat.system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": chat.system})
+        if chat.style == "alpaca" and (chat.system or is_whole):
+            raise UserError("Alpaca's prompt has no place for earlier turns or a system's; give another --prompt_style")
+        prompt = "".join(text for text, _ in utils.spans(chat.style, messages, chat.tokenizer))
     except ValueError as error:
         raise UserError(str(error)) from None
-    prompt = "".join(text for text, _ in utils.spans(chat.style, messages, chat.tokenizer))
     begin = utils.begin_ids(chat.tokenizer) if chat.style != "chat_template" else []  # a template has its own
     ids = begin + chat.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
     utils.check_ids([("the prompt", ids)], chat.tokenizer, chat.model.config)
@@ -366,8 +392,8 @@ def make_answer(chat, prompt_ids, max_new_tokens, show=None):
     """The empty answer to a prompt, with the limits and stop rules that hold for it."""
     room = chat.window - len(prompt_ids)
     limit = (max_new_tokens, "length") if max_new_tokens <= room else (room, "window")
-    lead = " " if chat.style.startswith("vicuna") else ""
-    return Answer(chat.to_bytes, chat.end_ids, PROMPT_STYLES[chat.style], *limit, lead, show)
+    lead = " " if chat.style in utils.TURN_STYLES else ""
+    return Answer(chat.to_bytes, chat.end_ids, PROMPT_STYLES[chat.style] + chat.stops, *limit, lead, show)
 
 
 def pad_left(rows):
@@ -511,11 +537,36 @@ def answer_once(chat, args):
     note_end(answer)
 
 
+def answered_before(path, records):
+    """The records that a file of answers does not hold yet; its last line is taken off where it is torn."""
+    if not Path(path).exists():
+        return records
+    lines = Path(path).read_bytes().split(b"\n")
+    if lines[-1]:
+        say(f"{path}: its last line is torn, and asked again")
+        with open(path, "r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+    done = {utils.read_json(path, line.decode("utf-8")).get("source") for line in lines[:-1] if line.strip()}
+    if strange := done - {record["source"] for record in records}:
+        raise UserError(
+            f"{path}: holds an answer to {min(map(str, strange))}, which is not asked; give another --output"
+        )
+    say(f"{path}: {len(done):,} of {len(records):,} are answered there")
+    return [record for record in records if record["source"] not in done]
+
+
 def answer_all(chat, args, records, problems):
-    """Answer every record, in batches and in order, as JSON Lines on stdout; account for all of them.
+    """Answer every record, in batches and in order, as JSON Lines on stdout or to --output; account for all of them.
 
     Raises UserError, after all that can be answered is answered, where a record could not be.
     """
+    records = answered_before(args.output, records) if args.output else records
+    with open(args.output, "a", encoding="utf-8") if args.output else contextlib.nullcontext(sys.stdout) as file:
+        answer_into(file, chat, args, records, problems)
+
+
+def answer_into(file, chat, args, records, problems):
+    """`answer_all` of what is left to answer, into an open file."""
     ready, reasons = [], {}
     for record in records:
         try:
@@ -532,10 +583,10 @@ def answer_all(chat, args, records, problems):
             what = f"interrupted: {start} of {len(ready)} answers are written"
             raise UserError(f"{what}; ask again from {batch[0]['source']} on", 130) from None
         for record, answer in zip(batch, answers, strict=True):
-            print(utils.printable(json.dumps(answered(record, answer), ensure_ascii=False)))  # the same JSON
+            print(utils.printable(json.dumps(answered(record, answer), ensure_ascii=False)), file=file)  # the same JSON
             reasons[answer.finish_reason] = reasons.get(answer.finish_reason, 0) + 1
-        sys.stdout.flush()
-        if not utils.terminal_width(sys.stdout):  # where the answers themselves are seen
+        file.flush()
+        if not utils.terminal_width(file):  # where the answers themselves are seen
             utils.show_progress(f"answered {start + len(batch)} of {len(ready)}")
     total, how = len(ready) + len(problems), ", ".join(f"{key} {count:,}" for key, count in sorted(reasons.items()))
     say(f"{len(ready):,} answered + {len(problems):,} not = {total:,} read; ended by: {how or 'none'}")

@@ -11,6 +11,7 @@ The same command in the same folder resumes. The method and the public names are
 """
 
 import ast
+import collections
 import contextlib
 import copy
 import csv
@@ -230,6 +231,11 @@ class DataArguments:
     data_path: list[str] | None = option(None, "JSON or JSON Lines files; given again, it adds.", action="extend")
     eval_data_path: list[str] | None = option(None, "The same for records to evaluate on.", action="extend")
     val_set_size: float = option(0, "Records held out to evaluate on: a number, or a share below 1.")
+    prompt_style: str | None = option(
+        None,
+        "alpaca, vicuna_v0, vicuna_v1.1, llama2 or chat_template; by default alpaca for "
+        "Alpaca's records, vicuna_v1.1 for conversations.",
+    )
     train_on_inputs: bool = option(False, "Train the prompts too, which alpaca-lora did and Stanford Alpaca did not.")
     skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
 
@@ -377,18 +383,60 @@ def refuse_options(args, data_args):
 # --- Records to rows, rows to micro-batches --------------------------------------------------------------------------
 
 
-def encode(conversations, tokenizer):
+def encode_by_offsets(conversations, tokenizer, begin):
+    """The rows of `encode` for conversations of many spans, each text tokenized once.
+
+    A token is trained where all its characters are a trained span's. `ends` are the places behind the trained spans.
+    """
+    texts, rows = ["".join(text for text, _ in spans) for spans in conversations], []
+    for spans, encoding in zip(
+        conversations, tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    ):
+        input_ids = torch.tensor(begin + encoding.ids, dtype=torch.long)
+        labels, position, straddling, ends = torch.full_like(input_ids, IGNORE_INDEX), 0, 0, []
+        for text, trained in spans:
+            start, stop = position, position + len(text)
+            position = stop
+            if trained:
+                first, last = encoding.char_to_token(start), len(encoding.ids)
+                if first is not None and encoding.token_to_chars(first)[0] < start:
+                    first, straddling = first + 1, straddling + 1
+                behind = None if stop == len(texts[len(rows)]) else encoding.char_to_token(stop)
+                if behind is not None:
+                    last, straddling = behind, straddling + (encoding.token_to_chars(behind)[0] < stop)
+                if first is not None:
+                    places = slice(len(begin) + first, len(begin) + last)
+                    labels[places] = input_ids[places]
+                    ends.append(places.stop)
+        rows.append({"input_ids": input_ids, "labels": labels, "straddling": bool(straddling), "ends": ends})
+    return rows
+
+
+def encode(conversations, tokenizer, begin=None):
     """Tokenize conversations, each a list of spans (text, trained) that is one text, and mask what is not trained.
 
     Span i ends behind len(tokenize(text up to its end)) ids of tokenize(the whole text): with two spans the rule of
-    Stanford Alpaca. A token that straddles a border, which `straddling` tells, counts as part of the span before it.
-    Of what the tokenizer adds itself only the begin token is in a row. Returns a list of rows {input_ids, labels:
-    LongTensor (length,), straddling: bool}, not cut.
+    Stanford Alpaca. A token that straddles a border, which `straddling` tells, counts as part of the span before it;
+    in conversations of more spans, see `encode_by_offsets`, it is masked. Of what the tokenizer adds itself only the
+    begin token is in a row, or the ids `begin`. Returns a list of rows {input_ids, labels: LongTensor (length,),
+    straddling: bool}, not cut.
     """
     own, library = type(tokenizer), transformers.PreTrainedTokenizerFast
     steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
     is_plain = all(getattr(own, step, None) is getattr(library, step) for step in steps)
-    rows, begin = [], utils.begin_ids(tokenizer)
+    rows, begin = [], utils.begin_ids(tokenizer) if begin is None else begin
+    if is_plain and any(len(spans) > 2 for spans in conversations):
+        many = [i for i, spans in enumerate(conversations) if len(spans) > 2]
+        few = [i for i, spans in enumerate(conversations) if len(spans) <= 2]
+        rows = [None] * len(conversations)
+        for start in range(0, len(many), CHUNK):
+            some = many[start : start + CHUNK]
+            found = encode_by_offsets([conversations[i] for i in some], tokenizer, begin)
+            for i, row in zip(some, found, strict=True):
+                rows[i] = row
+        for i, row in zip(few, encode([conversations[i] for i in few], tokenizer, begin), strict=True):
+            rows[i] = row
+        return rows
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(conversations), CHUNK):
         # The text up to each border, the whole of it last: [["Below ...:", "Below ...:Hello.</s>"], ...]
@@ -402,13 +450,17 @@ def encode(conversations, tokenizer):
         for spans, upto in zip(conversations[start : start + CHUNK], texts, strict=True):
             *heads, whole = itertools.islice(ids, len(upto))
             input_ids = torch.tensor(whole, dtype=torch.long)
-            labels, first = input_ids.clone(), 0
+            labels, first, ends = input_ids.clone(), 0, []
             for (_, trained), last in zip(spans, [*map(len, heads), len(whole)], strict=True):
                 if not trained:
                     labels[first:last] = IGNORE_INDEX
+                else:
+                    ends.append(last)
                 first = last
             straddling = any(whole[: len(head)] != head for head in heads)
             rows.append({"input_ids": input_ids, "labels": labels, "straddling": straddling})
+            if len(spans) > 2:
+                rows[-1]["ends"] = ends
     return rows
 
 
@@ -433,12 +485,14 @@ def cut(rows, window):
     """Cut rows of `encode` at `window` tokens, on the right. Returns (rows, what became of each).
 
     A row is "kept" whole, "truncated", or "dropped" where nothing of it is trained: [1, 5, 6, 2] with the labels
-    [-100, -100, 6, 2] is truncated by a window of 3 and dropped by one of 2.
+    [-100, -100, 6, 2] is truncated by a window of 3 and dropped by one of 2. A conversation of several turns is cut
+    behind its last turn that fits whole.
     """
     results, outcomes = [], []
     for row in rows:
         is_long = len(row["input_ids"]) > window
-        results.append(row | {key: row[key][:window].clone() for key in ("input_ids", "labels")} if is_long else row)
+        last = max([end for end in row["ends"] if end <= window], default=0) if "ends" in row else window
+        results.append(row | {key: row[key][:last].clone() for key in ("input_ids", "labels")} if is_long else row)
         is_trained = bool((results[-1]["labels"] != IGNORE_INDEX).any())
         outcomes.append(("truncated" if is_long else "kept") if is_trained else "dropped")
     return results, outcomes
@@ -458,7 +512,9 @@ class SupervisedDataset(torch.utils.data.Dataset):
     data that cannot be read or holds nothing to train on.
     """
 
-    def __init__(self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None, train_all=False):
+    def __init__(
+        self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None, train_all=False, style=None
+    ):
         super().__init__()
         if not data_path:
             raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
@@ -474,26 +530,27 @@ class SupervisedDataset(torch.utils.data.Dataset):
             if keys := utils.unused_keys(found):
                 unused[str(path)] = keys
         count = len(records) + len(problems)
+        records, conversations, styles, wrong = render(records, tokenizer, style)
+        problems += wrong
         if problems and not skip_bad_records:
             shown = "; ".join(problems[:3] + ["..."] * (len(problems) > 3))
             cure = "mend them, or drop and count them with --skip_bad_records True"
             raise UserError(f"{len(problems)} of {count} records cannot be used: {shown}; {cure}")
-        conversations = [utils.spans("alpaca", record["messages"], tokenizer) for record in records]
+        if not records:
+            raise UserError(f"{', '.join(map(str, paths))}: no record can be used: {problems[0]}")
+        self.style, self.styles = collections.Counter(styles).most_common(1)[0][0], styles
+        turns = sum(trained for spans in conversations for _, trained in spans)
         if train_all:
             conversations = [[(text, True) for text, _ in spans] for spans in conversations]
-        rows, name = encode(conversations, tokenizer), [record["source"] for record in records]
+        begin = [] if style == "chat_template" else None  # a template has its own
+        rows, name = encode(conversations, tokenizer, begin), [record["source"] for record in records]
         if sentencepiece_path:
             compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
         rows, outcomes = cut(rows, tokenizer.model_max_length)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
-        special, fields = [token for token in tokenizer.all_special_tokens if token], ("instruction", "input", "output")
-        self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused} | {
-            "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
-            "truncated": [name[i] for i, outcome in enumerate(outcomes) if outcome == "truncated"],
-            "straddling": [name[i] for i in kept if rows[i]["straddling"]],
-            "empty_output": [name[i] for i in kept if not records[i]["output"]],
-            "special_tokens": [name[i] for i in kept if any(t in records[i][f] for f in fields for t in special)],
-            "end_token_trained": sum(int(rows[i]["labels"][-1]) == tokenizer.eos_token_id for i in kept),
+        self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused}
+        self.report |= report_of(records, rows, outcomes, kept, tokenizer) | {
+            "turns": {"in all": turns, **turns_of(rows, kept)}
         }
         for line in account(self.report, tokenizer.model_max_length):
             say(line)
@@ -517,6 +574,51 @@ class SupervisedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return {"input_ids": self.input_ids[i], "labels": self.labels[i]}
+
+
+def report_of(records, rows, outcomes, kept, tokenizer):
+    """What a `SupervisedDataset.report` says of rows that were read and cut; `kept` are the numbers of those kept."""
+    name, special = [record["source"] for record in records], [token for token in tokenizer.all_special_tokens if token]
+    said = [" ".join(m["content"] + (m.get("input") or "") for m in record["messages"]) for record in records]
+    return {
+        "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
+        "truncated": [name[i] for i, outcome in enumerate(outcomes) if outcome == "truncated"],
+        "straddling": [name[i] for i in kept if rows[i]["straddling"]],
+        "empty_output": [name[i] for i in kept if not records[i]["messages"][-1]["content"]],
+        "special_tokens": [name[i] for i in kept if any(token in said[i] for token in special)],
+        "end_token_trained": sum(int(rows[i]["labels"][-1]) == tokenizer.eos_token_id for i in kept),
+        "kinds": dict(collections.Counter(utils.kind_of(record["messages"]) for record in records)),
+    }
+
+
+def turns_of(rows, kept):
+    """How many turns of the rows that are kept are trained: a row without `ends` has one."""
+    ends = [rows[i].get("ends", [1]) for i in kept]
+    return {
+        "trained": sum(end <= len(rows[i]["labels"]) for i, places in zip(kept, ends, strict=True) for end in places)
+    }
+
+
+def render(records, tokenizer, style=None):
+    """The conversations of records as spans: (records, their spans, their styles, problems of others as text).
+
+    `style` is for all; without it Alpaca's records are in Alpaca's, conversations in Vicuna v1.1's.
+    """
+    kept, conversations, styles, problems = [], [], [], []
+    for record in records:
+        is_conversation = utils.kind_of(record["messages"]) == "conversation"
+        chosen = style or ("vicuna_v1.1" if is_conversation else "alpaca")
+        try:
+            if chosen == "alpaca" and is_conversation:
+                raise ValueError(
+                    "Alpaca's prompt has no place for earlier turns or a system's; give another --prompt_style"
+                )
+            conversations.append(utils.spans(chosen, record["messages"], tokenizer))
+            kept.append(record)
+            styles.append(chosen)
+        except ValueError as error:
+            problems.append(f"{record['source']}: {error}")
+    return kept, conversations, styles, problems
 
 
 def hold_out(dataset, size):
@@ -547,6 +649,11 @@ def account(report, window):
         "special_tokens": "warning: special tokens such as </s> stand in the text of records",
     }
     kept, ends, lines = report["kept"], report["end_token_trained"], []
+    if report["kinds"].keys() - {"alpaca"}:
+        words = ", ".join(f"{count:,} {kind}" for kind, count in report["kinds"].items())
+        lines.append(
+            f"data: records: {words}; turns trained: {report['turns']['trained']:,} of {report['turns']['in all']:,}"
+        )
     for key, what in kinds.items():
         if names := report[key]:
             lines.append(f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
@@ -562,12 +669,17 @@ def dry_run(dataset, tokenizer, args, count, colour):
     """What --dry_run prints: the first `count` rows as text, what is trained in green or between >>> <<<; a summary."""
     shown = []
     for ids, labels, source in itertools.islice(zip(dataset.input_ids, dataset.labels, dataset.sources), count):
-        border = int((labels == IGNORE_INDEX).sum())
-        text, head = tokenizer.decode(ids), tokenizer.decode(ids[:border])
-        tail = text[len(head) :] if text.startswith(head) else tokenizer.decode(ids[border:])
-        title, head, tail = map(utils.printable, (source, head, tail))
-        marked = f"\x1b[32m{tail}\x1b[0m" if colour else f">>>{tail}<<<"
-        shown.append(f"--- {title}: {len(ids)} tokens, {len(ids) - border} trained\n{head}{marked}")
+        trained = (labels != IGNORE_INDEX).tolist()
+        borders = [0, *(i for i in range(1, len(ids)) if trained[i] != trained[i - 1]), len(ids)]
+        line, before = "", ""
+        for start, stop in itertools.pairwise(borders):
+            text = tokenizer.decode(ids[:stop])
+            part = utils.printable(
+                text[len(before) :] if text.startswith(before) else tokenizer.decode(ids[start:stop])
+            )
+            line += (f"\x1b[32m{part}\x1b[0m" if colour else f">>>{part}<<<") if trained[start] else part
+            before = text
+        shown.append(f"--- {utils.printable(source)}: {len(ids)} tokens, {sum(trained)} trained\n{line}")
     lengths, batch = sorted(map(len, dataset.input_ids)), engines.global_batch(args)
     targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in dataset.labels)
     at = [lengths[min(int(share * len(lengths)), len(lengths) - 1)] for share in (0.5, 0.9, 0.99)]
@@ -1155,6 +1267,7 @@ def settings_of(args, model_args, data_args, hashes):
         "dtype": model_args.dtype,
         "data": [hashes[path] for path in data_args.data_path],
         **({"train_on_inputs": True} if data_args.train_on_inputs else {}),
+        **({"prompt_style": data_args.prompt_style} if data_args.prompt_style else {}),
         "global_batch": engines.global_batch(args),
         "engine": engines.engine_name(args).removesuffix(" with offload"),
     }
@@ -1184,7 +1297,12 @@ def started_run(args, given, settings, hashes, dataset, held_out):
         arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
     counts = {key: value if isinstance(value, (int, dict)) else len(value) for key, value in dataset.report.items()}
     about = {"made_by": "cria", "status": "started", "arguments": arguments, "settings": settings, "seed": args.seed}
-    about |= {"prompt_style": "alpaca", "data": hashes, "counts": counts, "held_out": held_out and held_out.sources}
+    about |= {
+        "prompt_style": dataset.style,
+        "data": hashes,
+        "counts": counts,
+        "held_out": held_out and held_out.sources,
+    }
     about["filled"] = -len(dataset) % engines.global_batch(args)
     versions = utils.versions("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
     files = (utils.read_run(args.output_dir) or {}).get("files", [])  # of the model that this run will replace
@@ -1523,12 +1641,11 @@ def load_data(data_args, args, base, tokenizer, config):
     Raises UserError for an id that is no row of its embedding.
     """
     law, datasets = utils.find_sentencepiece(base, args.cache_dir), []
+    options = {"train_all": data_args.train_on_inputs, "style": data_args.prompt_style}
     for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
         say(f"held-out data: {', '.join(paths)}") if datasets else None
         with utils.say_if_slow("data: still reading and tokenizing the records"):
-            datasets.append(
-                SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law, data_args.train_on_inputs)
-            )
+            datasets.append(SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law, **options))
         special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
         rows = ((name, ids.tolist()) for name, ids in zip(datasets[-1].sources, datasets[-1].input_ids, strict=True))
         utils.check_ids(itertools.chain(special, rows), tokenizer, config)  # a row at a time: lists take much memory

@@ -384,7 +384,7 @@ PROMPT_DICT = {
 
 
 # The keys of a record, and those that our own files hold beside them: the generator's rows, chat.py's answers.
-USED = {"instruction", "input", "output", "instances"}
+USED = {"instruction", "input", "output", "instances", "system", "history", "tools"}
 KNOWN = USED | {"most_similar_instructions", "model", "demonstrations", "finish_reason"}
 
 
@@ -401,12 +401,97 @@ def once(pairs):
     return made
 
 
-def as_messages(record, needs_answer=True):
-    """A record {instruction, input (optional), output} as messages: the user's {role, content, input}, the assistant's.
+# Where a record holds a conversation, and the keys of a turn's role and text there: ShareGPT's, OpenAI's.
+TURNS = {"conversations": ("from", "value"), "messages": ("role", "content")}
+ROLES = {
+    word: role
+    for role, words in {
+        "system": "system developer",
+        "user": "user human prompter",
+        "assistant": "assistant gpt chatgpt bot model bard bing function_call",  # a call is the assistant's to write
+        "tool": "tool observation function function_response ipython",
+    }.items()
+    for word in words.split()
+}
+PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
 
-    Where no answer is needed, output may be missing or null, and only the user's message is given: a question. Raises
+
+def text_of_turn(value, where):
+    """The text of a turn: text, or a list of parts {type: text, text}. Raises ValueError for anything else."""
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        value = "".join(part["text"] for part in value)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where} is {json_type(value)}, expected text")
+    if value and re.search("[\ud800-\udfff]", value):
+        half = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
+        raise ValueError(f"{where} holds {half}")
+    return value or ""
+
+
+def conversation(record, key, needs_answer):
+    """The turns of a record under `key` of TURNS as messages {role, content}; the tools stand in the system's.
+
+    The user's, or a tool's result, and the assistant's take turns behind what the system says. Raises ValueError, with
+    the turn, for what breaks that, for an unknown role and for a turn without text.
+    """
+    messages, said = [], text_of_turn(record.get("system"), "system")
+    tools = record.get("tools") or []
+    if isinstance(tools, str):
+        tools = json.loads(tools) if tools.strip() else []
+    if said or tools:
+        messages.append({"role": "system", "content": said} | ({"tools": tools} if tools else {}))
+    for number, turn in enumerate(record[key], 1):
+        where, names = f"{key}, turn {number}", TURNS[key] if isinstance(turn, dict) and TURNS[key][0] in turn else None
+        names = names or next((pair for pair in TURNS.values() if isinstance(turn, dict) and pair[0] in turn), None)
+        if names is None:
+            what = f"has no {TURNS[key][0]}" if isinstance(turn, dict) else f"is {json_type(turn)}"
+            raise ValueError(f"{where} {what}; expected {{{TURNS[key][0]}, {TURNS[key][1]}}}")
+        role = ROLES.get(str(turn[names[0]]).lower())
+        if role is None:
+            raise ValueError(f"{where}: {names[0]} is {turn[names[0]]!r}; known are {', '.join(ROLES)}")
+        message = {"role": role, "content": text_of_turn(turn.get(names[1]), f"{where}: {names[1]}")}
+        if calls := turn.get("tool_calls") or [turn[name] for name in ("function_call",) if turn.get(name)]:
+            message["tool_calls"] = calls
+        if not message["content"].strip() and not calls:
+            raise ValueError(f"{where}: {names[1]} is empty")
+        if role == "system" and messages and messages[0] == {"role": "system", "content": "", "tools": tools}:
+            messages[0]["content"] = message["content"]  # the tools came from beside it
+            continue
+        before = messages[-1]["role"] if messages else ""
+        if role == "system" and messages:
+            raise ValueError(f"{where}: a system's turn in the middle")
+        if role == "assistant" and before in ("", "system"):
+            raise ValueError(f"{where}: it begins with the assistant's turn; the user's is missing")
+        if (role == before == "assistant") or {role, before} <= {"user", "tool"}:
+            raise ValueError(f"{where}: two turns of the same side, the {before}'s and the {role}'s")
+        messages.append(message)
+    if not messages or messages[-1]["role"] == "system":
+        raise ValueError(f"{key}: holds no turn of the user's")
+    if needs_answer and messages[-1]["role"] != "assistant":
+        raise ValueError(f"{key}: ends with the {messages[-1]['role']}'s turn, which has no answer")
+    return messages[:-1] if not needs_answer and messages[-1]["role"] == "assistant" else messages
+
+
+def as_messages(record, needs_answer=True):
+    """A record as messages {role, content}, in the order of the conversation.
+
+    {instruction, input (optional), output} gives the user's, which has an `input` too, and the assistant's; with
+    `history`, pairs of earlier questions and answers, and `system` these stand before. The names of PAIRS are taken
+    for instruction and output; TURNS are conversations; {text} is a message of the role "text", which is trained whole.
+    Where no answer is needed, it may be missing or null, and the last message is the user's: a question. Raises
     ValueError, whose text says what is wrong, for what is no such record.
     """
+    if isinstance(record, dict) and "instruction" not in record:
+        for key in TURNS:
+            if isinstance(record.get(key), list):
+                return conversation(record, key, needs_answer)
+        for question, answer in PAIRS:
+            if question in record and (answer in record or not needs_answer):
+                record = {"instruction": record[question], "output": record.get(answer), "system": record.get("system")}
+        if needs_answer and "text" in record and "output" not in record:
+            if not text_of_turn(record["text"], "text").strip():
+                raise ValueError("text is empty")
+            return [{"role": "text", "content": record["text"]}]
     needed = ("instruction", "output") if needs_answer else ("instruction",)
     if not isinstance(record, dict):
         raise ValueError(f"{json_type(record)}, expected an object with the keys instruction, input (optional), output")
@@ -427,8 +512,23 @@ def as_messages(record, needs_answer=True):
         if value and re.search("[\ud800-\udfff]", value):
             half = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
             raise ValueError(f"{key} holds {half}")
+    earlier, history = [], record.get("history") or []
+    if record.get("system") or history:
+        if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+            raise ValueError("history is no list of pairs [question, answer]")
+        turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)]
+        both = {"messages": [*turns, {"role": "user", "content": "x"}], "system": record.get("system")}
+        earlier = conversation(both, "messages", False)[:-1]
     question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
-    return [question, {"role": "assistant", "content": record["output"]}] if needs_answer else [question]
+    answer = [{"role": "assistant", "content": record["output"]}] if needs_answer else []
+    return [*earlier, question, *answer]
+
+
+def kind_of(messages):
+    """What a conversation is called: "text", "alpaca" for one question with its answer, else "conversation"."""
+    if messages[0]["role"] == "text":
+        return "text"
+    return "alpaca" if len(messages) <= 2 and "input" in messages[0] else "conversation"
 
 
 def read_records(sources, needs_answer=True):
@@ -477,11 +577,16 @@ def read_records(sources, needs_answer=True):
                     problems.append(f"{place}: {error}")
                     continue
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
+                if "instruction" not in example:
+                    last = [message["content"] for message in messages if message["role"] == "user"][-1:]
+                    answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
+                    fields |= {"instruction": "".join(last), "output": answer}
                 records.append({**fields, "source": place, "messages": messages})
                 if not needs_answer:
                     records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}
                 if not KNOWN.issuperset(example):
-                    texts = [k for k, v in example.items() if k not in KNOWN and v and isinstance(v, (str, list, dict))]
+                    used = KNOWN | set(() if "instruction" in example else (*TURNS, "text", *sum(PAIRS, ())))
+                    texts = [k for k, v in example.items() if k not in used and v and isinstance(v, (str, list, dict))]
                     records[-1] |= {"unused": texts} if texts else {}
     return records, problems
 
@@ -492,45 +597,123 @@ def unused_keys(records):
 
 
 # "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
-# token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in v1.1's.
-PROMPT_STYLES = {"alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna_v1.1": ("</s>",), "chat_template": ()}
+# token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in the others.
+PROMPT_STYLES = {
+    "alpaca": ("### Instruction:",),
+    "vicuna_v0": ("###",),
+    "vicuna_v1.1": ("</s>",),
+    "llama2": ("</s>",),
+    "chat_template": (),
+}
 
-# What Vicuna was trained with, a wire format byte for byte: FastChat's docs/vicuna_weights_version.md; for v0 as its
-# train.py of March 2023 wrote it, for v1.1 as its conversation.py joins it. {} is a message, or the answer to it.
+# Wire formats, byte for byte. Vicuna's: FastChat's docs/vicuna_weights_version.md; v0 as its train.py of March 2023
+# wrote it, whose models write the ### of the next turn, v1.1 as its conversation.py joins it. Llama 2's: the chat of
+# Meta's llama repository. Each is what stands first, with {} for the system's message, that message by default, the
+# user's turn, and the assistant's, which is trained; {} is the message.
 VICUNA_SYSTEM = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 )
-VICUNA_TURNS = {
-    "vicuna_v0": (VICUNA_SYSTEM.format("human") + "\n\n", "### Human: {}\n### Assistant:", " {}\n"),
-    "vicuna_v1.1": (VICUNA_SYSTEM.format("user") + " ", "USER: {} ASSISTANT:", " {}</s>"),
+TURN_STYLES = {
+    "vicuna_v0": ("{}\n\n###", VICUNA_SYSTEM.format("human"), " Human: {}\n### Assistant:", " {}\n###"),
+    "vicuna_v1.1": ("{} ", VICUNA_SYSTEM.format("user"), "USER: {} ASSISTANT:", " {}</s>"),
+    "llama2": ("<<SYS>>\n{}\n<</SYS>>\n\n", "", "<s>[INST] {} [/INST]", " {} </s>"),
 }
+
+
+def words_of(message):
+    """The text of a message where no template renders it: with its input, the tools there are, the calls made."""
+    parts = [message["content"], message.get("input")]
+    if tools := message.get("tools"):
+        parts.append(f"Tools:\n{json.dumps(tools, ensure_ascii=False)}")
+    for call in message.get("tool_calls") or ():
+        made = call.get("function", call) if isinstance(call, dict) else {"name": call}
+        arguments = made.get("arguments") or {}
+        with contextlib.suppress(ValueError, TypeError):
+            arguments = json.loads(arguments)
+        parts.append(json.dumps({"name": made.get("name"), "arguments": arguments}, ensure_ascii=False))
+    return ("\n" if message.get("tool_calls") else "\n\n").join(filter(None, parts))
+
+
+def template_spans(messages, tokenizer):
+    """The spans of a conversation in the tokenizer's own chat template, and how many turns it would not have trained.
+
+    Turn i is what the template adds to the turns before it and its prompt for an answer, up to the first end token. A
+    turn that the template writes otherwise once others follow (as those that drop earlier reasoning) is not trained.
+    Raises ValueError where the template refuses the conversation, or where its last turn cannot be told.
+    """
+    if not tokenizer.chat_template:
+        others = ", ".join(name for name in PROMPT_STYLES if name != "chat_template")
+        raise UserError(f"the tokenizer has no chat template; choose another --prompt_style: {others}")
+    tools = messages[0].get("tools")
+    plain = [{key: value for key, value in message.items() if key not in ("tools", "input")} for message in messages]
+    for message, made in zip(messages, plain, strict=True):
+        made["content"] = "\n\n".join(filter(None, (message["content"], message.get("input"))))
+    plain = plain[1:] if plain[0] == {"role": "system", "content": ""} else plain
+
+    def render(count, ask):
+        try:
+            return tokenizer.apply_chat_template(plain[:count], tokenize=False, add_generation_prompt=ask, tools=tools)
+        except Exception as error:  # whatever a template raises
+            raise ValueError(f"the chat template refuses it: {first_line(error)}") from None
+
+    if plain[-1]["role"] != "assistant":
+        return [(render(len(plain), True), False)], 0
+    whole, parts, position, lost = render(len(plain), False), [], 0, 0
+    for number in (number for number, message in enumerate(plain) if message["role"] == "assistant"):
+        head, tail = render(number, True), render(number + 1, False)
+        if not (whole.startswith(tail) and tail.startswith(head)):
+            lost += 1
+            continue
+        end = whole.find(tokenizer.eos_token, len(head), len(tail))
+        if end < 0:
+            raise ValueError(
+                f"the chat template ends no turn with {tokenizer.eos_token}: a model would not learn to stop"
+            )
+        end += len(tokenizer.eos_token)
+        parts += [(whole[position : len(head)], False), (whole[len(head) : end], True)]
+        position = end
+    if not parts or parts[-1][0] != whole[-len(parts[-1][0]) :] and whole[position:].strip():
+        raise ValueError("the chat template does not continue its own prompt: its last turn cannot be told")
+    return parts, lost
 
 
 def spans(style, messages, tokenizer=None):
     """A conversation as [(text, trained), ...]: joined, the texts are what a model of that prompt style reads.
 
     `messages` are of `as_messages`. Where the last is the user's, the last span ends where the answer begins; where it
-    is the assistant's, its answer with the end token is trained. Alpaca's prompt has no place for earlier turns, so
-    they are left out, and a row is two spans: [("Below is ... ### Response:", False), ("Hello.</s>", True)]. In the
-    other styles an input follows its instruction after an empty line. `tokenizer` holds the end token, and for
-    "chat_template", which is one span that asks for an answer, the template; raises UserError where it holds none.
+    is the assistant's, each of its answers with the end token is trained. Alpaca's prompt has no place for earlier
+    turns, so they are left out, and a row is two spans: [("Below is ... ### Response:", False), ("Hello.</s>", True)].
+    In the other styles an input follows its instruction after an empty line. `tokenizer` holds the end token, and for
+    "chat_template" the template; see `template_spans`. Plain text is one span.
     """
+    if messages[0]["role"] == "text":
+        return [(messages[0]["content"] + tokenizer.eos_token, True)]
     if style == "alpaca":
         question = [message for message in messages if message["role"] == "user"][-1]
-        template = PROMPT_DICT["prompt_input" if question["input"] else "prompt_no_input"]
-        parts = [(template.format_map({"instruction": question["content"], "input": question["input"]}), False)]
+        given = question.get("input") or ""
+        template = PROMPT_DICT["prompt_input" if given else "prompt_no_input"]
+        parts = [(template.format_map({"instruction": question["content"], "input": given}), False)]
         return parts + [(m["content"] + tokenizer.eos_token, True) for m in messages[-1:] if m["role"] == "assistant"]
-    said = [{"role": m["role"], "content": "\n\n".join(filter(None, (m["content"], m.get("input"))))} for m in messages]
     if style == "chat_template":
-        if not tokenizer.chat_template:
-            others = ", ".join(name for name in PROMPT_STYLES if name != style)
-            raise UserError(f"the tokenizer has no chat template; choose another --prompt_style: {others}")
-        return [(tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True), False)]
-    system, question, reply = VICUNA_TURNS[style]
-    frames = {"user": question, "assistant": reply}
-    parts = [(frames[m["role"]].format(m["content"]), m["role"] == "assistant") for m in said]
-    return [(system + parts[0][0], False), *parts[1:]]
+        return template_spans(messages, tokenizer)[0]
+    frame, system, question, reply = TURN_STYLES[style]
+    if messages[0]["role"] == "system":
+        system, messages = words_of(messages[0]) or system, messages[1:]
+    ends = {"</s>": tokenizer.eos_token, "<s>": tokenizer.bos_token} if tokenizer is not None else {}
+    for text, own in ends.items():
+        question, reply = (part.replace(text, own) if own else part for part in (question, reply))
+    parts = []
+    for number, message in enumerate(messages):
+        text, is_answer = words_of(message), message["role"] == "assistant"
+        if not number and style == "llama2":  # its system's message stands in the first turn, which encode begins
+            text, begin = (frame.format(system) if system else "") + text, question.index("[INST]")
+            parts.append((question[begin:].replace("{}", text), False))
+        else:
+            parts.append(((reply if is_answer else question).replace("{}", text), is_answer))
+    if style != "llama2":
+        parts[0] = (frame.format(system) + parts[0][0], False)
+    return parts
 
 
 # --- Options ---------------------------------------------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_chat_template_is_the_tokenizers_own(base):
     tokenizer = AutoTokenizer.from_pretrained(base)
     message = refusal(prompt_text, "chat_template", TURNS, tokenizer)
     assert message == (
-        "the tokenizer has no chat template; choose another --prompt_style: alpaca, vicuna_v0, vicuna_v1.1"
+        "the tokenizer has no chat template; choose another --prompt_style: alpaca, vicuna_v0, vicuna_v1.1, llama2"
     )
     tokenizer.chat_template = (
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
@@ -267,7 +267,7 @@ def test_the_style_is_read_from_run_json(tmp_path):
     assert chat.prompt_style(None, tmp_path)[0] == "alpaca"
     utils.write_json({"made_by": "cria", "prompt_style": "guanaco"}, tmp_path / "run.json")
     assert refusal(chat.prompt_style, None, tmp_path) == (
-        f"{tmp_path}/run.json: prompt_style 'guanaco' is none of alpaca, vicuna_v0, vicuna_v1.1, chat_template; "
+        f"{tmp_path}/run.json: prompt_style 'guanaco' is none of alpaca, vicuna_v0, vicuna_v1.1, llama2, chat_template; "
         "give --prompt_style"
     )
     (tmp_path / "run.json").write_text("{}", encoding="utf-8")  # somebody else's
@@ -303,8 +303,8 @@ def test_a_full_gpu_is_an_error_for_people(base, monkeypatch):
 
 
 def test_the_style_that_train_py_writes_is_known():
-    assert '"prompt_style": "alpaca"' in (ROOT / "train.py").read_text(encoding="utf-8")
-    assert list(utils.PROMPT_STYLES) == ["alpaca", "vicuna_v0", "vicuna_v1.1", "chat_template"]
+    assert '"prompt_style": dataset.style' in (ROOT / "train.py").read_text(encoding="utf-8")
+    assert list(utils.PROMPT_STYLES) == ["alpaca", "vicuna_v0", "vicuna_v1.1", "llama2", "chat_template"]
 
 
 @pytest.mark.parametrize(
@@ -674,7 +674,7 @@ def test_a_conversation_remembers_drops_and_goes_on_after_an_error(endless, monk
         ("--instruct x", "unknown option: --instruct (did you mean --instruction?); --help lists those that exist"),
         (
             "--prompt_style guanaco",
-            "--prompt_style guanaco is none of alpaca, vicuna_v0, vicuna_v1.1, chat_template",
+            "--prompt_style guanaco is none of alpaca, vicuna_v0, vicuna_v1.1, llama2, chat_template",
         ),
         ("--input x", "--input needs an --instruction"),
         ("--instruction x --data_path y", "--instruction and --data_path exclude each other"),
@@ -810,9 +810,9 @@ def test_a_list_without_questions_and_a_table_are_no_questions(tmp_path):
 
 
 def test_keys_that_are_no_part_of_the_prompt_are_named(capsys):
-    records, _ = chat.parse_questions('{"instruction": "Add.", "system": "Sing.", "id": 3}', "q.jsonl")
-    assert records[0]["others"] == {"system": "Sing.", "id": 3}
-    assert capsys.readouterr().err.splitlines() == ["q.jsonl: no part of the prompt: system"]
+    records, _ = chat.parse_questions('{"instruction": "Add.", "topic": "Sing.", "id": 3}', "q.jsonl")
+    assert records[0]["others"] == {"topic": "Sing.", "id": 3}
+    assert capsys.readouterr().err.splitlines() == ["q.jsonl: no part of the prompt: topic"]
 
 
 def test_ctrl_c_in_a_file_of_questions_says_what_is_answered(base, tmp_path, monkeypatch, capsys):

@@ -216,7 +216,7 @@ def test_cut_gives_the_example_of_its_docstring():
     assert rows[0]["input_ids"].untyped_storage().nbytes() == 3 * 8  # the rest of a long text is not kept in memory
 
 
-def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model(base, tokenizer, tmp_path):
+def test_a_record_passes_through_nine_functions_of_ours_on_its_way_to_the_model(base, tokenizer, tmp_path):
     """From the file to the model's forward, traced; what only speaks of the records is left out."""
     path, names = write_records(tmp_path / "d.json", make_records(2)), []
 
@@ -250,12 +250,23 @@ def test_a_record_passes_through_eight_functions_of_ours_on_its_way_to_the_model
         pass
     finally:
         sys.setprofile(None)
-    speaking = {"account", "say", "rank", "unused_keys", "printable", "terminal_width", "put"}
+    speaking = {
+        "report_of",
+        "turns_of",
+        "kind_of",
+        "account",
+        "say",
+        "rank",
+        "unused_keys",
+        "printable",
+        "terminal_width",
+        "put",
+    }
     # The file as a whole, the JSON parser's look for doubled keys, a question to the tokenizer, lengths: no record.
     other = {"read_text", "decode", "file_kind", "once", "begin_ids", "borders"}
     found = [name for name in dict.fromkeys(names) if name not in speaking | other]
     assert found == [
-        "__init__", "read_records", "as_messages", "spans", "encode", "cut", "get_batch_samples", "flatten",
+        "__init__", "read_records", "as_messages", "render", "spans", "encode", "cut", "get_batch_samples", "flatten",
     ]  # fmt: skip
 
 
@@ -299,6 +310,8 @@ def test_every_record_is_kept_or_dropped_and_the_counts_name_them(window, smilin
         "empty_output": [],
         "special_tokens": [],
         "end_token_trained": num_ends,
+        "kinds": {"alpaca": 45},
+        "turns": {"in all": 45, "trained": len(kept)},
     }
     err = capsys.readouterr().err
     assert err.startswith(f"data: {len(kept)} kept + {45 - len(kept)} dropped = 45 read\n")
@@ -332,6 +345,8 @@ def test_the_account_of_a_dataset_is_exact(smiling, tmp_path, capsys):
         "empty_output": ["d.json[1]"],
         "special_tokens": ["d.json[3]", "d.json[4]"],
         "end_token_trained": 5,
+        "kinds": {"alpaca": 7},
+        "turns": {"in all": 7, "trained": 6},
     }
     assert capsys.readouterr().err == (
         "data: 6 kept + 3 dropped = 9 read\n"
@@ -458,17 +473,17 @@ def test_a_file_without_a_record_is_refused_also_beside_a_good_one(text, why, sk
 def test_keys_with_text_that_are_not_used_are_counted_and_named_once_for_each_file(tokenizer, tmp_path, capsys):
     records = plain(["x"] * 5)
     for record in records[:3]:
-        record["system"] = "Be brief."
-    records[4] |= {"history": [["hello", "hi"]], "meta": {"a": 1}}
-    records[0] |= {"history": [], "label": "", "score": 0.5, "index": 3}  # nothing that could be trained
+        record["source"] = "somewhere"
+    records[4] |= {"topics": [["hello", "hi"]], "meta": {"a": 1}}
+    records[0] |= {"topics": [], "label": "", "score": 0.5, "index": 3}  # nothing that could be trained
     first = write_records(tmp_path / "a.json", records)
-    second = write_records(tmp_path / "b.json", [plain(["y"])[0] | {"system": "Sing."}])
+    second = write_records(tmp_path / "b.json", [plain(["y"])[0] | {"source": "here"}])
     dataset = SupervisedDataset([first, second], tokenizer)
-    assert dataset.report["unused"] == {str(first): {"system": 3, "history": 1, "meta": 1}, str(second): {"system": 1}}
+    assert dataset.report["unused"] == {str(first): {"source": 3, "topics": 1, "meta": 1}, str(second): {"source": 1}}
     lines = [line for line in capsys.readouterr().err.splitlines() if "not used" in line]
     assert lines == [
-        f"data: {first}: not used: system (3), history (1), meta (1)",
-        f"data: {second}: not used: system (1)",
+        f"data: {first}: not used: source (3), topics (1), meta (1)",
+        f"data: {second}: not used: source (1)",
     ]
 
 
@@ -502,7 +517,7 @@ def test_a_window_that_holds_no_prompt_is_refused(base, data, tmp_path, monkeypa
 def test_account_names_three_records_of_each_kind():
     kinds = ["unreadable", "prompt_fills_window", "truncated", "straddling", "empty_output", "special_tokens"]
     report = {key: [f"{key[0]}{i}" for i in range(count)] for count, key in enumerate(kinds, 1)}
-    report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500, "unused": {}}
+    report |= {"read": 52002, "kept": 50000, "end_token_trained": 49500, "unused": {}, "kinds": {"alpaca": 52002}}
     assert train.account(report, 512) == [
         "data: 50,000 kept + 2,002 dropped = 52,002 read",
         "data: dropped, unreadable: 1 (u0)",
