@@ -189,6 +189,9 @@ def check_adapter_options(args, dtype):
     wrong = {
         f"--load_in_4bit: {engine} would compute with wrong weights; {way}": args.load_in_4bit
         and (args.fsdp or args.deepspeed),
+        "--gradient_checkpointing_kwargs use_reentrant: adapters would get no gradient; leave it out": (
+            args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        ),
         "--pad_token add: gives the model a row that adapters do not hold; leave it out": args.pad_token == "add",
         f"--dtype {dtype}: adapters in float32 need --bf16 True or --fp16 True with it": (
             dtype != "float32" and not (args.bf16 or args.fp16)

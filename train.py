@@ -146,7 +146,7 @@ def translate_old_options(words):
         groups += [[]] if word.startswith("--") or not groups else []
         groups[-1].append(word)
     pairs = [group[0].split("=", 1) if "=" in group[0] else (group[0], " ".join(group[1:])) for group in groups]
-    options = dict(pairs)
+    options = {name.replace("-", "_").replace("__", "--", 1): value for name, value in pairs}
     steps = options.get("--warmup_steps")
     for group, (name, value) in zip(groups, pairs, strict=True):
         key = name[2:].replace("-", "_") if name.startswith("--") else ""
@@ -171,13 +171,16 @@ def translate_old_options(words):
     return result + late, notices
 
 
-ALPACA_LORA = "--lora_r 8 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules q_proj,v_proj"
+ALPACA_LORA = "--lora_r 8, --lora_alpha 16, --lora_dropout 0.05, --lora_target_modules q_proj,v_proj"  # its defaults
 
 
 def accumulation_of(batch_size, options):
     """alpaca-lora's global --batch_size in micro-batches a process; `options` are {"--name": its value}."""
     names = ("--micro_batch_size", "--per_device_train_batch_size")
     micro = next((options[name] for name in names if name in options), "8")
+    for name, value in (("--batch_size", batch_size), ("--micro_batch_size", micro)):
+        if not value.isdecimal() or not int(value):
+            raise UserError(f"{name} {value}: it must be a number of at least 1")
     at_once = int(micro) * int(os.environ.get("WORLD_SIZE", 1))
     if int(batch_size) % at_once:
         raise UserError(f"--batch_size {batch_size}: it is no multiple of micro-batch x processes, {at_once}")
@@ -200,10 +203,11 @@ def words_of_file(path):
     words, ignored = [], []
     for key, value in options.items():
         if key == "datasets":
-            for one in value or []:
-                if str(one.get("type", "alpaca")) != "alpaca":
-                    raise UserError(f"{path}: datasets: type {one['type']} is not there; alpaca is")
-                words += ["--data_path", str(one.get("path"))]
+            for one in value if isinstance(value, list) else [value]:
+                if not isinstance(one, dict) or "path" not in one or str(one.get("type", "alpaca")) != "alpaca":
+                    raise UserError(f"{path}: datasets: {json.dumps(one)[:80]}: expected {{path, type: alpaca}}")
+                words += ["--data_path", str(one["path"])]
+                ignored += [f"datasets.{key}" for key in one if key not in ("path", "type")]
         elif key in GONE.split() and key not in NOT_HERE and value is not None:
             ignored.append(key)
         elif value is not None:
@@ -268,7 +272,13 @@ class TrainingArguments(transformers.TrainingArguments):
         """Check the numbers, then fit everything to this machine: here, and in what is called here of engines.py."""
         if self.fp16 and self.bf16:
             raise UserError("--fp16 and --bf16 are both set; keep one of them")
-        least = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "model_max_length": 1, "seed": 0}
+        least = {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "model_max_length": 1,
+            "seed": 0,
+        }
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {bound}")
@@ -307,9 +317,11 @@ def parse_arguments(words):
     if is_file and (words[0].endswith("ml") or "arguments" not in utils.read_json(words[0])):
         words = words_of_file(Path(words[0])) + words[1:]
     answer_early(words)
-    if {"--base_model"} == {"--base_model", "--lora_r"} & {word.split("=")[0] for word in words}:
-        say(f"--base_model without --lora_r: {ALPACA_LORA}, as alpaca-lora does")
-        words = words + ALPACA_LORA.split()
+    names = {word.split("=")[0].replace("-", "_") for word in words}
+    if "__base_model" in names:
+        absent = [pair for pair in ALPACA_LORA.split(", ") if pair.split()[0].replace("-", "_") not in names]
+        say(f"--base_model: as alpaca-lora does {' '.join(absent)}; unlike it, prompts are not trained")
+        words = words + " ".join(absent).split()
     parser = transformers.HfArgumentParser(classes, prog="train.py", allow_abbrev=False)
     words, notices = translate_old_options(words)
     for notice in notices:
@@ -325,11 +337,13 @@ def parse_arguments(words):
         saved = run["arguments"]
     if sum(word.split("=")[0] == "--fsdp_config" for word in words) > 1:
         raise UserError("--fsdp_config is given twice; put transformer_layer_cls_to_wrap into its JSON")
-    parser.set_defaults(**{key: value for key, value in saved.items() if key != "data_path"})
+    parser.set_defaults(**{key: value for key, value in saved.items() if not key.endswith("data_path")})
     namespace = utils.parse_options(parser, words)
-    namespace.data_path = namespace.data_path or saved.get("data_path")
+    for key in ("data_path", "eval_data_path"):
+        setattr(namespace, key, getattr(namespace, key) or saved.get(key))
     blank = transformers.HfArgumentParser(classes).parse_args([])
     given = {name: value for name, value in vars(namespace).items() if value != getattr(blank, name)}
+    plan_evaluation(namespace)
     try:
         model_args, data_args, args = parser.parse_dict(vars(namespace))
     except (ValueError, ImportError) as error:  # what transformers refuses, in its own words
@@ -339,12 +353,9 @@ def parse_arguments(words):
         raise UserError(f"the processes cannot meet ({first_line(error)}); {hint}") from None
     if "per_device_eval_batch_size" not in given:
         args.per_device_eval_batch_size = args.per_device_train_batch_size
-    if (data_args.eval_data_path or data_args.val_set_size) and args.eval_strategy == "no":
-        args.eval_strategy = transformers.IntervalStrategy("steps" if "eval_steps" in given else "epoch")
-        say(f"--eval_strategy {args.eval_strategy.value}: there is data to evaluate on")
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     model_args.dtype = model_args.dtype or (compute if args.lora_r else "float32")
-    refuse_options(args, data_args)
+    refuse_options(args)
     if args.lora_r:
         engines.check_adapter_options(args, model_args.dtype)
     elif unused := [f"--{name}" for name in given if name.startswith("lora_")]:
@@ -352,19 +363,34 @@ def parse_arguments(words):
     return model_args, data_args, args, given
 
 
-def refuse_options(args, data_args):
-    """Refuse options of the library that would do nothing here, or something else than the engine line says."""
+def plan_evaluation(options):
+    """Choose when to evaluate where that is not said; refuse what needs data that is not given. Changes `options`."""
     no_data = "there is no data to evaluate on; give --val_set_size 0.02 or --eval_data_path FILE"
-    has_none = not (data_args.eval_data_path or data_args.val_set_size)
+    has_none, metric = not (options.eval_data_path or options.val_set_size), options.metric_for_best_model
+    wrong = {
+        f"--eval_strategy: {no_data}": has_none and options.eval_strategy != "no",
+        f"--save_strategy best: {no_data}": has_none and options.save_strategy == "best",
+        f"--load_best_model_at_end: {no_data}": has_none and options.load_best_model_at_end,
+        f"--early_stopping_patience: {no_data}": has_none and options.early_stopping_patience,
+        "--val_set_size and --eval_data_path: give one of them": options.eval_data_path and options.val_set_size,
+        f"--val_set_size {options.val_set_size:g}: it must be at least 0": options.val_set_size < 0,
+        f"--metric_for_best_model {metric}: there is the loss only": metric not in (None, "loss", "eval_loss"),
+        "--greater_is_better: the lower loss is": options.greater_is_better,
+    }
+    if problems := [text for text, is_so in wrong.items() if is_so]:
+        raise UserError("; ".join(problems))
+    if not has_none and options.eval_strategy == "no":
+        is_by_steps = options.eval_steps or (options.load_best_model_at_end and options.save_strategy == "steps")
+        options.eval_strategy = "steps" if is_by_steps else "epoch"
+        options.eval_steps = options.eval_steps or (options.save_steps if is_by_steps else None)
+        say(f"--eval_strategy {options.eval_strategy}: there is data to evaluate on")
+
+
+def refuse_options(args):
+    """Refuse options of the library that would do nothing here, or something else than the engine line says."""
     accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None)
     upload = "it would upload checkpoints and not the final model; leave it out, and when the run has ended: hf upload"
     wrong = {
-        f"--eval_strategy: {no_data}": has_none and args.eval_strategy != "no",
-        f"--save_strategy best: {no_data}": has_none and args.save_strategy == "best",
-        f"--load_best_model_at_end: {no_data}": has_none and args.load_best_model_at_end,
-        f"--early_stopping_patience: {no_data}": has_none and args.early_stopping_patience,
-        "--val_set_size and --eval_data_path: give one of them": data_args.eval_data_path and data_args.val_set_size,
-        f"--val_set_size {data_args.val_set_size:g}: it must be at least 0": data_args.val_set_size < 0,
         f"--push_to_hub: {upload} NAME {args.output_dir}": args.push_to_hub,
         "--auto_find_batch_size: it would change the batch in mid-run; give a --per_device_train_batch_size that fits, "
         "and --gradient_accumulation_steps": args.auto_find_batch_size,
@@ -807,7 +833,7 @@ class Watch(threading.Thread):
             if is_shared and now - self.alive > self.arguments.ddp_timeout:
                 why = f"another process has not answered for {self.arguments.ddp_timeout} s (--ddp_timeout)"
                 self.end(f"error: {self.doing}: {why}", 2)
-            if now - self.since > self.named:
+            if now - (self.alive if self.doing == "evaluating" else self.since) > self.named:
                 self.named *= 2
                 peers = "waiting for another process, which may be lost; " * is_shared
                 before = f", the longest step before {self.longest:.1f} s" * bool(self.longest)
@@ -974,7 +1000,10 @@ def add_adapters(model, args, **more):
         target_modules=args.lora_target_modules or names, modules_to_save=kept or None, ensure_weight_tying=tied,
         base_model_name_or_path=os.path.abspath(base) if os.path.isdir(base) else base,
     )  # fmt: skip
-    model = peft.get_peft_model(model, adapters, **more)
+    try:
+        model = peft.get_peft_model(model, adapters, **more)
+    except (ValueError, TypeError) as error:  # such as for a module that is no layer
+        raise UserError(f"LoRA: {first_line(error)}; linear layers are {', '.join(names)}") from None
     dtype = model.dtype if args.deepspeed else torch.float32  # ZeRO has masters of its own, and wants one dtype
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
@@ -993,6 +1022,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.run, self.num_kept, self.progress, self.signals = run, num_kept, progress, contextlib.ExitStack()
         self.step_rows, self.step_targets, self.step_skipped, self.dtypes = [], 0, False, ""
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
+        self.saved_at = -1  # the step of the last checkpoint
         super().__init__(*arguments, **keywords)
         self.layout = ""  # of micro-batches: see engines.choose_layout
         named = self.model.named_parameters(remove_duplicate=False)  # before wrapping
@@ -1036,7 +1066,8 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         return f"; LoRA of rank {args.lora_r} on {', '.join(sorted(config.target_modules))}{kept}{in_4bit}"
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        if state.global_step >= state.max_steps:  # resumed behind the last step: the Trainer would train one more
+        has_stopped = 0 < args.early_stopping_patience <= self.evaluations()[1]  # before it was resumed
+        if state.global_step >= state.max_steps or has_stopped:  # the Trainer would train one step more
             raise AlreadyTrained
         # group_by_length draws from the global generator, which differs between processes and after resuming.
         batches = train_dataloader.batch_sampler
@@ -1082,14 +1113,36 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.watch.begin(doing)
         return output
 
+    def _determine_best_metric(self, metrics, trial):
+        """The Trainer's; the best weights are saved when they are found, and a signal's checkpoint in any case."""
+        is_best = super()._determine_best_metric(metrics=metrics, trial=trial)
+        self.control.should_save |= is_best and self.args.load_best_model_at_end
+        return is_best or bool(self.stopped_by)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.watch.alive = time.monotonic()
+
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        worse = len(losses) - 1 - losses.index(min(losses))  # evaluations since the best
+        losses, worse = self.evaluations()
         words = f"; the best was {min(losses):.4f}" if worse else ""
         say(f"step {state.global_step}: loss {losses[-1]:.4f} on the held-out records{words}")
         if 0 < args.early_stopping_patience <= worse:
             control.should_training_stop = True
             say(f"stopping early: no better loss in {worse} evaluations (--early_stopping_patience)")
+
+    def evaluations(self):
+        """(the losses on the held-out records so far, how many evaluations ago the best was)"""
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        return losses, len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """An evaluation that the step's end has had, or a checkpoint that a signal has had, is not made again."""
+        if self.stopped_by or self.saved_at == state.global_step:
+            control.should_save = False
+        if self.stopped_by:
+            control.should_evaluate = False
+        if any(entry.get("step") == state.global_step and "eval_loss" in entry for entry in state.log_history):
+            control.should_evaluate = False
 
     def on_substep_end(self, args, state, control, **kwargs):  # after each micro-batch but a step's last
         self.watch.alive = time.monotonic()
@@ -1111,8 +1164,12 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         heard = self.accelerator.gather(torch.stack([own_loss.float(), own_loss.new_tensor(float(self.signal))])[None])
         loss, self.stopped_by = heard[:, 0].mean().item(), int(heard[:, 1].max())
         self.control.should_log = True  # loss.csv has a row for every step
-        if self.args.eval_strategy == "steps" and self.state.global_step == self.state.max_steps:
-            self.control.should_evaluate = True
+        if self.args.eval_strategy != "no":  # an epoch's end too: before the checkpoint, which then knows of it
+            an_epoch = len(self.train_dataset) // engines.global_batch(self.args)
+            is_end = self.args.eval_strategy == "epoch" and self.state.global_step % an_epoch == 0
+            is_last = self.state.global_step == self.state.max_steps
+            self.control.should_evaluate |= is_last or (is_end and self.state.epoch >= (self.args.eval_delay or 0))
+            self.control.should_evaluate &= not self.stopped_by
         if self.stopped_by:
             self.control.should_save = self.control.should_training_stop = True
             self.args.save_only_model = False  # the same command is to go on from this checkpoint
@@ -1150,11 +1207,12 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         super().log(logs, start_time)
 
     def on_save(self, args, state, control, **kwargs):
+        self.saved_at = state.global_step
         self.accelerator.wait_for_everyone()
         if args.should_save:
             mark_checkpoint(Path(args.output_dir, f"checkpoint-{state.global_step}"), state.global_step, args)
             for old in list(find_checkpoints(args.output_dir)[0])[: -self.num_kept] if self.num_kept else []:
-                if str(old) != str(state.best_model_checkpoint):
+                if old.name != Path(str(state.best_model_checkpoint)).name:
                     delete_checkpoint(old)
         self.accelerator.wait_for_everyone()
 
@@ -1238,8 +1296,9 @@ def check_disk(args, num_trained, steps):
     """Refuse a run whose checkpoints and model, or adapters, do not fit on the disk."""
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
-    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(args.save_strategy.value, by_steps)
+    planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs), "best": 1}.get(args.save_strategy.value, by_steps)
     kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
+    kept += bool(args.load_best_model_at_end and kept)  # the best stays
     disk = num_trained * (
         engines.save_dtype(args).itemsize + kept * (4 if args.save_only_model else 12)
     )  # masters, AdamW's moments
@@ -1304,7 +1363,7 @@ def started_run(args, given, settings, hashes, dataset, held_out):
         "held_out": held_out and held_out.sources,
     }
     about["filled"] = -len(dataset) % engines.global_batch(args)
-    versions = utils.versions("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
+    versions = utils.versions("torch", "transformers", "accelerate", "peft", "bitsandbytes", "deepspeed", "tokenizers")
     files = (utils.read_run(args.output_dir) or {}).get("files", [])  # of the model that this run will replace
     return about | {"versions": versions, "git_commit": utils.git_commit(), "files": files}
 
@@ -1409,13 +1468,16 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     return False, str(found[-1]) if found else None
 
 
+ABSENT = ("lora_r", "held out", "train_on_inputs")  # settings that are there only where they are used
+
+
 def check_settings(place, runs, settings, anyway):
     """What of `settings` any of `runs` had otherwise, as words; raises UserError for it unless `anyway`."""
     olds = [run["settings"] for run in runs if run and "settings" in run]
     now = [
         (old, k, settings.get(k))
         for old in olds
-        for k in {**settings, "lora_r": settings.get("lora_r")}
+        for k in dict.fromkeys([*settings, *ABSENT])
         if old.get(k) != settings.get(k)
     ]
     changed = [f"{k} was {old[k]} and is {v}" if k in old else f"{k} is {v}" for old, k, v in now]
@@ -1595,8 +1657,10 @@ def finish(trainer, run):
     results = {"steps": state.global_step, "skipped_steps": skips_of(state)[0], "padded": trainer.layout == "padded"}
     results |= {"first_loss": losses[0], "last_loss": losses[-1], "mean_loss": sum(losses) / len(losses)}
     results |= {"engine": engines.engine_name(args), "processes": args.world_size, "dtypes": trainer.dtypes}
-    if evaluated := {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}:
-        written = (args.load_best_model_at_end and state.best_global_step) or state.global_step
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    is_best, written = args.load_best_model_at_end and state.best_model_checkpoint, state.global_step
+    if evaluated:
+        written = int(state.best_model_checkpoint.rpartition("-")[2]) if is_best else state.global_step
         best = min(evaluated, key=evaluated.get)
         results |= {"eval_losses": evaluated, "best_step": best, "weights_of_step": written}
     run |= {
@@ -1608,8 +1672,10 @@ def finish(trainer, run):
     sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
     what, held = "adapters" if trainer.num_adapted else "model", ""
     if evaluated:
-        which = "best" if args.load_best_model_at_end else "last"
-        held = f"; held-out loss {evaluated[written]:.4f} of the {which} weights, those of step {written}"
+        held = (
+            f"; held-out loss {evaluated.get(written, math.nan):.4f} of the {'best' if is_best else 'last'} weights, "
+        )
+        held += f"those of step {written}" + "; the untrained model had less" * (best == 0)
     print(f"{folder}: {what} saved ({utils.size_of(sum(sizes))} {dtype}), last loss {losses[-1]:.4f}{held}", flush=True)
 
 
@@ -1676,8 +1742,11 @@ def check_run(args, model_args, bones, longest, steps):
 
 def run_steps(trainer, checkpoint):
     """Train to the last step, or the first after a signal. Raises UserError for that end, and for fp16's overflow."""
-    with contextlib.suppress(AlreadyTrained):
+    try:
         trainer.train(resume_from_checkpoint=checkpoint)
+    except AlreadyTrained:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
+            trainer._load_best_model()
     write_curves(trainer)
     step, number = trainer.state.global_step, trainer.stopped_by
     if number:

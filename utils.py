@@ -1190,7 +1190,13 @@ GIB = 2**30
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
 LOCK = ".lock"  # in a folder that a run has claimed
 # Without these a folder does not load.
-LAST_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json", "config.json")
+LAST_FILES = (
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "params.json",
+    "config.json",
+    "adapter_config.json",
+)
 
 
 def claim_folder(folder, name=None):

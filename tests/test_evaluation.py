@@ -56,6 +56,16 @@ def test_not_all_records_can_be_held_out(size, data, tokenizer):
         ("--early_stopping_patience 2", "--early_stopping_patience: there is no data to evaluate on; give"),
         ("--val_set_size 9 --eval_data_path x.json", "--val_set_size and --eval_data_path: give one of them"),
         ("--val_set_size -1", "--val_set_size -1: it must be at least 0"),
+        (
+            "--load_best_model_at_end True",
+            "--load_best_model_at_end: there is no data to evaluate on; give --val_set_size",
+        ),
+        (
+            "--val_set_size 9 --metric_for_best_model accuracy",
+            "--metric_for_best_model accuracy: there is the loss only",
+        ),
+        ("--val_set_size 9 --greater_is_better True", "--greater_is_better: the lower loss is"),
+        ("--per_device_eval_batch_size 0", "--per_device_eval_batch_size 0: it must be at least 1"),
     ],
 )
 def test_evaluation_without_data_is_refused_with_the_way_to_give_some(words, said, tmp_path):
@@ -78,6 +88,7 @@ def parse(*words):
         (["--eval_steps", 0.01], "steps", 0.01),
         (["--eval_strategy", "steps"], "steps", 0.1),
         (["--eval_strategy", "steps", "--eval_steps", 7], "steps", 7),
+        (["--load_best_model_at_end", True, "--save_steps", 9], "steps", 9),
     ],
 )
 def test_data_to_evaluate_on_is_evaluated_on(words, strategy, steps):
@@ -97,22 +108,42 @@ def test_a_run_stops_early_and_writes_the_best_weights(engine, base, data, tmp_p
         tmp_path / "other.json", [{"instruction": f"Say {i}.", "output": "ab" * i} for i in range(1, 9)]
     )
     options = {"eval_data_path": other, "eval_strategy": "steps", "eval_steps": 3, "early_stopping_patience": 2}
-    options |= {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True, "save_total_limit": 1}
+    options |= {"save_strategy": "steps", "save_steps": 6, "load_best_model_at_end": True, "save_total_limit": 1}
     options |= {"learning_rate": "2e-2", "num_train_epochs": 4, "per_device_train_batch_size": 4 if engine else 8}
-    run = train(basic_options(base, data, tmp_path / "run", **options) + engine, 2 if engine else 1).finished()
-    losses = column(run, "eval_loss")
+    words = basic_options(base, data, "./run", **options) + engine  # a path that is written in another way than read
+    run = train(words, 2 if engine else 1, cwd=tmp_path)
+    run.folder = tmp_path / "run"
+    losses = column(run.finished(), "eval_loss")
     best, last = min(losses, key=losses.get), max(losses)
     assert last == best + 6 < 36 and losses[best] < losses[0]
     assert "stopping early: no better loss in 2 evaluations (--early_stopping_patience)\n" in run.err
     assert run.info()["results"] | {"eval_losses": 0} == run.info()["results"] | {
         "eval_losses": 0, "steps": last, "best_step": best, "weights_of_step": best}  # fmt: skip
     kept = run.folder / f"checkpoint-{best}" / "model.safetensors"  # the best one stays, beside the newest
-    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", f"checkpoint-{last}"}
+    assert {path.name for path in run.folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-6"}
     old, new = load_file(kept), run.weights()
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     assert run.info()["data"].keys() == {str(data), str(other)}
-    again = train(basic_options(base, data, tmp_path / "run", **options) + engine, 2 if engine else 1)
+    again = train(words, 2 if engine else 1, cwd=tmp_path)
     assert f"this run is finished ({last} steps); nothing to do" in again.err
+
+
+def test_what_is_held_out_is_a_setting_of_the_run(tmp_path):
+    def settings(*words):
+        model_args, data_args, args = parse(*words, "--data_path", "a.json")
+        return trainer.settings_of(args, model_args, data_args, {"a.json": "1", "b.json": "2"})
+
+    plain = settings()
+    for words in (("--val_set_size", 5), ("--eval_data_path", "b.json"), ("--train_on_inputs", "True")):
+        for old, new in ((settings(*words), plain), (plain, settings(*words))):
+            with pytest.raises(UserError, match="its run had other settings"):
+                trainer.check_settings("out", [{"settings": old}], new, False)
+    assert (
+        trainer.check_settings(
+            "out", [{"settings": settings("--val_set_size", 5)}], settings("--val_set_size", 5), False
+        )
+        == []
+    )
 
 
 def test_the_best_is_saved_where_the_best_is_asked_for_and_copies_are_told(base, data, tmp_path):
@@ -209,7 +240,8 @@ def test_axolotls_file_of_options_is_a_command_line(kind, tmp_path, capsys):
         ("- a\n", "it should hold options, as learning_rate: 2e-5"),
         ("learning_rat: 1", "unknown option: --learning_rat (did you mean --learning_rate?)"),
         ("load_in_8bit: true", "--load_in_8bit True is not there; --load_in_4bit True is"),
-        ("datasets: [{path: a, type: sharegpt}]", "datasets: type sharegpt is not there; alpaca is"),
+        ("datasets: [{path: a, type: sharegpt}]", 'datasets: {"path": "a", "type": "sharegpt"}: expected {path, type'),
+        ("datasets: a.json", 'datasets: "a.json": expected {path, type: alpaca}'),
     ],
 )
 def test_a_file_of_options_that_cannot_be_meant(text, said, tmp_path):
@@ -255,7 +287,19 @@ def test_alpaca_lora_trains_adapters_without_being_asked(capsys, monkeypatch):
         0.05,
         ["q_proj", "v_proj"],
     )
-    assert "--base_model without --lora_r: --lora_r 8 --lora_alpha 16 " in capsys.readouterr().err
+    assert "--base_model: as alpaca-lora does --lora_r 8 --lora_alpha 16 " in capsys.readouterr().err
+    args = parse("--base-model", "llama-7b", "--lora-r", 16)[2]
+    assert (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules) == (
+        16,
+        16,
+        0.05,
+        ["q_proj", "v_proj"],
+    )
+    words, _ = trainer.translate_old_options("--batch-size 128 --micro-batch-size 4".split())
+    assert words == "--gradient_accumulation_steps 32 --per_device_train_batch_size 4".split()
+    for wrong in ("--batch_size abc", "--batch_size 8 --micro_batch_size 0"):
+        with pytest.raises(UserError, match="it must be a number of at least 1"):
+            trainer.translate_old_options(wrong.split())
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="--batch_size 128: it is no multiple of micro-batch x processes, 12"):
         trainer.translate_old_options("--batch_size 128 --micro_batch_size 4".split())

@@ -397,6 +397,13 @@ def test_a_module_that_is_not_there_is_named_with_those_that_are(base, tmp_path)
         trainer.add_adapters(bones, args)
 
 
+@pytest.mark.parametrize("options", [{"lora_target_modules": ["self_attn"]}, {"lora_modules_to_save": ["layers"]}])
+def test_a_module_that_cannot_be_adapted_is_one_line(options, base):
+    args = trainer.TrainingArguments("x", use_cpu=True, lora_r=8, **options)
+    with pytest.raises(UserError, match="LoRA: .*; linear layers are down_proj, gate"):
+        trainer.add_adapters(utils.skeleton(utils.load_config(base)), args)
+
+
 @pytest.mark.parametrize("words", ["'[q_proj,v_proj]'", "q_proj,v_proj", "['q_proj', \"v_proj\"]", "[q_proj, v_proj]"])
 def test_names_of_modules_are_read_in_every_way_that_people_write_them(words):
     assert trainer.TrainingArguments("x", use_cpu=True, lora_target_modules=[words]).lora_target_modules == [
