@@ -579,8 +579,9 @@ def read_records(sources, needs_answer=True):
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
                 if "instruction" not in example:
                     last = [message["content"] for message in messages if message["role"] == "user"][-1:]
-                    answer = messages[-1]["content"] if messages[-1]["role"] == "assistant" else ""
-                    fields |= {"instruction": "".join(last), "output": answer}
+                    with contextlib.suppress(ValueError):  # of a question, which need not have an answer
+                        fields["output"] = as_messages(example)[-1]["content"]
+                    fields["instruction"] = "".join(last)
                 records.append({**fields, "source": place, "messages": messages})
                 if not needs_answer:
                     records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}

@@ -546,8 +546,8 @@ def test_every_end_token_of_the_generation_config_ends_an_answer(endless, ask, t
 BAD = {
     7: ('{"instruction": "cut', "not valid JSON, Unterminated string starting at at column 17"),
     30: (
-        '{"question": "a"}',
-        "no instruction; keys found: question; keys expected: instruction, input (optional), output (optional)",
+        '{"words": "a"}',
+        "no instruction; keys found: words; keys expected: instruction, input (optional), output (optional)",
     ),
     55: ("[1, 2]", "a list, expected an object with the keys instruction, input (optional), output"),
     56: ('{"instruction": 3}', "instruction is a number, expected text"),
