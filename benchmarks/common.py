@@ -40,8 +40,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-def build_model(preset, device="cpu", **changes):
-    """A LLaMA with random float32 weights, made on `device`; the same ones every time on the same kind of device.
+def build_model(preset, device="cpu", dtype="float32", **changes):
+    """A LLaMA with random weights of `dtype`, made on `device`; the same ones every time on the same kind of device.
 
     `changes` are of its LlamaConfig.
     """
@@ -51,8 +51,12 @@ def build_model(preset, device="cpu", **changes):
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     common = {"max_position_embeddings": 2048, "tie_word_embeddings": False}
     torch.manual_seed(0)
-    with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**PRESETS[preset] | special | common | changes))
+    torch.set_default_dtype(getattr(torch, dtype))
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(LlamaConfig(**PRESETS[preset] | special | common | changes))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def load_tokenizer(path, window=WINDOW):

@@ -68,10 +68,9 @@ def make_model(args, dtype="float32"):
     """The model of --model or --preset, with weights of this dtype."""
     import torch
 
-    dtype = getattr(torch, dtype)
     if args.model:
-        return common.utils.load_weights(args.model, common.utils.load_config(args.model), dtype)
-    return common.build_model(args.preset).to(dtype)
+        return common.utils.load_weights(args.model, common.utils.load_config(args.model), getattr(torch, dtype))
+    return common.build_model(args.preset, dtype=dtype)
 
 
 def run(arm, rows, args, **options):
@@ -171,10 +170,15 @@ def measure_memory(args, arms=MEMORY_ARMS, bound=MEMORY_OF_PADDED):
 
     def measure(arm):
         with tempfile.TemporaryDirectory() as folder:
-            output = Path(folder, "arm.json")
+            output, few = Path(folder, "arm.json"), Path(folder, "few.json")
+            records = common.utils.read_records([args.data_path])[0][: args.steps * GLOBAL_BATCH + 50]
+            records = [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
+            common.utils.write_json(records, few)  # what the whole file needs would hide what training needs
             names = ("data_path", "tokenizer", "model", "preset", "steps", "threads", "memory_window")
             given = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]
-            words = [word for name, value in given for word in (f"--{name}", str(value))]
+            words = [
+                word for name, value in given for word in (f"--{name}", str(few if name == "data_path" else value))
+            ]
             command = [sys.executable, __file__, *words, "--arm", arm, "--output", str(output)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
