@@ -105,7 +105,7 @@ def test_only_these_options_are_our_own():
     }  # fmt: skip
     assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
     assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == [
-        "data_path", "eval_data_path", "val_set_size", "train_on_inputs", "skip_bad_records",
+        "data_path", "eval_data_path", "val_set_size", "prompt_style", "train_on_inputs", "skip_bad_records",
     ]  # fmt: skip
     assert all(
         f.metadata["help"]

@@ -266,6 +266,7 @@ def test_the_same_run_again_from_its_run_json_and_a_refusal_of_others(runs, base
             trainer.resume_point(again.folder, settings | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("engine", [pytest.param({}, id="single"), pytest.param({"fsdp": FSDP[1]}, id="fsdp", marks=pytest.mark.slow), 
                                     pytest.param({"deepspeed": ZERO3[1]}, id="zero3", marks=pytest.mark.slow)])  # fmt: skip
@@ -292,6 +293,7 @@ def test_modules_trained_whole_are_saved_in_float32(engine, precision, base, dat
     assert run.losses()[-1] < 4 < 6 < run.losses()[0]
 
 
+@pytest.mark.slow
 def test_tied_embeddings_trained_whole_stay_tied(base, data, tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
     config = transformers.LlamaConfig(**{**model.config.to_dict(), "tie_word_embeddings": True})

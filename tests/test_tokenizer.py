@@ -454,7 +454,7 @@ def test_rows_and_prompts_hold_the_begin_token_alone(template, begin, base, toke
     assert data["labels"][0].tolist() == [-100] * len(begin + head) + [*whole[len(head) :], 2]
     assert data["straddling"] == [False, True]
     model = SimpleNamespace(config=transformers.LlamaConfig(vocab_size=1000))
-    talk = SimpleNamespace(style="alpaca", tokenizer=spoilt, model=model, window=512)
+    talk = SimpleNamespace(style="alpaca", tokenizer=spoilt, model=model, window=512, system="")
     assert chat.ids_of_prompt(talk, [question]) == [*begin, *head]
 
 
@@ -491,7 +491,7 @@ def test_a_question_with_such_a_token_is_refused(tokenizer):
     grown = copy.deepcopy(tokenizer)
     grown.add_tokens(["<extra>"], special_tokens=True)
     model = SimpleNamespace(config=transformers.LlamaConfig(vocab_size=1000))
-    talk = SimpleNamespace(style="alpaca", tokenizer=grown, model=model, window=512)
+    talk = SimpleNamespace(style="alpaca", tokenizer=grown, model=model, window=512, system="")
     assert max(chat.ids_of_prompt(talk, [{"instruction": "Go."}])) < 1000
     with pytest.raises(UserError, match="the prompt: token '<extra>' has id 1,000"):
         chat.ids_of_prompt(talk, [{"instruction": "Go <extra>."}])
