@@ -1116,6 +1116,10 @@ simple("number_alone", ("{n}. {t}", "   Input: {t}", "   Output: {t}"), "\n", on
 simple("marks_alone", ("** {t}\n", "** Input:\n{t}\n", "** Output:\n{t}"), heading("\nTask {n}:\n"), one_line)
 simple("item_heading", PLAIN, heading("\nItem #{n} of 20\n"), one_line)
 simple("keycap_heading", PLAIN, heading("\n{n}\ufe0f\u20e3\n"), one_line)
+simple(
+    "numbers_that_do_not_rise", PLAIN, "\n",
+    lambda d: [("Add up.", "3 4", "seven\n\nTotal 7"), ("Add up these.", "1 1", "two\n\nTotal 2"), ("And these.", "2 2", "four\n\nTotal 4")],
+)  # fmt: skip
 simple("roman_heading", PLAIN, lambda n: f"\nTask {['IV', 'V', 'VI', 'VII'][n - 4]}\n", one_line)
 simple("hashes_at_the_end", (*SAME_LINE[:2], "{n}. Output: {t} ###"), "", one_line)
 simple("no_break_spaces", ("{n}.\xa0Instruction:\xa0{t}", "{n}.\xa0Input: {t}", "{n}.\xa0Output: {t}"), "\n", one_line)

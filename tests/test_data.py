@@ -208,6 +208,25 @@ def test_any_number_of_spans_is_encoded_and_only_the_trained_ones_have_labels(ba
     assert tokenizer.decode([label for label in expected if label != IGNORE_INDEX]) == "two three five</s>"
 
 
+def test_a_token_that_straddles_a_border_of_many_is_masked(smiling):
+    """ ":)" is one piece: its ":" is the user's, its ")" the assistant's."""
+    tokenizer = utils.tokenizer_from_sentencepiece(smiling, model_max_length=512)
+    spans = [
+        ("one:", False),
+        (") two</s>", True),
+        ("three: ", False),
+        ("four</s>", True),
+        ("five:", False),
+        (") six</s>", True),
+    ]
+    (row,) = encode([spans], tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(row["input_ids"].tolist())
+    smiles = [i for i, piece in enumerate(pieces) if piece == ":)"]
+    assert len(smiles) == 2 and row["straddling"] is True
+    assert all(row["labels"][i] == IGNORE_INDEX and row["labels"][i + 1] != IGNORE_INDEX for i in smiles)
+    assert len(row["ends"]) == 3 and all(pieces[end - 1] == "</s>" for end in row["ends"])
+
+
 def test_cut_gives_the_example_of_its_docstring():
     whole = row([1, 5, 6, 2], [-100, -100, 6, 2])
     rows, outcomes = cut([whole] * 3, 3)
