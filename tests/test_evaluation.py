@@ -144,6 +144,7 @@ def test_what_is_held_out_is_a_setting_of_the_run(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_best_is_saved_where_the_best_is_asked_for_and_copies_are_told(base, data, tmp_path):
     records = write_records(tmp_path / "held.json", make_records(3) + [{"instruction": "Say a.", "output": "b"}])
     options = {"eval_data_path": records, "save_strategy": "best", "eval_strategy": "epoch", "num_train_epochs": 2}

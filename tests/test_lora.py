@@ -200,10 +200,9 @@ def test_the_adapters_are_what_the_engine_itself_has_saved(runs, name):
     assert difference(adapters(folder), states) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deepspeed_ready")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "fsdp checkpointing" else pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_ends_in_the_same_bits(runs, name, base, data, tmp_path):
     unbroken = runs(name)
     folder = tmp_path / "again"
