@@ -208,9 +208,8 @@ def mean_row(tensor):
     return torch.cat(slices)
 
 
-Lora = collections.namedtuple(
-    "Lora", "a b scaling embedding magnitude", defaults=[None]
-)  # of one weight; see `lora_product`, `merge`
+# What an adapter adds to one weight; see `lora_product` and `merge`.
+Lora = collections.namedtuple("Lora", "a b scaling embedding magnitude", defaults=[None])
 Rows = collections.namedtuple("Rows", "tensor indices")  # some rows of a weight, and their numbers
 
 
@@ -257,12 +256,9 @@ def merged_rows(part):
         some = (a[:, first:last], b) if lora.embedding else (a, b[first:last])
         product = lora_product(*some, lora.scaling, lora.embedding)
         for start, stop in row_blocks((last - first, *part.shape[1:]), "float32"):
-            place = slice(first + start, first + stop)
-            base, norm = (
-                read_tensor(part.base, place.start, place.stop, dtype),
-                None if magnitude is None else magnitude[place],
-            )
-            yield place.start, place.stop, merge(base, product[start:stop], lora.embedding, norm)
+            base = read_tensor(part.base, first + start, first + stop, dtype)
+            norms = None if magnitude is None else magnitude[first + start : first + stop]
+            yield first + start, first + stop, merge(base, product[start:stop], lora.embedding, norms)
 
 
 def check_rows(rows, part, start, stop):

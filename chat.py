@@ -4,8 +4,8 @@
     python chat.py --model_name_or_path OUT --instruction "Sort these." --input "b, a"   # one answer
     python chat.py --model_name_or_path OUT < questions.jsonl > answers.jsonl            # many, in batches
 
-Reads a model folder or LoRA adapters, whose run.json names the prompt style, and questions: lines of text, or JSON records
-{instruction, input (optional)}. Answers go to stdout, those of many questions as JSON Lines; all else to stderr.
+Reads a model folder or LoRA adapters, whose run.json names the prompt style, and questions: lines of text, or JSON
+records {instruction, input (optional)}. Answers go to stdout, those of many questions as JSON Lines; all else to stderr.
 """
 
 import argparse
@@ -55,23 +55,21 @@ def parse_arguments(words):
     args = utils.parse_options(parser, words)
     drawn = [name for name in ("temperature", "top_p", "top_k") if getattr(args, name)]
     known = ", ".join(PROMPT_STYLES)
-    wrong = [
-        (args.prompt_style not in (None, *PROMPT_STYLES), f"--prompt_style {args.prompt_style} is none of {known}"),
-        (args.instruction is not None and args.data_path, "--instruction and --data_path exclude each other"),
-        (args.instruction is not None and not args.instruction.strip(), "--instruction is empty"),
-        (args.input and args.instruction is None, "--input needs an --instruction"),
-        (args.max_new_tokens < 1, "--max_new_tokens must be at least 1"),
-        (args.batch_size < 1, "--batch_size must be at least 1"),
-        (args.temperature is not None and not 0 <= args.temperature < 100, "--temperature must be at least 0"),
-        (args.top_p is not None and not 0 < args.top_p <= 1, "--top_p must be above 0 and at most 1"),
-        (args.top_k is not None and args.top_k < 0, "--top_k must be at least 0"),
-        (not 0 < args.repetition_penalty < 100, "--repetition_penalty must be above 0"),
-        (args.do_sample is False and drawn, f"--do_sample False and --{', --'.join(drawn)} contradict each other"),
-        (args.do_sample and args.temperature == 0, "--do_sample and --temperature 0 contradict each other"),
-    ]
-    problems = [text for is_wrong, text in wrong if is_wrong]
-    if problems:
-        raise UserError("; ".join(problems))
+    wrong = {
+        f"--prompt_style {args.prompt_style} is none of {known}": args.prompt_style not in (None, *PROMPT_STYLES),
+        "--instruction and --data_path exclude each other": args.instruction is not None and args.data_path,
+        "--instruction is empty": args.instruction is not None and not args.instruction.strip(),
+        "--input needs an --instruction": args.input and args.instruction is None,
+        "--max_new_tokens must be at least 1": args.max_new_tokens < 1,
+        "--batch_size must be at least 1": args.batch_size < 1,
+        "--temperature must be at least 0": args.temperature is not None and not 0 <= args.temperature < 100,
+        "--top_p must be above 0 and at most 1": args.top_p is not None and not 0 < args.top_p <= 1,
+        "--top_k must be at least 0": args.top_k is not None and args.top_k < 0,
+        "--repetition_penalty must be above 0": not 0 < args.repetition_penalty < 100,
+        f"--do_sample False and --{', --'.join(drawn)} contradict each other": args.do_sample is False and drawn,
+        "--do_sample and --temperature 0 contradict each other": args.do_sample and args.temperature == 0,
+    }
+    utils.refuse_all(wrong)
     args.do_sample = bool(args.do_sample or drawn) and args.temperature != 0
     return args
 
@@ -315,7 +313,7 @@ def load_chat(args):
         transformers.utils.logging.disable_progress_bar()
     name = args.model_name_or_path
     style, reason = prompt_style(args.prompt_style, name)
-    adapted = utils.check_model(name, allowed=("a LoRA adapter",)) and name
+    adapted = Path(name, "adapter_config.json").is_file() and utils.check_model(name, allowed=("a LoRA adapter",))
     base = base_of(Path(name), args.base) if adapted else name
     if args.base and not adapted:
         say(f"--base: {name} is a whole model and needs none; ignored")
@@ -351,17 +349,8 @@ def load_chat(args):
         say(f"sampling: {', '.join(f'{key} {value:g}' for key, value in chosen.items())}, seed {args.seed}")
         torch.manual_seed(args.seed)
     window = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return Chat(
-        model,
-        tokenizer,
-        style,
-        window,
-        options,
-        frozenset(ends),
-        make_to_bytes(tokenizer),
-        args.system,
-        tuple(args.stop),
-    )
+    to_bytes, more = make_to_bytes(tokenizer), {"system": args.system, "stops": tuple(args.stop)}
+    return Chat(model, tokenizer, style, window, options, frozenset(ends), to_bytes, **more)
 
 
 def ids_of_prompt(chat, turns):
@@ -376,7 +365,7 @@ def ids_of_prompt(chat, turns):
         if chat.system and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": chat.system})
         if chat.style == "alpaca" and (chat.system or is_whole):
-            raise UserError("Alpaca's prompt has no place for earlier turns or a system's; give another --prompt_style")
+            raise ValueError(utils.NO_PLACE)
         prompt = "".join(text for text, _ in utils.spans(chat.style, messages, chat.tokenizer))
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -15,7 +15,7 @@ import transformers
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from utils import UserError, first_line, free_host_memory, read_json, say, size_of, skeleton
+from utils import UserError, first_line, free_host_memory, read_json, refuse_all, say, size_of, skeleton
 
 
 def fit_device(args):
@@ -213,8 +213,7 @@ def check_adapter_options(args, dtype):
         f"--lora_alpha {args.lora_alpha:g}: it must be more than 0": args.lora_alpha <= 0,
         f"--lora_dropout {args.lora_dropout:g}: it must be at least 0 and below 1": not 0 <= args.lora_dropout < 1,
     }
-    if problems := [text for text, is_so in wrong.items() if is_so]:
-        raise UserError("; ".join(problems))
+    refuse_all(wrong)
 
 
 def in_4bit(args):

@@ -316,17 +316,16 @@ def with_usual_labels(text):
 
     It lacks one where the line above each input has the next number, or the input's own marks, or all have one word.
     """
-    kinds, places = {}, {}
+    labels = {}
     for m in ANY_LABEL.finditer(text):
-        places.setdefault(int(m["number"]), []).append(m.span("word"))
-        kinds.setdefault(int(m["number"]), []).append(m["word"].lower())
+        labels.setdefault(int(m["number"]), []).append(m)
+    kinds = {number: [m["word"].lower() for m in found] for number, found in labels.items()}
     usual = max(kinds.values(), key=len, default=[])
     full = sum(words == usual for words in kinds.values())
     partial = [number for number, words in kinds.items() if words == usual[1:]]  # behind the head in the prompt
     if len(usual) == 3 and full + len(partial) == len(kinds) >= 2 and partial in ([], [min(kinds)]):
-        found = [
-            (span, name) for spans in places.values() for span, name in zip(spans, FIELDS[-len(spans) :], strict=True)
-        ]
+        pairs = (zip(found, FIELDS[-len(found) :], strict=True) for found in labels.values())
+        found = [(m.span("word"), name) for pair in pairs for m, name in pair]
     else:
         found = [((place, place), "instruction") for place in bare_instructions(text)]
     for (start, end), name in sorted(found, reverse=True):
@@ -477,14 +476,8 @@ def read_blocks(text, shown):
         if is_wire and ends and above and above[-1][0] != separator[-1]:
             loose = ["heading"]  # half of a separator, or the heading of a task that was cut
         task, reason = read_block(text[start:stop], start, head, inside, chosen, spans)
-        is_apart = (
-            FAREWELL.search(rest)
-            or TO_THE_READER.match(rest)
-            or OPENED.match(rest)
-            or re.match(r"\W{0,4}\d", rest)
-            or find_markers(rest)
-        )
-        if rest and not is_apart:
+        looks = (FAREWELL.search, TO_THE_READER.match, OPENED.match, re.compile(r"\W{0,4}\d").match, find_markers)
+        if rest and not any(look(rest) for look in looks):
             loose = ["heading"]  # it may be the output's own
         if task and is_last and not ends:
             task, rest = without_farewell(task)
@@ -659,13 +652,15 @@ def unquote(tasks):
     tasks = [dict(task) for task in tasks]
     halves = [(re.escape(wrap[: len(wrap) // 2]), re.escape(wrap[len(wrap) // 2 :])) for wrap in WRAPS]
     wraps = [re.compile(rf"{first}((?:\\.|(?!{first}|{last}).)+){last}", re.DOTALL) for first, last in halves]
+    quotes = wraps[WRAPS.index('""')]  # in which a quotation mark of the text is escaped
     for wrap in wraps:
         marked = [task for task in tasks if wrap.fullmatch(task["instruction"])]
         if len(marked) > 1 and len(marked) * 3 >= len(tasks) * 2:
             for key, around in itertools.product(FIELDS, wraps):
                 if all(not task[key] or around.fullmatch(task[key]) for task in marked):
                     for task in marked:
-                        task[key] = around.sub(r"\1", task[key]).replace('\\"' if wrap is wraps[4] else "\0", '"')
+                        bare = around.sub(r"\1", task[key])
+                        task[key] = bare.replace('\\"', '"') if wrap is quotes else bare
     fence = re.compile(r"```\n((?:(?!```).)+)\n```", re.DOTALL)
     if len(tasks) > 1 and all(fence.fullmatch(task[key]) for task in tasks for key in ("input", "output")):
         tasks = [task | {key: fence.sub(r"\1", task[key]) for key in ("input", "output")} for task in tasks]

@@ -208,7 +208,7 @@ def words_of_file(path):
                     raise UserError(f"{path}: datasets: {json.dumps(one)[:80]}: expected {{path, type: alpaca}}")
                 words += ["--data_path", str(one["path"])]
                 ignored += [f"datasets.{key}" for key in one if key not in ("path", "type")]
-        elif key in GONE.split() and key not in NOT_HERE and value is not None:
+        elif OLD_OPTIONS.get(key) == "" and key not in NOT_HERE and value is not None:
             ignored.append(key)
         elif value is not None:
             key = {"base_model": "model_name_or_path"}.get(key, key)
@@ -235,11 +235,8 @@ class DataArguments:
     data_path: list[str] | None = option(None, "JSON or JSON Lines files; given again, it adds.", action="extend")
     eval_data_path: list[str] | None = option(None, "The same for records to evaluate on.", action="extend")
     val_set_size: float = option(0, "Records held out to evaluate on: a number, or a share below 1.")
-    prompt_style: str | None = option(
-        None,
-        "alpaca, vicuna_v0, vicuna_v1.1, llama2 or chat_template; by default alpaca for "
-        "Alpaca's records, vicuna_v1.1 for conversations.",
-    )
+    prompt_style: str | None = option(None, "alpaca, vicuna_v0, vicuna_v1.1, llama2 or chat_template; by default alpaca "
+        "for Alpaca's records, vicuna_v1.1 for conversations.")  # fmt: skip
     train_on_inputs: bool = option(False, "Train the prompts too, which alpaca-lora did and Stanford Alpaca did not.")
     skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
 
@@ -377,8 +374,7 @@ def plan_evaluation(options):
         f"--metric_for_best_model {metric}: there is the loss only": metric not in (None, "loss", "eval_loss"),
         "--greater_is_better: the lower loss is": options.greater_is_better,
     }
-    if problems := [text for text, is_so in wrong.items() if is_so]:
-        raise UserError("; ".join(problems))
+    utils.refuse_all(wrong)
     if not has_none and options.eval_strategy == "no":
         is_by_steps = options.eval_steps or (options.load_best_model_at_end and options.save_strategy == "steps")
         options.eval_strategy = "steps" if is_by_steps else "epoch"
@@ -402,8 +398,7 @@ def refuse_options(args):
         f"--accelerator_config: gradient_accumulation_kwargs {accumulation} would change what a step is; give "
         "--gradient_accumulation_steps": accumulation,
     }
-    if problems := [text for text, is_so in wrong.items() if is_so]:
-        raise UserError("; ".join(problems))
+    utils.refuse_all(wrong)
 
 
 # --- Records to rows, rows to micro-batches --------------------------------------------------------------------------
@@ -564,7 +559,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
             raise UserError(f"{len(problems)} of {count} records cannot be used: {shown}; {cure}")
         if not records:
             raise UserError(f"{', '.join(map(str, paths))}: no record can be used: {problems[0]}")
-        self.style, self.styles = collections.Counter(styles).most_common(1)[0][0], styles
+        self.style = collections.Counter(styles).most_common(1)[0][0]  # which chat.py is to talk in
         turns = sum(trained for spans in conversations for _, trained in spans)
         if train_all:
             conversations = [[(text, True) for text, _ in spans] for spans in conversations]
@@ -575,9 +570,8 @@ class SupervisedDataset(torch.utils.data.Dataset):
         rows, outcomes = cut(rows, tokenizer.model_max_length)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused}
-        self.report |= report_of(records, rows, outcomes, kept, tokenizer) | {
-            "turns": {"in all": turns, **turns_of(rows, kept)}
-        }
+        self.report |= report_of(records, rows, outcomes, kept, tokenizer)
+        self.report["turns"] = {"in all": turns, "trained": turns_of(rows, kept)}
         for line in account(self.report, tokenizer.model_max_length):
             say(line)
         if not kept:
@@ -605,13 +599,15 @@ class SupervisedDataset(torch.utils.data.Dataset):
 def report_of(records, rows, outcomes, kept, tokenizer):
     """What a `SupervisedDataset.report` says of rows that were read and cut; `kept` are the numbers of those kept."""
     name, special = [record["source"] for record in records], [token for token in tokenizer.all_special_tokens if token]
-    said = [" ".join(m["content"] + (m.get("input") or "") for m in record["messages"]) for record in records]
+    said = [[text for m in records[i]["messages"] for text in (m["content"], m.get("input") or "")] for i in kept]
     return {
         "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
         "truncated": [name[i] for i, outcome in enumerate(outcomes) if outcome == "truncated"],
         "straddling": [name[i] for i in kept if rows[i]["straddling"]],
         "empty_output": [name[i] for i in kept if not records[i]["messages"][-1]["content"]],
-        "special_tokens": [name[i] for i in kept if any(token in said[i] for token in special)],
+        "special_tokens": [
+            name[i] for i, texts in zip(kept, said, strict=True) if any(token in t for t in texts for token in special)
+        ],
         "end_token_trained": sum(int(rows[i]["labels"][-1]) == tokenizer.eos_token_id for i in kept),
         "kinds": dict(collections.Counter(utils.kind_of(record["messages"]) for record in records)),
     }
@@ -619,10 +615,7 @@ def report_of(records, rows, outcomes, kept, tokenizer):
 
 def turns_of(rows, kept):
     """How many turns of the rows that are kept are trained: a row without `ends` has one."""
-    ends = [rows[i].get("ends", [1]) for i in kept]
-    return {
-        "trained": sum(end <= len(rows[i]["labels"]) for i, places in zip(kept, ends, strict=True) for end in places)
-    }
+    return sum(end <= len(rows[i]["labels"]) for i in kept for end in rows[i].get("ends", [1]))
 
 
 def render(records, tokenizer, style=None):
@@ -636,9 +629,7 @@ def render(records, tokenizer, style=None):
         chosen = style or ("vicuna_v1.1" if is_conversation else "alpaca")
         try:
             if chosen == "alpaca" and is_conversation:
-                raise ValueError(
-                    "Alpaca's prompt has no place for earlier turns or a system's; give another --prompt_style"
-                )
+                raise ValueError(utils.NO_PLACE)
             conversations.append(utils.spans(chosen, record["messages"], tokenizer))
             kept.append(record)
             styles.append(chosen)
@@ -965,6 +956,13 @@ def repair_ids(model, tokenizer):
         say(f"config: {', '.join(changed)}")
 
 
+def keep_unpacked(model):
+    """Let no forward without gradients pack 4-bit weights anew, for good, on a CPU: no gradient would pass from then on."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def load_model(model_args, args, config, tokenizer):
     """The base model with fp32 master weights and with special ids that are the tokenizer's."""
     dtype = getattr(torch, model_args.dtype or "float32")  # transformers 5 would take the files' fp16 and train in it
@@ -973,9 +971,7 @@ def load_model(model_args, args, config, tokenizer):
     else:
         more = engines.in_4bit(args) if args.load_in_4bit else {}
         model = utils.load_weights(model_args.model_name_or_path, config, dtype, args.cache_dir, **more)
-        for module in model.modules():  # else a forward without gradients packs weights anew, for good, and inexactly:
-            if hasattr(module, "support_avx512bf16_for_cpu"):  # no gradient passes through them from then on
-                module.support_avx512bf16_for_cpu = False
+        keep_unpacked(model)
     repair_ids(model, tokenizer)
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
         smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
@@ -1024,7 +1020,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.signal = self.stopped_by = 0  # a number: what this process heard, what any of them had heard at a step
         self.saved_at = -1  # the step of the last checkpoint
         super().__init__(*arguments, **keywords)
-        self.layout = ""  # of micro-batches: see engines.choose_layout
+        self.layout, self.unwanted = "", ()  # of micro-batches, see engines.choose_layout; what no forward takes
         named = self.model.named_parameters(remove_duplicate=False)  # before wrapping
         self.num_adapted = sum(parameter.requires_grad for _, parameter in named) if self.args.lora_r else 0
         self.add_callback(self)
@@ -1038,6 +1034,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         self.progress["step"] = state.global_step
         args.eval_on_start = self.eval_dataset is not None and not state.global_step  # what training has to better
         self.layout, attention, compute = engines.choose_layout(self, self.progress["longest"])
+        self.unwanted = engines.BORDERS if self.layout == "flat, masked" else ()
         if self.layout == "padded" and self.data_collator is flatten:
             self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
@@ -1073,24 +1070,26 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         batches = train_dataloader.batch_sampler
         sampler = getattr(getattr(batches, "batch_sampler", batches), "sampler", None)
         if isinstance(sampler, LengthGroupedSampler):
-            epoch = state.global_step // (len(self.train_dataset) // engines.global_batch(args))
+            epoch = state.global_step // self.steps_in_an_epoch()
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, and the number of its targets on all processes."""
         batches, targets = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.step_rows = [row for batch in batches for row in batch.pop("rows").tolist()]
-        if self.layout == "flat, masked":  # its forward may not take them
-            batches = [{key: value for key, value in batch.items() if key not in engines.BORDERS} for batch in batches]
+        if self.unwanted:
+            batches = [{key: value for key, value in batch.items() if key not in self.unwanted} for batch in batches]
         # FSDP would round a float to 16 bits: 1986 targets to 1984.
         self.step_targets = targets.long() if torch.is_tensor(targets) else targets
         return batches, self.step_targets
 
+    def steps_in_an_epoch(self):
+        return len(self.train_dataset) // engines.global_batch(self.args)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add the loss of a micro-batch and its targets to the sums of the evaluation; all processes take part."""
-        inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key != "rows"}
-        if self.layout == "flat, masked":
-            inputs = {key: value for key, value in inputs.items() if key not in engines.BORDERS}
+        unwanted = ("rows", *self.unwanted)
+        inputs = {key: value for key, value in self._prepare_inputs(inputs).items() if key not in unwanted}
         labels = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = model(**inputs, use_cache=False).loss
@@ -1165,8 +1164,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         loss, self.stopped_by = heard[:, 0].mean().item(), int(heard[:, 1].max())
         self.control.should_log = True  # loss.csv has a row for every step
         if self.args.eval_strategy != "no":  # an epoch's end too: before the checkpoint, which then knows of it
-            an_epoch = len(self.train_dataset) // engines.global_batch(self.args)
-            is_end = self.args.eval_strategy == "epoch" and self.state.global_step % an_epoch == 0
+            is_end = self.args.eval_strategy == "epoch" and self.state.global_step % self.steps_in_an_epoch() == 0
             is_last = self.state.global_step == self.state.max_steps
             self.control.should_evaluate |= is_last or (is_end and self.state.epoch >= (self.args.eval_delay or 0))
             self.control.should_evaluate &= not self.stopped_by
@@ -1547,6 +1545,19 @@ def write_adapters(trainer, adapters, folder):
     check_weights(folder, adapters)
 
 
+def write_whole(trainer, model, weights, folder):
+    """Write a whole model, its config and the tokenizer into `folder`; check that all weights are there."""
+    model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
+    changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": getattr(trainer, "use_cache", True)}
+    config = utils.read_json(folder / "config.json") | changes
+    utils.jdump(config, folder / "config.json", indent=2)  # of the masters, and of training, the library's are
+    trainer.processing_class.save_pretrained(folder)
+    base = model.name_or_path
+    if base and (source := utils.find_sentencepiece(base, trainer.args.cache_dir)):  # llama.cpp wants it
+        shutil.copyfile(source, folder / source.name)
+    check_weights(folder, weights)
+
+
 def write_model(trainer, weights, folder):
     """Write weights, config and tokenizer into `folder`, and check them; returns the names of the files.
 
@@ -1562,18 +1573,9 @@ def write_model(trainer, weights, folder):
     with utils.hidden_folder(Path(folder, ".saving"), folder) as staging:
         if is_adapted:
             write_adapters(trainer, weights, staging)
-            trainer.state.save_to_json(str(staging / "trainer_state.json"))
-            return sorted(path.name for path in staging.iterdir())
-        model.save_pretrained(staging, state_dict=dict(weights), max_shard_size="5GB", save_original_format=False)
-        changes = {"dtype": str(engines.save_dtype(trainer.args))[6:], "use_cache": getattr(trainer, "use_cache", True)}
-        config = utils.read_json(staging / "config.json") | changes
-        utils.jdump(config, staging / "config.json", indent=2)  # of the masters, and of training, the library's are
-        trainer.processing_class.save_pretrained(staging)
-        base = model.name_or_path
-        if base and (source := utils.find_sentencepiece(base, trainer.args.cache_dir)):  # llama.cpp wants it
-            shutil.copyfile(source, staging / source.name)
+        else:
+            write_whole(trainer, model, weights, staging)
         trainer.state.save_to_json(str(staging / "trainer_state.json"))
-        check_weights(staging, weights)
         return sorted(path.name for path in staging.iterdir())
 
 
@@ -1658,24 +1660,19 @@ def finish(trainer, run):
     results |= {"first_loss": losses[0], "last_loss": losses[-1], "mean_loss": sum(losses) / len(losses)}
     results |= {"engine": engines.engine_name(args), "processes": args.world_size, "dtypes": trainer.dtypes}
     evaluated = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-    is_best, written = args.load_best_model_at_end and state.best_model_checkpoint, state.global_step
+    held = ""
     if evaluated:
+        is_best, best = args.load_best_model_at_end and state.best_model_checkpoint, min(evaluated, key=evaluated.get)
         written = int(state.best_model_checkpoint.rpartition("-")[2]) if is_best else state.global_step
-        best = min(evaluated, key=evaluated.get)
         results |= {"eval_losses": evaluated, "best_step": best, "weights_of_step": written}
-    run |= {
-        "status": "finished",
-        "results": results,
-        "files": [*names, *(name for name in CURVES if (folder / name).is_file())],
-    }
+        which = f"{'best' if is_best else 'last'} weights, those of step {written}"
+        held = f"; held-out loss {evaluated.get(written, math.nan):.4f} of the {which}"
+        held += "; the untrained model had less" * (best == 0)
+    names += [name for name in CURVES if (folder / name).is_file()]
+    run |= {"status": "finished", "results": results, "files": names}
     utils.write_json(run, folder / "run.json")
     sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
-    what, held = "adapters" if trainer.num_adapted else "model", ""
-    if evaluated:
-        held = (
-            f"; held-out loss {evaluated.get(written, math.nan):.4f} of the {'best' if is_best else 'last'} weights, "
-        )
-        held += f"those of step {written}" + "; the untrained model had less" * (best == 0)
+    what = "adapters" if trainer.num_adapted else "model"
     print(f"{folder}: {what} saved ({utils.size_of(sum(sizes))} {dtype}), last loss {losses[-1]:.4f}{held}", flush=True)
 
 
@@ -1685,10 +1682,8 @@ def finish(trainer, run):
 def make_trainer(model, args, dataset, held_out, tokenizer, run, progress):
     """The Trainer of the run, which takes over the deletion of old checkpoints."""
     num_kept, args.save_total_limit = args.save_total_limit, None
-    config, words = (
-        model.config,
-        {"processing_class": tokenizer, "train_dataset": dataset.rows(engines.global_batch(args))},
-    )
+    config, words = model.config, {"processing_class": tokenizer}
+    words["train_dataset"] = dataset.rows(engines.global_batch(args))
     words["eval_dataset"] = held_out and held_out.rows(args.per_device_eval_batch_size * args.world_size)
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn

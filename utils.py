@@ -414,6 +414,9 @@ ROLES = {
     for word in words.split()
 }
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
+SURROGATE = re.compile("[\ud800-\udfff]")
+HALF = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
+TALKS = {*TURNS, *sum(PAIRS, ()), "text"}  # the keys of a record without an instruction
 
 
 def text_of_turn(value, where):
@@ -422,9 +425,8 @@ def text_of_turn(value, where):
         value = "".join(part["text"] for part in value)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where} is {json_type(value)}, expected text")
-    if value and re.search("[\ud800-\udfff]", value):
-        half = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
-        raise ValueError(f"{where} holds {half}")
+    if value and SURROGATE.search(value):
+        raise ValueError(f"{where} holds {HALF}")
     return value or ""
 
 
@@ -436,13 +438,12 @@ def conversation(record, key, needs_answer):
     """
     messages, said = [], text_of_turn(record.get("system"), "system")
     tools = record.get("tools") or []
-    if isinstance(tools, str):
-        tools = json.loads(tools) if tools.strip() else []
+    tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
     if said or tools:
         messages.append({"role": "system", "content": said} | ({"tools": tools} if tools else {}))
     for number, turn in enumerate(record[key], 1):
-        where, names = f"{key}, turn {number}", TURNS[key] if isinstance(turn, dict) and TURNS[key][0] in turn else None
-        names = names or next((pair for pair in TURNS.values() if isinstance(turn, dict) and pair[0] in turn), None)
+        where, keys = f"{key}, turn {number}", turn if isinstance(turn, dict) else ()
+        names = next((pair for pair in (TURNS[key], *TURNS.values()) if pair[0] in keys), None)
         if names is None:
             what = f"has no {TURNS[key][0]}" if isinstance(turn, dict) else f"is {json_type(turn)}"
             raise ValueError(f"{where} {what}; expected {{{TURNS[key][0]}, {TURNS[key][1]}}}")
@@ -509,9 +510,8 @@ def as_messages(record, needs_answer=True):
         value = record.get(key)
         if not isinstance(value, str) and (value is not None or key in needed):
             raise ValueError(f"{key} is {json_type(value)}, expected text")
-        if value and re.search("[\ud800-\udfff]", value):
-            half = "a lone surrogate (half of a character, such as \\ud83d), which has no UTF-8 form"
-            raise ValueError(f"{key} holds {half}")
+        if value and SURROGATE.search(value):
+            raise ValueError(f"{key} holds {HALF}")
     earlier, history = [], record.get("history") or []
     if record.get("system") or history:
         if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
@@ -578,15 +578,14 @@ def read_records(sources, needs_answer=True):
                     continue
                 fields = {key: example.get(key) or "" for key in ("instruction", "input", "output")}
                 if "instruction" not in example:
-                    last = [message["content"] for message in messages if message["role"] == "user"][-1:]
+                    fields["instruction"] = "".join([m["content"] for m in messages if m["role"] == "user"][-1:])
                     with contextlib.suppress(ValueError):  # of a question, which need not have an answer
-                        fields["output"] = as_messages(example)[-1]["content"]
-                    fields["instruction"] = "".join(last)
+                        fields["output"] = (messages if needs_answer else as_messages(example))[-1]["content"]
                 records.append({**fields, "source": place, "messages": messages})
                 if not needs_answer:
                     records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}
                 if not KNOWN.issuperset(example):
-                    used = KNOWN | set(() if "instruction" in example else (*TURNS, "text", *sum(PAIRS, ())))
+                    used = KNOWN if "instruction" in example else KNOWN | TALKS
                     texts = [k for k, v in example.items() if k not in used and v and isinstance(v, (str, list, dict))]
                     records[-1] |= {"unused": texts} if texts else {}
     return records, problems
@@ -597,15 +596,13 @@ def unused_keys(records):
     return dict(collections.Counter(key for record in records for key in record.get("unused", ())).most_common())
 
 
+NO_PLACE = "Alpaca's prompt has no place for earlier turns or a system's; give another --prompt_style"
 # "prompt_style" in a model's run.json is one of these names; each with the texts that end an answer, beside the end
 # token: the next turn's head in Alpaca's and Vicuna v0's (FastChat's stop_str), the end token spelled out in the others.
 PROMPT_STYLES = {
-    "alpaca": ("### Instruction:",),
-    "vicuna_v0": ("###",),
-    "vicuna_v1.1": ("</s>",),
-    "llama2": ("</s>",),
+    "alpaca": ("### Instruction:",), "vicuna_v0": ("###",), "vicuna_v1.1": ("</s>",), "llama2": ("</s>",),
     "chat_template": (),
-}
+}  # fmt: skip
 
 # Wire formats, byte for byte. Vicuna's: FastChat's docs/vicuna_weights_version.md; v0 as its train.py of March 2023
 # wrote it, whose models write the ### of the next turn, v1.1 as its conversation.py joins it. Llama 2's: the chat of
@@ -622,9 +619,14 @@ TURN_STYLES = {
 }
 
 
+def content_of(message):
+    """The text of a message, with its input after an empty line."""
+    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
+
+
 def words_of(message):
-    """The text of a message where no template renders it: with its input, the tools there are, the calls made."""
-    parts = [message["content"], message.get("input")]
+    """The text of a message where no template renders it: `content_of`, the tools there are, the calls made."""
+    parts = [content_of(message)]
     if tools := message.get("tools"):
         parts.append(f"Tools:\n{json.dumps(tools, ensure_ascii=False)}")
     for call in message.get("tool_calls") or ():
@@ -649,7 +651,7 @@ def template_spans(messages, tokenizer):
     tools = messages[0].get("tools")
     plain = [{key: value for key, value in message.items() if key not in ("tools", "input")} for message in messages]
     for message, made in zip(messages, plain, strict=True):
-        made["content"] = "\n\n".join(filter(None, (message["content"], message.get("input"))))
+        made["content"] = content_of(message)
     plain = plain[1:] if plain[0] == {"role": "system", "content": ""} else plain
 
     def render(count, ask):
@@ -668,9 +670,8 @@ def template_spans(messages, tokenizer):
             continue
         end = whole.find(tokenizer.eos_token, len(head), len(tail))
         if end < 0:
-            raise ValueError(
-                f"the chat template ends no turn with {tokenizer.eos_token}: a model would not learn to stop"
-            )
+            why = "a model would not learn to stop"
+            raise ValueError(f"the chat template ends no turn with {tokenizer.eos_token}: {why}")
         end += len(tokenizer.eos_token)
         parts += [(whole[position : len(head)], False), (whole[len(head) : end], True)]
         position = end
@@ -704,16 +705,14 @@ def spans(style, messages, tokenizer=None):
     ends = {"</s>": tokenizer.eos_token, "<s>": tokenizer.bos_token} if tokenizer is not None else {}
     for text, own in ends.items():
         question, reply = (part.replace(text, own) if own else part for part in (question, reply))
-    parts = []
-    for number, message in enumerate(messages):
-        text, is_answer = words_of(message), message["role"] == "assistant"
-        if not number and style == "llama2":  # its system's message stands in the first turn, which encode begins
-            text, begin = (frame.format(system) if system else "") + text, question.index("[INST]")
-            parts.append((question[begin:].replace("{}", text), False))
-        else:
-            parts.append(((reply if is_answer else question).replace("{}", text), is_answer))
-    if style != "llama2":
-        parts[0] = (frame.format(system) + parts[0][0], False)
+    parts, begin = [], frame.format(system) if system else ""
+    for message in messages:
+        is_answer = message["role"] == "assistant"
+        parts.append(((reply if is_answer else question).replace("{}", words_of(message)), is_answer))
+    first = parts[0][0]
+    if style == "llama2":  # its system's message stands in the first turn, which encode begins
+        first, begin = first.partition("[INST] ")[2], f"[INST] {begin}"
+    parts[0] = (begin + first, False)
     return parts
 
 
@@ -747,6 +746,12 @@ def parse_options(parser, words):
     if rest:
         raise unknown_options(rest, [name for action in parser._actions for name in action.option_strings])
     return args
+
+
+def refuse_all(wrong):
+    """Raise one UserError of all texts of {text: whether it is so} that are."""
+    if problems := [text for text, is_so in wrong.items() if is_so]:
+        raise UserError("; ".join(problems))
 
 
 def truth(word):
@@ -1191,13 +1196,8 @@ GIB = 2**30
 COMPLETE = "complete.json"  # written into a checkpoint folder last, by one process, after all have written theirs
 LOCK = ".lock"  # in a folder that a run has claimed
 # Without these a folder does not load.
-LAST_FILES = (
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "params.json",
-    "config.json",
-    "adapter_config.json",
-)
+LAST_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json", "params.json")
+LAST_FILES += ("config.json", "adapter_config.json")
 
 
 def claim_folder(folder, name=None):

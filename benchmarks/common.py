@@ -96,6 +96,12 @@ def make_records(count, path):
     utils.write_json(records, path)
 
 
+def read_plain(data_path):
+    """The records of a file as {instruction, input, output}."""
+    records = utils.read_records([data_path])[0]
+    return [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
+
+
 def read_texts(data_path, eos_token, count):
     """The prompts and the answers, end token included, of the first `count` records; all of them for None."""
     records = utils.read_records([data_path])[0][:count]
@@ -151,8 +157,8 @@ def train_arm(recipe, model, rows, tokenizer, micro_batch, accumulation, skip=1,
     """Train one epoch of `rows` by a recipe of LAYOUTS under the real Trainer, and time the steps.
 
     `rows` must fill whole optimizer steps. `tokenizer` needs no more than pad_token_id and eos_token_id; `options` are
-    are of TrainingArguments, and `lora_r` for LoRA on the model as it is. Returns {losses, step_seconds}; the first `skip` steps, with their warming up, have no
-    seconds. Raises RuntimeError where the micro-batches have another layout than the recipe's.
+    are of TrainingArguments, and `lora_r` for LoRA on the model as it is. Returns {losses, step_seconds};
+    the first `skip` steps, with their warming up, have no seconds. Raises RuntimeError where the micro-batches have another layout than the recipe's.
     """
     import original_recipe
     import torch

@@ -314,6 +314,8 @@ def in_4bit(model):
     import bitsandbytes
     import torch
 
+    import train
+
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
@@ -321,8 +323,8 @@ def in_4bit(model):
                 kind = {"compress_statistics": True, "quant_type": "nf4"}
                 new = bitsandbytes.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.bfloat16, **kind)
                 new.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, **kind)
-                new.support_avx512bf16_for_cpu = False
                 setattr(parent, name, new.to(module.weight.device))
+    train.keep_unpacked(model)
     return model
 
 

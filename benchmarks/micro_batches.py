@@ -167,12 +167,11 @@ def run_memory_arm(args):
 def measure_memory(args, arms=MEMORY_ARMS, bound=MEMORY_OF_PADDED):
     """The highest anonymous memory of both arms, each in processes of its own; the bound is of the second's share."""
     estimate = check_memory(args, load_rows(args, args.steps, args.memory_window))
+    records = common.read_plain(args.data_path)[: args.steps * GLOBAL_BATCH + 50]
 
     def measure(arm):
         with tempfile.TemporaryDirectory() as folder:
             output, few = Path(folder, "arm.json"), Path(folder, "few.json")
-            records = common.utils.read_records([args.data_path])[0][: args.steps * GLOBAL_BATCH + 50]
-            records = [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
             common.utils.write_json(records, few)  # what the whole file needs would hide what training needs
             names = ("data_path", "tokenizer", "model", "preset", "steps", "threads", "memory_window")
             given = [(name, getattr(args, name)) for name in names if getattr(args, name) is not None]

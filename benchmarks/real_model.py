@@ -28,11 +28,10 @@ FALL = 0.1  # of the held-out loss, at least
 
 def write_records(args, folder):
     """Draw the records, write those to train on and those held out; returns the two paths."""
-    records = common.utils.read_records([args.data_path])[0]
+    records = common.read_plain(args.data_path)
     if len(records) < args.rows + args.held_out:
         raise common.utils.UserError(f"{args.data_path}: {len(records):,} records, fewer than --rows and --held_out")
-    chosen = random.Random(0).sample(records, args.rows + args.held_out)
-    rows = [{key: record[key] for key in ("instruction", "input", "output")} for record in chosen]
+    rows = random.Random(0).sample(records, args.rows + args.held_out)
     paths = folder / "records.json", folder / "held_out.json"
     common.utils.write_json(rows[: args.rows], paths[0])
     common.utils.write_json(rows[args.rows :], paths[1])

@@ -78,8 +78,7 @@ def main():
     common.quiet()
     result = common.surroundings()
     folder = Path(args.work_dir)
-    records = common.utils.read_records([args.data_path])[0][: args.rows]
-    records = [{key: record[key] for key in ("instruction", "input", "output")} for record in records]
+    records = common.read_plain(args.data_path)[: args.rows]
     if not (folder / "base" / "config.json").is_file():
         make_base(folder / "base", args.tokenizer)
     common.utils.write_json(records, folder / "records.json")

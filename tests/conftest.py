@@ -61,6 +61,11 @@ class Run:
     def losses(self):
         return [float(row["loss"]) for row in csv.DictReader(open(self.folder / "loss.csv", encoding="utf-8"))]
 
+    def column(self, key):
+        """{step: value} of a column of loss.csv, without its empty cells."""
+        rows = csv.DictReader(open(self.folder / "loss.csv", encoding="utf-8"))
+        return {int(row["step"]): float(row[key]) for row in rows if row[key]}
+
     def info(self):
         return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
 
@@ -211,6 +216,27 @@ def make_records(count):
         }
         for i in range(count)
     ]
+
+
+def read_targets(tokenizer, count=70):
+    """So many records as (ids, labels), made one by one: the ids of the prompt carry no loss."""
+    rows = []
+    for record in make_records(count):
+        prompt = render_prompt(record)
+        ids = tokenizer(prompt + record["output"] + tokenizer.eos_token).input_ids
+        head = len(tokenizer(prompt).input_ids)
+        rows.append((ids, [-100] * head + ids[head:]))
+    return rows
+
+
+def refusal(words, folder):
+    """The words with which train.py refuses options, which are text; fails where it takes them."""
+    import train
+    from utils import UserError
+
+    with pytest.raises(UserError) as caught:
+        train.parse_arguments(["--output_dir", str(folder), "--use_cpu", "True", *words.split()])
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from conftest import (
     field,
     finish,
     make_records,
+    read_targets,
     render_prompt,
     start,
     train,
@@ -181,17 +182,6 @@ def largest_difference(first, second):
 def seeded_order(epoch):
     """The order of an epoch's 72 rows: accelerate seeds a permutation with the run's seed plus the epoch."""
     return torch.randperm(72, generator=torch.Generator().manual_seed(SEED + epoch)).tolist()
-
-
-def read_targets(tokenizer):
-    """The 70 records as (ids, labels), made one by one: the ids of the prompt carry no loss."""
-    rows = []
-    for record in make_records(COUNT):
-        prompt = render_prompt(record)
-        ids = tokenizer(prompt + record["output"] + tokenizer.eos_token).input_ids
-        head = len(tokenizer(prompt).input_ids)
-        rows.append((ids, [-100] * head + ids[head:]))
-    return rows
 
 
 @pytest.fixture(scope="session")
