@@ -524,7 +524,7 @@ def test_streams(endpoint, tmp_path):
         assert server.requests[-1]["stream"] is True
         assert server.requests[-1]["stream_options"] == {"include_usage": True}
     entries = answers_of(tmp_path / "stream")
-    assert [entry["attempts"] for entry in sorted(entries, key=lambda e: e["request"])] == [2, 1, 1]
+    assert sorted(entry["attempts"] for entry in entries) == [1, 1, 2]  # whichever request came first
     assert all(entry["usage"] == {"prompt_tokens": 100, "completion_tokens": 200} for entry in entries)
     assert journal_of(tmp_path / "stream")[0]["run"]["asked"]["stream"] is True
 
