@@ -730,15 +730,18 @@ class DataCollatorForSupervisedDataset:
         }
 
 
-def flatten(instances):
+def flatten(instances, multiple=1):
     """Join a micro-batch into one row without padding; logits are asked for only where there is a target.
 
     The borders keep the examples apart in attention that knows them, the position ids, which restart with every
     example, in transformers' masks: an attention_mask, even of ones, would undo it. Position i predicts token i + 1,
     so lengths 3 and 2 with the labels [-100, 5, 6] and [-100, 7] give cu_seq_lens [0, 3, 5], position_ids
-    [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]].
+    [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]]. What fills the row to a `multiple` is one more
+    example, without a target.
     """
     ids = [instance["input_ids"] for instance in instances]
+    if short := -sum(map(len, ids)) % multiple:
+        ids.append(torch.zeros_like(ids[0][:1]).expand(short))
     labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
     keep = torch.nonzero(labels != IGNORE_INDEX)[:, 0]  # (targets,), long also when empty
     targets = labels[keep][None]  # (1, targets)
@@ -748,7 +751,7 @@ def flatten(instances):
         "logits_to_keep": keep,
         "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
         "labels": targets,  # the model computes a loss only when labels are given
-        **engines.borders([len(row) for row in ids]),
+        **engines.borders(list(map(len, ids))),
         **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
     }
 
@@ -1000,6 +1003,9 @@ def add_adapters(model, args, **more):
         model = peft.get_peft_model(model, adapters, **more)
     except (ValueError, TypeError) as error:  # such as for a module that is no layer
         raise UserError(f"LoRA: {first_line(error)}; linear layers are {', '.join(names)}") from None
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False  # autocast does it, without a copy of the input for each adapter
     dtype = model.dtype if args.deepspeed else torch.float32  # ZeRO has masters of its own, and wants one dtype
     for parameter in model.parameters():
         if parameter.requires_grad and not hasattr(parameter, "ds_id"):
@@ -1035,7 +1041,7 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
         args.eval_on_start = self.eval_dataset is not None and not state.global_step  # what training has to better
         self.layout, attention, compute = engines.choose_layout(self, self.progress["longest"])
         self.unwanted = engines.BORDERS if self.layout == "flat, masked" else ()
-        if self.layout == "padded" and self.data_collator is flatten:
+        if self.layout == "padded" and not args.padded:
             self.data_collator = DataCollatorForSupervisedDataset(self.processing_class)
             getattr(train_dataloader, "base_dataloader", train_dataloader).collate_fn = self.data_collator
         self.dtypes, line = engines.check_engine(args, self.model_wrapped, compute, self.layout, state.max_steps)
@@ -1687,7 +1693,10 @@ def make_trainer(model, args, dataset, held_out, tokenizer, run, progress):
     words["eval_dataset"] = held_out and held_out.rows(args.per_device_eval_batch_size * args.world_size)
     if config.get_text_config() is config and not getattr(config, "layerdrop", 0):  # each step trains all parameters
         args.ddp_find_unused_parameters = bool(args.ddp_find_unused_parameters)  # None would look for others, and warn
-    collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flatten
+    engines.use_flat_loss(model)
+    is_half_on_cpu = args.use_cpu and (args.bf16 or args.fp16)
+    flat = functools.partial(flatten, multiple=engines.SHAPE) if is_half_on_cpu else flatten
+    collator = DataCollatorForSupervisedDataset(tokenizer) if args.padded else flat
     use_cache = getattr(config, "use_cache", True)  # of the base; training has none
     trainer = SFTTrainer(model, args, collator, run=run, num_kept=num_kept, progress=progress, **words)
     trainer.use_cache = use_cache

@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from transformers.loss.loss_utils import ForCausalLMLoss
+
 import engines
 import train
 from train import flatten
@@ -127,6 +129,62 @@ def test_loss_and_gradients_are_those_of_the_mask_and_of_padding(way):
             continue
         assert torch.allclose(found[0], loss, atol=1e-6)
         assert all(torch.allclose(found[1][name], gradients[name], atol=1e-6) for name in gradients)
+
+
+def test_on_a_cpu_16_bit_numbers_have_few_shapes(monkeypatch):
+    """Examples are filled up where nothing looks, and so are rows: for each new shape oneDNN keeps megabytes."""
+    seen, sdpa = set(), engines.sdpa_attention_forward
+
+    def look(module, query, *arguments, **options):
+        seen.add(query.shape[2])
+        return sdpa(module, query, *arguments, **options)
+
+    monkeypatch.setattr(engines, "sdpa_attention_forward", look)
+    options = {"scaling": SIZE**-0.5, **engines.borders(LENGTHS)}
+    found, _ = engines.attend_by_example(Layer(), *(tensor.bfloat16() for tensor in row()), None, **options)
+    assert seen == {engines.SHAPE} and torch.allclose(found.float(), by_hand(*row()), atol=0.03)
+    seen.clear()
+    engines.attend_by_example(Layer(), *row(), None, **options)
+    assert seen == set(LENGTHS)
+
+
+def test_what_fills_a_row_changes_no_loss():
+    model, plain, filled = model_of(), flatten(instances()), flatten(instances(), 32)
+    model.set_attn_implementation(engines.BY_EXAMPLE)
+    assert plain["input_ids"].shape == (1, 28) and flatten(instances(), 4)["input_ids"].shape == (1, 28)
+    assert filled["input_ids"].shape == (1, 32) and filled["position_ids"][0, 27:].tolist() == [13, 0, 1, 2, 3]
+    assert filled["cu_seq_lens_q"].tolist() == [0, 9, 14, 28, 32] and torch.equal(filled["labels"], plain["labels"])
+    (one, before), (two, after) = (loss_and_gradients(model, batch) for batch in (plain, filled))
+    assert torch.allclose(one, two, atol=1e-6)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [None, 37, torch.tensor(37)])
+def test_the_loss_in_parts_is_that_of_the_library(dtype, count, monkeypatch):
+    monkeypatch.setattr(engines, "AT_ONCE", 7)
+    torch.manual_seed(0)
+    numbers, targets = torch.randn(1, 20, 50) * 4, torch.randint(50, (1, 20))
+    found = []
+    for function in (ForCausalLMLoss, engines.flat_loss):
+        logits = numbers.to(dtype).requires_grad_()
+        loss = function(logits, targets, 50, num_items_in_batch=count, shift_labels=targets)
+        (1024 * loss).backward()  # as fp16's loss scaling does
+        assert loss.dtype == torch.float32 and logits.grad.dtype == dtype
+        found.append((loss.detach(), logits.grad))
+    assert torch.allclose(found[0][0], found[1][0], rtol=1e-6)
+    assert torch.allclose(found[0][1], found[1][1], rtol=1e-5, atol=torch.finfo(dtype).eps)
+    assert engines.flat_loss(numbers, targets, 50) == ForCausalLMLoss(numbers, targets, 50)  # padded: not shifted yet
+
+
+def test_the_usual_loss_alone_is_replaced():
+    args = train.TrainingArguments(output_dir="none", lora_r=2, use_cpu=True)
+    whole, inner, other = model_of(), model_of(), model_of()
+    other.loss_function = print
+    adapted = train.add_adapters(inner, args)
+    for model in (whole, adapted, other):
+        engines.use_flat_loss(model)
+    assert whole.loss_function is inner.loss_function is engines.flat_loss and other.loss_function is print
 
 
 def test_rows_with_padding_keep_their_mask():

@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train", "generate_instruction", "convert_llama_weights", "apply_delta", "chat")
 HELPERS = {"utils": SCRIPTS, "engines": ("train",), "weights": ("convert_llama_weights", "apply_delta")}
 MOST_LINES = {
-    "train": 1812,
-    "engines": 710,
+    "train": 1818,
+    "engines": 766,
     "weights": 465,
     "utils": 1425,
     "generate_instruction": 1708,
