@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import functools
 import gc
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -232,13 +233,25 @@ class ModelArguments:
 
 @dataclasses.dataclass
 class DataArguments:
-    data_path: list[str] | None = option(None, "JSON or JSON Lines files; given again, it adds.", action="extend")
+    data_path: list[str] | None = option(None, "Files of records (.json, .jsonl, .csv, .tsv, .parquet, .gz), folders of "
+        "them, data sets of the hub (org/name, or org/name:split); given again, it adds.", action="extend")  # fmt: skip
     eval_data_path: list[str] | None = option(None, "The same for records to evaluate on.", action="extend")
     val_set_size: float = option(0, "Records held out to evaluate on: a number, or a share below 1.")
+    columns: str | None = option(None, "Other names of a record's keys, as instruction=question,output=answer.")
     prompt_style: str | None = option(None, "alpaca, vicuna_v0, vicuna_v1.1, llama2 or chat_template; by default alpaca "
         "for Alpaca's records, vicuna_v1.1 for conversations.")  # fmt: skip
     train_on_inputs: bool = option(False, "Train the prompts too, which alpaca-lora did and Stanford Alpaca did not.")
     skip_bad_records: bool = option(False, "Drop and count records that cannot be read instead of refusing the data.")
+
+    def __post_init__(self):
+        if self.prompt_style not in (None, *utils.PROMPT_STYLES):
+            raise UserError(f"--prompt_style {self.prompt_style}: choose from {', '.join(utils.PROMPT_STYLES)}")
+        pairs = [pair.strip().partition("=") for pair in self.columns.split(",")] if self.columns else []
+        known = sorted((utils.USED | utils.TALKS) - {"instances"})
+        if wrong := ["".join(pair) for pair in pairs if pair[0] not in known or not pair[2]]:
+            what = f"--columns {wrong[0]}: expected OURS=THEIRS, as instruction=question,output=answer"
+            raise UserError(f"{what}; ours are {', '.join(known)}")
+        self.columns = {ours: theirs for ours, _, theirs in pairs}
 
 
 @dataclasses.dataclass
@@ -534,15 +547,16 @@ class SupervisedDataset(torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None, train_all=False, style=None
-    ):
+        self, data_path, tokenizer, skip_bad_records=False, sentencepiece_path=None, train_all=False, style=None,
+        columns=None,
+    ):  # fmt: skip
         super().__init__()
         if not data_path:
-            raise UserError("--data_path is missing: name one or more JSON or JSON Lines files")
+            raise UserError("--data_path is missing: name one or more files of records")
         paths = [data_path] if isinstance(data_path, (str, os.PathLike)) else list(data_path)
         records, problems, unused = [], [], {}
         for path in paths:
-            found, wrong = utils.read_records([path])
+            found, wrong = utils.read_records([path], columns=columns)
             if not found:
                 why = f"no record of {len(wrong)} can be used: {wrong[0]}" if wrong else "the list is empty"
                 raise UserError(f"{path}: {why}; it should hold records {{instruction, input (optional), output}}")
@@ -560,18 +574,24 @@ class SupervisedDataset(torch.utils.data.Dataset):
         if not records:
             raise UserError(f"{', '.join(map(str, paths))}: no record can be used: {problems[0]}")
         self.style = collections.Counter(styles).most_common(1)[0][0]  # which chat.py is to talk in
-        turns = sum(trained for spans in conversations for _, trained in spans)
-        if train_all:
-            conversations = [[(text, True) for text, _ in spans] for spans in conversations]
+        asked = sum(sum(m["role"] in ("assistant", "text") for m in record["messages"]) for record in records)
+        written = sum(trained for spans in conversations for _, trained in spans)
         begin = [] if style == "chat_template" else None  # a template has its own
         rows, name = encode(conversations, tokenizer, begin), [record["source"] for record in records]
         if sentencepiece_path:
             compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
+        for row, record in zip(rows, records, strict=True):
+            if utils.kind_of(record["messages"]) == "conversation":  # is cut at a turn, be it the only one
+                row.setdefault("ends", [len(row["input_ids"])])
+            if train_all:
+                row |= {"labels": row["input_ids"].clone(), "straddling": False}
         rows, outcomes = cut(rows, tokenizer.model_max_length)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused}
         self.report |= report_of(records, rows, outcomes, kept, tokenizer)
-        self.report["turns"] = {"in all": turns, "trained": turns_of(rows, kept)}
+        trained = turns_of(rows, kept)
+        self.report["turns"] = {"in all": asked, "trained": trained, "left out by the template": asked - written}
+        self.report["turns"]["cut off"] = written - trained
         for line in account(self.report, tokenizer.model_max_length):
             say(line)
         if not kept:
@@ -608,7 +628,9 @@ def report_of(records, rows, outcomes, kept, tokenizer):
         "special_tokens": [
             name[i] for i, texts in zip(kept, said, strict=True) if any(token in t for t in texts for token in special)
         ],
-        "end_token_trained": sum(int(rows[i]["labels"][-1]) == tokenizer.eos_token_id for i in kept),
+        "end_token_trained": sum(
+            int(rows[i]["labels"][-1]) == tokenizer.eos_token_id or "ends" in rows[i] for i in kept
+        ),
         "kinds": dict(collections.Counter(utils.kind_of(record["messages"]) for record in records)),
     }
 
@@ -636,6 +658,13 @@ def render(records, tokenizer, style=None):
         except ValueError as error:
             problems.append(f"{record['source']}: {error}")
     return kept, conversations, styles, problems
+
+
+def hash_of(path):
+    """The SHA-256 of a file, or of all rows of a folder or data set."""
+    if os.path.isfile(path):
+        return utils.sha256_of(path)
+    return hashlib.sha256(json.dumps(utils.rows_of(path), default=str).encode()).hexdigest()
 
 
 def hold_out(dataset, size):
@@ -668,9 +697,10 @@ def account(report, window):
     kept, ends, lines = report["kept"], report["end_token_trained"], []
     if report["kinds"].keys() - {"alpaca"}:
         words = ", ".join(f"{count:,} {kind}" for kind, count in report["kinds"].items())
-        lines.append(
-            f"data: records: {words}; turns trained: {report['turns']['trained']:,} of {report['turns']['in all']:,}"
-        )
+        turns = report["turns"]
+        more = ", ".join(f"{turns[key]:,} {key}" for key in ("left out by the template", "cut off") if turns[key])
+        trained = f"turns trained: {turns['trained']:,} of {turns['in all']:,}{f' ({more})' * bool(more)}"
+        lines.append(f"data: records: {words}; {trained}")
     for key, what in kinds.items():
         if names := report[key]:
             lines.append(f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
@@ -1330,7 +1360,7 @@ def settings_of(args, model_args, data_args, hashes):
         "dtype": model_args.dtype,
         "data": [hashes[path] for path in data_args.data_path],
         **({"train_on_inputs": True} if data_args.train_on_inputs else {}),
-        **({"prompt_style": data_args.prompt_style} if data_args.prompt_style else {}),
+        **{key: getattr(data_args, key) for key in ("prompt_style", "columns") if getattr(data_args, key)},
         "global_batch": engines.global_batch(args),
         "engine": engines.engine_name(args).removesuffix(" with offload"),
     }
@@ -1354,7 +1384,8 @@ def started_run(args, given, settings, hashes, dataset, held_out):
     momentary = ("resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")
     arguments = {key: given[key] for key in given if key not in momentary}
     for key in ("data_path", "eval_data_path"):
-        arguments |= {key: list(map(os.path.abspath, given[key]))} if given.get(key) else {}
+        paths = [os.path.abspath(path) if os.path.exists(path) else path for path in given.get(key) or []]
+        arguments |= {key: paths} if paths else {}
     arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
     if os.path.isdir(given.get("model_name_or_path", "")):
         arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
@@ -1711,7 +1742,7 @@ def load_data(data_args, args, base, tokenizer, config):
     Raises UserError for an id that is no row of its embedding.
     """
     law, datasets = utils.find_sentencepiece(base, args.cache_dir), []
-    options = {"train_all": data_args.train_on_inputs, "style": data_args.prompt_style}
+    options = {"train_all": data_args.train_on_inputs, "style": data_args.prompt_style, "columns": data_args.columns}
     for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
         say(f"held-out data: {', '.join(paths)}") if datasets else None
         with utils.say_if_slow("data: still reading and tokenizing the records"):
@@ -1781,7 +1812,7 @@ def train():
             print(dry_run(dataset, tokenizer, args, args.dry_run, has_colour))
         return
 
-    hashes = {path: utils.sha256_of(path) for path in [*data_args.data_path, *(data_args.eval_data_path or [])]}
+    hashes = {path: hash_of(path) for path in [*data_args.data_path, *(data_args.eval_data_path or [])]}
     settings = settings_of(args, model_args, data_args, hashes)
     finished, checkpoint = from_first_process(open_output, args, settings, base)
     if finished:

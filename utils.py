@@ -7,10 +7,13 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
 import difflib
 import fcntl
+import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -22,6 +25,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 # --- Errors, and talking to the user ---------------------------------------------------------------------------------
@@ -269,7 +273,6 @@ def size_of(count):
 # How a file begins that is not what a script reads, what it is, and what makes of it a file that can be read.
 PYTHON = "python -c 'import json, sys, {}; json.dump({}, sys.stdout)' {{path}} > converted.json"
 PANDAS = PYTHON.format("pandas", 'json.loads(pandas.read_{}(sys.argv[1]).to_json(orient="records"))')
-CSV = '[*csv.DictReader(open(sys.argv[1], encoding="utf-8-sig", newline=""), delimiter=chr({sep}))]'
 FILE_KINDS = (
     (rb"\x1f\x8b", "gzip data", "gzip -dc < {path} > converted.json"),
     (rb"BZh\d1AY", "bzip2 data", "bzip2 -dc < {path} > converted.json"),
@@ -285,7 +288,11 @@ FILE_KINDS = (
     (rb"(?i)\s*<(?:!doctype|html|\?xml)", "a web page or XML", "download the file itself, not the page that shows it"),
 )
 RECORD_KINDS = (  # text, where records are expected
-    (rb"[\w\" \x80-\xff]+(?:([,;\t])[\w\" \x80-\xff]+)+\r?\n", "a table", PYTHON.format("csv", CSV)),
+    (
+        rb"[\w\" \x80-\xff]+(?:[,;\t][\w\" \x80-\xff]+)+\r?\n",
+        "a table",
+        "let its name end in .csv: mv {path} {path}.csv",
+    ),
     (rb"(?:---\s*|\w+:\s*|- +\w+:.*?)\n", "YAML", PYTHON.format("yaml", 'yaml.safe_load(open(sys.argv[1], "rb"))')),
 )
 ICONV = "iconv -f {} -t UTF-8 {} > converted.json"
@@ -322,8 +329,8 @@ def decode(data, path):
 def file_kind(path, data, kinds=FILE_KINDS):
     """What a file is by its first bytes, with the cure, where it is none of text; else ""."""
     for pattern, what, cure in kinds:
-        if match := re.match(pattern, data.removeprefix(b"\xef\xbb\xbf"), re.DOTALL):
-            return f"it is {what}; {cure.format(path=shlex.quote(str(path)), sep=match.lastindex and ord(match[1]))}"
+        if re.match(pattern, data.removeprefix(b"\xef\xbb\xbf"), re.DOTALL):
+            return f"it is {what}; {cure.format(path=shlex.quote(str(path)))}"
     name = json.detect_encoding(data).upper()  # by its first bytes, which are ASCII in JSON; NUL is UTF-8 too
     with contextlib.suppress(UnicodeDecodeError):
         if not name.startswith("UTF-8") and data.decode(name):
@@ -438,7 +445,13 @@ def conversation(record, key, needs_answer):
     """
     messages, said = [], text_of_turn(record.get("system"), "system")
     tools = record.get("tools") or []
-    tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools.strip() or "[]")
+        except ValueError as error:
+            raise ValueError(f"tools: {json_problem(error)}") from None
+    if not isinstance(tools, list):
+        raise ValueError(f"tools is {json_type(tools)}, expected a list")
     if said or tools:
         messages.append({"role": "system", "content": said} | ({"tools": tools} if tools else {}))
     for number, turn in enumerate(record[key], 1):
@@ -473,6 +486,16 @@ def conversation(record, key, needs_answer):
     return messages[:-1] if not needs_answer and messages[-1]["role"] == "assistant" else messages
 
 
+def talk_of(record, needs_answer=True):
+    """The key, or the pair of keys, under which a record without an instruction says something; () for none."""
+    if "instruction" in record:
+        return ()
+    turns = [(key,) for key in TURNS if isinstance(record.get(key), list)]
+    pairs = [pair for pair in PAIRS if pair[0] in record and (pair[1] in record or not needs_answer)]
+    text = [("text",)] if needs_answer and "text" in record and "output" not in record else []
+    return next(iter([*turns, *pairs, *text]), ())
+
+
 def as_messages(record, needs_answer=True):
     """A record as messages {role, content}, in the order of the conversation.
 
@@ -482,17 +505,16 @@ def as_messages(record, needs_answer=True):
     Where no answer is needed, it may be missing or null, and the last message is the user's: a question. Raises
     ValueError, whose text says what is wrong, for what is no such record.
     """
-    if isinstance(record, dict) and "instruction" not in record:
-        for key in TURNS:
-            if isinstance(record.get(key), list):
-                return conversation(record, key, needs_answer)
-        for question, answer in PAIRS:
-            if question in record and (answer in record or not needs_answer):
-                record = {"instruction": record[question], "output": record.get(answer), "system": record.get("system")}
-        if needs_answer and "text" in record and "output" not in record:
-            if not text_of_turn(record["text"], "text").strip():
-                raise ValueError("text is empty")
-            return [{"role": "text", "content": record["text"]}]
+    keys = talk_of(record, needs_answer) if isinstance(record, dict) else ()
+    if keys and keys[0] in TURNS:
+        return conversation(record, keys[0], needs_answer)
+    if keys == ("text",):
+        if not text_of_turn(record["text"], "text").strip():
+            raise ValueError("text is empty")
+        return [{"role": "text", "content": record["text"]}]
+    if len(keys) == 2:
+        rest = {key: record[key] for key in ("input", "system", "history", "tools") if key in record}
+        record = rest | {"instruction": record[keys[0]], "output": record.get(keys[1])}
     needed = ("instruction", "output") if needs_answer else ("instruction",)
     if not isinstance(record, dict):
         raise ValueError(f"{json_type(record)}, expected an object with the keys instruction, input (optional), output")
@@ -513,11 +535,12 @@ def as_messages(record, needs_answer=True):
         if value and SURROGATE.search(value):
             raise ValueError(f"{key} holds {HALF}")
     earlier, history = [], record.get("history") or []
-    if record.get("system") or history:
+    if record.get("system") or history or record.get("tools"):
         if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             raise ValueError("history is no list of pairs [question, answer]")
         turns = [{"role": role, "content": text} for pair in history for role, text in zip(("user", "assistant"), pair)]
-        both = {"messages": [*turns, {"role": "user", "content": "x"}], "system": record.get("system")}
+        both = {"messages": [*turns, {"role": "user", "content": "x"}]}
+        both |= {key: record.get(key) for key in ("system", "tools")}
         earlier = conversation(both, "messages", False)[:-1]
     question = {"role": "user", "content": record["instruction"], "input": record.get("input") or ""}
     answer = [{"role": "assistant", "content": record["output"]}] if needs_answer else []
@@ -531,40 +554,156 @@ def kind_of(messages):
     return "alpaca" if len(messages) <= 2 and "input" in messages[0] else "conversation"
 
 
-def read_records(sources, needs_answer=True):
-    """Read every record of JSON lists, JSON Lines or Self-Instruct seed tasks, in order.
+def rows_of_text(where, name, text):
+    """(rows, problems) of a JSON list, JSON Lines, one object or its list `data`; see `rows_of`."""
+    rows, broken = [], []
+    if not text.strip():
+        raise UserError(f"{where}: the file is empty; it should hold a JSON list or JSON Lines")
+    is_list = text.lstrip().startswith("[")
+    for number, line in enumerate([] if is_list else text.split("\n"), 1):  # not splitlines(): U+2028 in strings
+        try:
+            rows += [(f"{name}:{number}", json.loads(line, object_pairs_hook=once))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            broken.append(f"{name}:{number}: {json_problem(error)}")
+    if not rows:
+        try:  # a list, or one record that is written over several lines
+            value, broken = json.loads(text, object_pairs_hook=once), []
+        except (ValueError, RecursionError) as error:
+            kind = file_kind(where, text.encode("utf-8", "replace"), RECORD_KINDS)
+            what = f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}"
+            raise UserError(f"{where}: {kind}" if kind else what) from None
+        rows = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if is_list else [(f"{name}:1", value)]
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("data"), list):
+        others = [key for key in rows[0][1] if key != "data"]
+        say(f"{where}: the records are its list data; not used: {', '.join(others)}") if others else None
+        rows = [(f"{name}[{i}]", item) for i, item in enumerate(rows[0][1]["data"])]
+    return rows, broken
 
-    `sources` are paths, or pairs (name, text) of what is read already. Returns (records, problems): records as
-    {instruction, input, output, source, messages}, where source is "name[index]" in a list and "name:line" in JSON
-    Lines and messages are of `as_messages`; problems as one line of text each. Keys with text that no script uses are
-    listed in `unused`; where no answer is needed, all other keys are kept in `others`. Raises UserError for a file that
-    is missing, a pipe, empty, not UTF-8 or not JSON.
+
+def rows_of_table(name, text, suffix):
+    """(rows, problems) of a table with a head; in .csv the separator is the head's most frequent of comma, ; and tab."""
+    head = text.lstrip("\n").partition("\n")[0]
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else max(",;\t", key=head.count)
+    )
+    rows, problems, last = [], [], 1
+    csv.field_size_limit(2**31 - 1)
+    try:
+        for value in reader:
+            place, last = f"{name}:{last + 1}", reader.line_num
+            if None in value or None in value.values():
+                cells = sum(cell is not None for cell in value.values()) + len(value.get(None, [])) - (None in value)
+                problems.append(f"{place}: {cells} cells, where the head has {len(reader.fieldnames)}")
+            else:
+                rows.append((place, value))
+    except csv.Error as error:
+        problems.append(f"{name}:{reader.line_num}: {error}")
+    return rows, problems
+
+
+def package(name, what):
+    """An optional package. Raises UserError, with what needs it, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"{what} needs the package: pip install {name.partition('.')[0]}") from None
+
+
+def rows_of_data_set(path):
+    """The rows of a data set that `datasets` has saved in a folder, or of one on the hub; "name:test" is its split test."""
+    datasets, (name, split) = package("datasets", f"{path}: no such file; a data set"), split_of(path)
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_from_disk(name) if os.path.isdir(name) else datasets.load_dataset(name)
+    except Exception as error:  # whatever the hub's library raises
+        what = "neither a file nor a folder is here, and as a data set of the hub it cannot be had"
+        raise UserError(f"{path}: {what} ({type(error).__name__}: {first_line(error)})") from None
+    if isinstance(found, dict):
+        split = split or ("train" if "train" in found or len(found) > 1 else next(iter(found)))
+        if split not in found:
+            raise UserError(f"{path}: no split {split}; give {' or '.join(f'{name}:{split}' for split in found)}")
+        found = found[split]
+    name = os.path.basename(name) if os.path.isdir(name) else name
+    return [(f"{name}[{i}]", value) for i, value in enumerate(found)]
+
+
+def split_of(path):
+    """(the name of a data set, its split) of "name:split"; a path that exists is a name."""
+    return (str(path), "") if os.path.exists(path) else str(path).partition(":")[::2]
+
+
+def rows_of(path, name=None):
+    """Every value of a file of records, a folder of such files or a data set, in order: (rows, problems).
+
+    Rows are pairs (place, value), where place is "name[index]", or "name:line" in files of lines; problems are texts.
+    Files are JSON, JSON Lines, .csv, .tsv and Parquet, also as gzip data. Raises UserError for a source that is missing,
+    a pipe, empty, not UTF-8 or of another kind.
+    """
+    path = Path(path)
+    name, suffix = name or path.name, path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if path.is_fifo():
+        raise UserError(f"{path}: a pipe, which can be read only once; write it to a file first")
+    is_saved = any(Path(split_of(path)[0], mark).exists() for mark in ("state.json", "dataset_dict.json"))
+    is_of_hub = not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w+)?", str(path))
+    if is_saved or (is_of_hub and suffix not in RECORD_FILES):
+        return rows_of_data_set(path), []
+    if path.is_dir():
+        kinds = [f"*{suffix}{more}" for suffix in RECORD_FILES for more in ("", ".gz")]
+        files = sorted({file for kind in kinds for file in path.rglob(kind) if not file.name.startswith(".")})
+        if not files:
+            raise UserError(f"{path}: a folder without files of records ({', '.join(RECORD_FILES)})")
+        parts = [rows_of(file, str(file.relative_to(path.parent))) for file in files]
+        return [row for rows, _ in parts for row in rows], [text for _, problems in parts for text in problems]
+    try:
+        data = path.read_bytes()
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+    except (OSError, EOFError, zlib.error) as error:
+        hint = f"; --data_path takes {', '.join(RECORD_FILES)}, folders of them and names of the hub"
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}{hint}") from None
+    if data.startswith(b"PAR1"):
+        parquet = package("pyarrow.parquet", f"{path}: Parquet")
+        try:
+            return [(f"{name}[{i}]", row) for i, row in enumerate(parquet.read_table(io.BytesIO(data)).to_pylist())], []
+        except (OSError, ValueError) as error:  # pyarrow's own are of these
+            raise UserError(f"{path}: a torn Parquet file ({first_line(error)}); copy it again") from None
+    text = decode(data, path)
+    return rows_of_table(name, text, suffix) if suffix in (".csv", ".tsv") else rows_of_text(path, name, text)
+
+
+RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+def renamed(value, columns):
+    """A row with the values of other keys under ours: {instruction: question}. Raises ValueError where one is missing."""
+    if not isinstance(value, dict) or not columns:
+        return value
+    if missing := [key for key in columns.values() if key not in value]:
+        raise ValueError(
+            f"no {' and no '.join(missing)}, which --columns names; keys found: {', '.join(map(str, value))}"
+        )
+    kept = {f"{key} (replaced)" * (key in columns) or key: value[key] for key in value if key not in columns.values()}
+    return kept | {ours: value[theirs] for ours, theirs in columns.items()}
+
+
+def read_records(sources, needs_answer=True, columns=None):
+    """Read every record of files, folders and data sets (see `rows_of`), Self-Instruct's seed tasks among them, in order.
+
+    `sources` are paths, or pairs (name, text) of what is read already; `columns` are {our key: theirs}. Returns
+    (records, problems): records as {instruction, input, output, source, messages}, where source is their place and
+    messages are of `as_messages`; problems as one line of text each. Keys with text that no script uses are
+    listed in `unused`; where no answer is needed, all other keys are kept in `others`. Raises UserError as `rows_of`.
     """
     records, problems = [], []
     for source in sources:
-        where, text = source if isinstance(source, tuple) else (source, None)
-        name, rows, broken = os.path.basename(where), [], []  # rows: (source, value)
-        if text is None and Path(where).is_fifo():
-            raise UserError(f"{where}: a pipe, which can be read only once; write it to a file first")
-        text = read_text(where, "; --data_path takes JSON or JSON Lines files") if text is None else text
-        if not text.strip():
-            raise UserError(f"{where}: the file is empty; it should hold a JSON list or JSON Lines")
-        is_list = text.lstrip().startswith("[")
-        for number, line in enumerate([] if is_list else text.split("\n"), 1):  # not splitlines(): U+2028 in strings
-            try:
-                rows += [(f"{name}:{number}", json.loads(line, object_pairs_hook=once))] if line.strip() else []
-            except (ValueError, RecursionError) as error:
-                broken.append(f"{name}:{number}: {json_problem(error)}")
-        if not rows:
-            try:  # a list, or one record that is written over several lines
-                value, broken = json.loads(text, object_pairs_hook=once), []
-            except (ValueError, RecursionError) as error:
-                kind = file_kind(where, text.encode("utf-8", "replace"), RECORD_KINDS)
-                what = f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}"
-                raise UserError(f"{where}: {kind}" if kind else what) from None
-            rows = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if is_list else [(f"{name}:1", value)]
+        is_read = isinstance(source, tuple)
+        rows, broken = rows_of_text(source[0], os.path.basename(source[0]), source[1]) if is_read else rows_of(source)
         problems += broken
         for place, value in rows:
+            try:
+                value = renamed(value, columns)
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+                continue
             examples = [value]
             if isinstance(value, dict) and isinstance(value.get("instances"), list):  # a Self-Instruct seed task
                 shared = {"instruction": value.get("instruction")}
@@ -585,7 +724,7 @@ def read_records(sources, needs_answer=True):
                 if not needs_answer:
                     records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}
                 if not KNOWN.issuperset(example):
-                    used = KNOWN if "instruction" in example else KNOWN | TALKS
+                    used = KNOWN.union(talk_of(example, needs_answer))
                     texts = [k for k, v in example.items() if k not in used and v and isinstance(v, (str, list, dict))]
                     records[-1] |= {"unused": texts} if texts else {}
     return records, problems

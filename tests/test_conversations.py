@@ -84,6 +84,42 @@ def turns(*pairs):
         (turns(("human", None), ("gpt", "b")), "turn 1: value is empty"),
         (turns(("human", [["a"]]), ("gpt", "b")), "turn 1: value is a list, expected text"),
         (turns(("human", "\ud83d"), ("gpt", "b")), "turn 1: value holds a lone surrogate"),
+        (turns(("human", True), ("gpt", "b")), "turn 1: value is true, expected text"),
+        (turns(("human", {"text": "a"}), ("gpt", "b")), "turn 1: value is an object, expected text"),
+        (turns(("human", [{"type": "text"}]), ("gpt", "b")), "turn 1: value is a list, expected text"),
+        (turns((None, "a"), ("gpt", "b")), "turn 1: from is None; known are system"),
+        (turns((1, "a"), ("gpt", "b")), "turn 1: from is 1; known are system"),
+        (turns(("", "a"), ("gpt", "b")), "turn 1: from is ''; known are system"),
+        (
+            turns(("observation", "a"), ("observation", "b"), ("gpt", "c")),
+            "turn 2: two turns of the same side, the tool's",
+        ),
+        (turns(("human", "a"), ("observation", "b"), ("gpt", "c")), "turn 2: two turns of the same side, the user's"),
+        (turns(("system", "a"), ("gpt", "b")), "turn 2: it begins with the assistant's turn"),
+        (
+            turns(("system", "a"), ("system", "b"), ("human", "c"), ("gpt", "d")),
+            "turn 2: a system's turn in the middle",
+        ),
+        (turns(("human", "a"), ("gpt", "b"), ("human", "c")), "conversations: ends with the user's turn"),
+        (turns(("human", "a"), ("gpt", "\t\n")), "turn 2: value is empty"),
+        ({"conversations": [None]}, "turn 1 is null; expected {from, value}"),
+        ({"conversations": [[{"from": "human", "value": "a"}]]}, "turn 1 is a list; expected {from, value}"),
+        ({"conversations": [{"from": "human"}, {"from": "gpt", "value": "b"}]}, "turn 1: value is empty"),
+        ({"conversations": {"from": "human", "value": "a"}}, "no instruction and no output; keys found: conversations"),
+        ({"conversations": None}, "no instruction and no output; keys found: conversations"),
+        ({"messages": "Hi"}, "no instruction and no output; keys found: messages"),
+        ({**turns(("human", "a"), ("gpt", "b")), "tools": "[{"}, "tools: not valid JSON"),
+        ({**turns(("human", "a"), ("gpt", "b")), "tools": {"name": "f"}}, "tools is an object, expected a list"),
+        ({**turns(("human", "a"), ("gpt", "b")), "system": 3}, "system is a number, expected text"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": []}]},
+            "turn 2",
+        ),
+        ({"prompt": "p", "completion": None}, "output is null, expected text"),
+        ({"question": 3, "answer": "a"}, "instruction is a number, expected text"),
+        ({"instruction": "i", "output": "o", "history": [["a", "b", "c"]]}, "history is no list of pairs"),
+        ({"instruction": "i", "output": "o", "history": [["a", ""]]}, "turn 2: content is empty"),
+        ({"text": ["a"]}, "text is a list, expected text"),
         ({"conversations": ["hi", "ho"]}, "turn 1 is text; expected {from, value}"),
         ({"messages": [{"content": "a"}]}, "turn 1 has no role; expected {role, content}"),
         (
@@ -98,6 +134,32 @@ def test_an_odd_conversation_is_named_with_its_turn(record, said):
     with pytest.raises(ValueError) as caught:
         utils.as_messages(record)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["human gpt", "user assistant", "prompter assistant", "user chatgpt", "Human GPT", "user bard", "USER model"],
+)
+def test_the_roles_of_every_dialect_are_known(names):
+    user, reply = names.split()
+    record = {"conversations": [{"from": user, "value": "a"}, {"from": reply, "value": "b"}]}
+    assert [message["role"] for message in utils.as_messages(record)] == ["user", "assistant"]
+    for result in ("tool", "observation", "function", "function_response", "ipython"):
+        more = [{"from": result, "value": "r"}, {"from": reply, "value": "c"}]
+        assert utils.as_messages({"conversations": record["conversations"] + more})[2]["role"] == "tool"
+
+
+def test_what_stands_beside_a_conversation_is_named_or_used():
+    rows = [
+        {"messages": MESSAGES, "text": "t", "prompt": "p"},
+        {"prompt": "p", "response": "r", "history": [["a", "b"]], "input": "i", "tools": [{"name": "f"}]},
+    ]
+    records, problems = utils.read_records([("d.jsonl", "\n".join(map(json.dumps, rows)))])
+    assert problems == [] and utils.unused_keys(records) == {"text": 1, "prompt": 1}
+    assert records[1]["messages"] == [
+        {"role": "system", "content": "", "tools": [{"name": "f"}]},
+        {"role": "user", "content": "a"}, answer("b"), question("p", "i"), answer("r"),
+    ]  # fmt: skip
 
 
 # --- How it is written -----------------------------------------------------------------------------------------------
@@ -133,39 +195,104 @@ def test_what_the_system_says_takes_the_place_of_vicunas(tokenizer):
     assert begin == '[INST] <<SYS>>\nBe brief.\n\nTools:\n[{"name": "f"}]\n<</SYS>>\n\nHi! [/INST]'
 
 
-TEMPLATES = {
-    "ChatML": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "Llama 2": "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content.strip() }} {{ eos_token }}{% else %}{{ raise_exception('no ' + m.role) }}"
-    "{% endif %}{% endfor %}",
+def template(user, reply, prompt, system="{{ raise_exception('no system') }}", begin=""):
+    """A chat template of these parts; other roles are refused."""
+    parts = {"system": system, "user": user, "assistant": reply}
+    cases = "".join(f"{{% {'el' * (role != 'system')}if m.role == '{role}' %}}{part}" for role, part in parts.items())
+    cases += "{% else %}{{ raise_exception('no ' + m.role) }}{% endif %}"
+    ask = f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    return f"{begin}{{% for m in messages %}}{cases}{{% endfor %}}{ask}"
+
+
+def turn_of(head, body, end):
+    return f"{head}{{{{ {body} }}}}{end}"
+
+
+CONTENT, STRIPPED = "m.content", "m.content.strip()"
+HEAD = "<|start_header_id|>{}<|end_header_id|>\n\n"
+TEMPLATES = {  # name: (template, end token, other special tokens, what an answer is trained as)
+    "ChatML": (
+        template(*(turn_of(f"<|im_start|>{role}\n", CONTENT, "<|im_end|>\n") for role in ("user", "assistant")),
+                 "<|im_start|>assistant\n", turn_of("<|im_start|>system\n", CONTENT, "<|im_end|>\n")),
+        "<|im_end|>", ["<|im_start|>"], "{}<|im_end|>"),
+    "Llama 2": (
+        template(turn_of("<s>[INST] ", STRIPPED, " [/INST]"), turn_of(" ", STRIPPED, " </s>"), ""), "</s>", [], " {} </s>"),
+    "Llama 3": (
+        template(*(turn_of(HEAD.format(role), STRIPPED, "<|eot_id|>") for role in ("user", "assistant")),
+                 HEAD.format("assistant"), turn_of(HEAD.format("system"), STRIPPED, "<|eot_id|>"), "<|begin_of_text|>"),
+        "<|eot_id|>", ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"], "{}<|eot_id|>"),
+    "Zephyr": (
+        template(*(turn_of(f"<|{role}|>\n", CONTENT, "</s>\n") for role in ("user", "assistant")), "<|assistant|>\n",
+                 turn_of("<|system|>\n", CONTENT, "</s>\n")),
+        "</s>", [], "{}</s>"),
+    "Mistral": (template(turn_of("[INST] ", CONTENT, " [/INST]"), turn_of(" ", CONTENT, "</s>"), "", begin="<s>"),
+                "</s>", [], " {}</s>"),
 }  # fmt: skip
+
+
+def with_template(base, name):
+    """The tokenizer with one of TEMPLATES, and how that trains an answer."""
+    tokenizer = utils.load_tokenizer(base, 512)
+    text, end, special, trained = TEMPLATES[name]
+    tokenizer.add_special_tokens({"eos_token": end, "additional_special_tokens": special})
+    tokenizer.chat_template = text
+    return tokenizer, trained
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_chat_template_is_trained_turn_by_turn(name, base):
-    tokenizer = utils.load_tokenizer(base, 512)
-    tokenizer.chat_template = TEMPLATES[name]
+    tokenizer, written = with_template(base, name)
     parts, lost = utils.template_spans(MESSAGES, tokenizer)
     assert lost == 0 and [trained for _, trained in parts] == [False, True, False, True]
     whole = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert whole.startswith("".join(text for text, _ in parts))
-    assert [text for text, trained in parts if trained] == {
-        "ChatML": ["Hello, {you}.</s>", "4</s>"], "Llama 2": [" Hello, {you}. </s>", " 4 </s>"]}[name]  # fmt: skip
+    assert [text for text, trained in parts if trained] == [written.format("Hello, {you}."), written.format("4")]
     (row,) = trainer.encode([parts], tokenizer, [])
     assert row["input_ids"].tolist() == tokenizer("".join(t for t, _ in parts), add_special_tokens=False).input_ids
-    if name == "Llama 2":
+    assert row["input_ids"].tolist().count(1) == whole.count("<s>")  # no begin token but the template's own
+    before = 0
+    for end, text in zip(row["ends"], ("Hello, {you}.", "4"), strict=True):
+        labels = row["labels"][before:end]
+        assert tokenizer.decode(labels[labels != -100]).strip() == written.format(text).strip()
+        assert labels[-1] == tokenizer.eos_token_id
+        before = end
+    if name in ("Llama 2", "Mistral"):
         with pytest.raises(ValueError, match="the chat template refuses it: no tool"):
             utils.template_spans([MESSAGES[0], answer("a"), {"role": "tool", "content": "x"}, answer("b")], tokenizer)
+    else:
+        system = {"role": "system", "content": "Be brief."}
+        (begin, _), *_ = utils.template_spans([system, *MESSAGES], tokenizer)[0]
+        assert "Be brief." in begin
+
+
+@pytest.mark.parametrize(
+    "texts", [("Hello, {you}.", "4"), ("Grüße 你好 🦙 <b>", "def f():\n    return 1\n"), ("a", "b c")]
+)
+def test_the_labels_are_the_librarys_own_mask_where_a_template_has_one(texts, base):
+    tokenizer, _ = with_template(base, "ChatML")
+    messages = [MESSAGES[0], answer(texts[0]), MESSAGES[2], answer(texts[1])]
+    parts, _ = utils.template_spans(messages, tokenizer)
+    (row,) = trainer.encode([parts], tokenizer, [])
+    reply = turn_of("<|im_start|>assistant\n", CONTENT, "<|im_end|>\n")
+    marked = reply.replace("{{ m", "{% generation %}{{ m")
+    marked = marked.replace("<|im_end|>\n", "<|im_end|>{% endgeneration %}{{ '\n' }}")  # a newline behind a tag goes
+    assert reply in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace(reply, marked)
+    found = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    count = len(row["input_ids"])
+    assert row["input_ids"].tolist() == found["input_ids"][:count] and sum(found["assistant_masks"][count:]) == 0
+    assert (row["labels"] != -100).tolist() == [bool(one) for one in found["assistant_masks"][:count]]
+
+
+FORGETFUL = (  # as Qwen3's, which drops what was reasoned before
+    "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content.split('/')[-1] }}"
+    "</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def test_turns_that_a_template_writes_otherwise_later_are_not_trained(base):
-    """As those that drop what was reasoned before."""
     tokenizer = utils.load_tokenizer(base, 512)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content.split('/')[-1] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
+    tokenizer.chat_template = FORGETFUL
     messages = [MESSAGES[0], answer("hm/one"), MESSAGES[2], answer("hm/two")]
     parts, lost = utils.template_spans(messages, tokenizer)
     assert lost == 1 and [text for text, trained in parts if trained] == ["hm/two</s>"]
@@ -208,6 +335,26 @@ def test_a_conversation_is_cut_behind_a_turn(tokenizer):
         assert not length or cut["labels"][-1] == tokenizer.eos_token_id
 
 
+def test_turns_add_up_and_no_answer_is_cut(base, tmp_path, capsys):
+    """As trained, left out by the template, or cut off; of a single long answer nothing is left, of an Alpaca row a part."""
+    tokenizer, long = utils.load_tokenizer(base, 4000), [MESSAGES[0], answer("a/word " * 200)]
+    rows = [{"messages": [*MESSAGES, *long]}, {"messages": long}, {"messages": MESSAGES[:2]}]
+    (row,) = trainer.encode([utils.spans("vicuna_v1.1", rows[0]["messages"], tokenizer)], tokenizer)
+    (tmp_path / "d.json").write_text(json.dumps([*rows, {"instruction": "i", "output": "o " * 400}]), encoding="utf-8")
+    dataset = trainer.SupervisedDataset(tmp_path / "d.json", utils.load_tokenizer(base, row["ends"][1] + 3))
+    assert dataset.report["turns"] == {"in all": 6, "trained": 4, "left out by the template": 0, "cut off": 2}
+    assert dataset.sources == ["d.json[0]", "d.json[2]", "d.json[3]"] and dataset.report["end_token_trained"] == 2
+    assert "turns trained: 4 of 6 (2 cut off)" in capsys.readouterr().err
+    tokenizer.chat_template = FORGETFUL
+    turns = [*long, *long, *MESSAGES[:2]]
+    (tmp_path / "d.json").write_text(json.dumps([{"messages": turns}]), encoding="utf-8")
+    dataset = trainer.SupervisedDataset(tmp_path / "d.json", tokenizer, style="chat_template")
+    assert dataset.report["turns"] == {"in all": 3, "trained": 1, "left out by the template": 2, "cut off": 0}
+    whole = trainer.SupervisedDataset(tmp_path / "d.json", tokenizer, style="vicuna_v0", train_all=True)
+    assert torch.equal(whole.labels[0], whole.input_ids[0]) and whole.report["turns"]["trained"] == 3
+    assert whole.report["end_token_trained"] == 1  # Vicuna v0's are ###, and no model is said not to stop
+
+
 def test_kinds_mix_in_one_run_and_are_counted(tokenizer, tmp_path, capsys):
     rows = [
         {"instruction": "i", "output": "o"},
@@ -218,7 +365,8 @@ def test_kinds_mix_in_one_run_and_are_counted(tokenizer, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     dataset = trainer.SupervisedDataset(tmp_path / "d.jsonl", tokenizer)
     assert dataset.report["kinds"] == {"alpaca": 1, "conversation": 2, "text": 1}
-    assert dataset.report["turns"] == {"in all": 6, "trained": 6}
+    none = {"left out by the template": 0, "cut off": 0}
+    assert dataset.report["turns"] == {"in all": 6, "trained": 6} | none
     assert torch.equal(dataset.input_ids[1], dataset.input_ids[2])
     assert (dataset.labels[3] != -100).sum() == len(dataset.labels[3]) - 0
     assert "data: records: 1 alpaca, 2 conversation, 1 text; turns trained: 6 of 6\n" in capsys.readouterr().err
@@ -231,9 +379,8 @@ def test_a_run_on_conversations_is_stored_with_its_style_and_talks_in_it(base, t
     (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
     run = train(basic_options(base, tmp_path / "d.json", tmp_path / "out", num_train_epochs=2)).finished()
     assert run.info()["prompt_style"] == "vicuna_v1.1" and run.info()["counts"]["turns"] == {
-        "in all": 32,
-        "trained": 32,
-    }
+        "in all": 32, "trained": 32, "left out by the template": 0, "cut off": 0,
+    }  # fmt: skip
     words = [
         "--model_name_or_path",
         str(tmp_path / "out"),

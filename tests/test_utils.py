@@ -3,7 +3,6 @@
 import bz2
 import copy
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -289,9 +288,9 @@ def test_an_empty_file_is_refused(data, tmp_path):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    end = "; --data_path takes JSON or JSON Lines files"
-    assert refusal(utils.read_records, [tmp_path / "no.json"]) == f"{tmp_path}/no.json: No such file or directory{end}"
-    assert refusal(utils.read_records, [tmp_path]) == f"{tmp_path}: Is a directory{end}"
+    said = refusal(utils.read_records, [tmp_path / "no.json"])
+    assert said.startswith(f"{tmp_path}/no.json: No such file or directory; --data_path takes ")
+    assert refusal(utils.read_records, [tmp_path]).startswith(f"{tmp_path}: a folder without files of records (.json, ")
 
 
 @pytest.mark.parametrize(
@@ -367,17 +366,25 @@ def table(separator):
 @pytest.mark.parametrize(
     "data",
     [
-        *(module.compress(json.dumps(ROWS).encode()) for module in (gzip, bz2, lzma)),
-        *map(table, ",;\t"),
+        *(module.compress(json.dumps(ROWS).encode()) for module in (bz2, lzma)),
         b'---\n- instruction: Add 1, 2\n  input: ""\n  output: "3\\n"\n'
         b'- instruction: Say "\xc3\xa9"\n  input: x\n  output: \xc3\xa9\n',
     ],
-    ids="gzip bzip2 xz comma semicolon tab yaml".split(),
+    ids="bzip2 xz yaml".split(),
 )
 def test_a_file_of_another_kind_is_read_after_the_command_of_its_refusal(data, tmp_path):
     path = tmp_path / "my data.json"
     path.write_bytes(data)
     assert follow(refusal(utils.read_records, [path]), tmp_path) == ROWS
+
+
+@pytest.mark.parametrize("separator", ",;\t")
+def test_a_table_is_read_after_the_command_of_its_refusal(separator, tmp_path):
+    path = tmp_path / "my data.json"
+    path.write_bytes(table(separator))
+    subprocess.run(re.search("mv .*", refusal(utils.read_records, [path]))[0], shell=True, check=True)
+    records, problems = utils.read_records([f"{path}.csv"])
+    assert [{key: record[key] for key in ROWS[0]} for record in records] == ROWS and problems == []
 
 
 def zipped(name):
@@ -401,7 +408,7 @@ def database(folder):
     [
         (zipped("data.json"), "unzip "),
         (zipped("xl/workbook.xml"), "read_excel"),
-        (b"PAR1\x15\x04\x15", "read_parquet"),
+        (b"PAR1\x15\x04\x15", "arquet"),
         (b"ARROW1\0\0", "Dataset.from_file"),
         (b"\xff\xff\xff\xff\x10\0\0\0", "Dataset.from_file"),
         (b"\x28\xb5\x2f\xfd\x04", "zstd -dc"),
@@ -448,8 +455,8 @@ def test_a_second_value_behind_a_list_is_named(text):
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_records_inside_an_object_are_named_with_their_key(indent):
-    text = json.dumps({"version": 1, "data": [json.loads(GOOD)]}, indent=indent)
-    assert "jq '.data' FILE" in utils.read_records([("d.json", text)])[1][0]
+    text = json.dumps({"version": 1, "rows": [json.loads(GOOD)]}, indent=indent)
+    assert "jq '.rows' FILE" in utils.read_records([("d.json", text)])[1][0]
 
 
 def test_not_a_number_is_named():
