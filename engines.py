@@ -512,13 +512,13 @@ class CrossEntropy(torch.autograd.Function):
         result = torch.empty_like(logits)
         split = (tensor.split(AT_ONCE) for tensor in (result, logits, targets, sums[:, None], gradient[:, None]))
         for place, part, ids, total, factor in zip(*split, strict=True):
-            part = (part.float() - total).exp_()  # the softmax
+            part = torch.sub(part, total).exp_()  # the softmax, in float32 as the sums are
             part[torch.arange(len(ids), device=ids.device), ids] -= 1
             place.copy_(part.mul_(factor))
         return result, None
 
 
-AT_ONCE = 256  # targets: 33 MB at 32,000 ids
+AT_ONCE = 128  # targets: 16 MB at 32,000 ids
 
 
 def flat_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **more):
@@ -751,9 +751,12 @@ def gather_weights(trainer, dtype):
         from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits
 
         for name, parameter in model.named_parameters():
-            whole = safe_get_full_fp32_param(parameter)
+            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            with gathered([parameter]) if whole is None else contextlib.nullcontext():  # of what is frozen
+                whole = parameter.detach() if whole is None else whole
+                whole = whole.to("cpu", dtype, copy=True) if trainer.args.should_save else None
             if trainer.args.should_save:
-                weights[name] = whole.to("cpu", dtype, copy=True)
+                weights[name] = whole
         return weights
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
