@@ -10,8 +10,10 @@ Reads a model folder and JSON or JSON Lines records; writes the tuned model, che
 The same command in the same folder resumes. The method and the public names are those of Stanford Alpaca's train.py.
 """
 
+import array
 import ast
 import collections
+import collections.abc
 import contextlib
 import copy
 import csv
@@ -114,6 +116,7 @@ if __name__ == "__main__":
     utils.end_by_ctrl_c()
     utils.run_main(lambda: answer_early(sys.argv[1:]), goes_on=True)
 
+import numpy as np
 import torch
 import transformers
 from safetensors import safe_open
@@ -220,6 +223,16 @@ def words_of_file(path):
     return words
 
 
+# LLaMAs to be trained from random weights; baby_llama2 is the first model of baby-llama2-chinese, 135m is SmolLM2's shape.
+PRESETS = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "baby_llama2": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8,
+                    "max_position_embeddings": 256},
+    "135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+             "num_key_value_heads": 3, "tie_word_embeddings": True},
+}  # fmt: skip
+
+
 def option(default, text, **more):
     """A field of a dataclass of arguments, with its help."""
     return dataclasses.field(default=default, metadata={"help": text, **more})
@@ -229,6 +242,8 @@ def option(default, text, **more):
 class ModelArguments:
     model_name_or_path: str | None = option("facebook/opt-125m", "Model folder, or a name on the hub.")
     dtype: Dtype | None = option(None, "Dtype of the weights: float32; of LoRA's frozen ones what the run computes in.")
+    config_name: str | None = option(None, "Start from random weights: a config.json, or tiny, baby_llama2 or 135m.")
+    tokenizer_name: str | None = option(None, "With --config_name: the folder of the tokenizer.")
 
 
 @dataclasses.dataclass
@@ -246,12 +261,7 @@ class DataArguments:
     def __post_init__(self):
         if self.prompt_style not in (None, *utils.PROMPT_STYLES):
             raise UserError(f"--prompt_style {self.prompt_style}: choose from {', '.join(utils.PROMPT_STYLES)}")
-        pairs = [pair.strip().partition("=") for pair in self.columns.split(",")] if self.columns else []
-        known = sorted((utils.USED | utils.TALKS) - {"instances"})
-        if wrong := ["".join(pair) for pair in pairs if pair[0] not in known or not pair[2]]:
-            what = f"--columns {wrong[0]}: expected OURS=THEIRS, as instruction=question,output=answer"
-            raise UserError(f"{what}; ours are {', '.join(known)}")
-        self.columns = {ours: theirs for ours, _, theirs in pairs}
+        utils.columns_of(self.columns)
 
 
 @dataclasses.dataclass
@@ -265,6 +275,7 @@ class TrainingArguments(transformers.TrainingArguments):
     lora_dropout: float = option(0.0, "Share of an adapter's inputs that is dropped.")
     lora_target_modules: list[str] | None = option(None, "Names of the layers adapted; by default all linear ones.")
     lora_modules_to_save: list[str] | None = option(None, "Modules trained whole, such as embed_tokens,lm_head.")
+    trained_modules: list[str] | None = option(None, "Train these alone, as embed_tokens,lm_head; without LoRA.")
     load_in_4bit: bool = option(False, "QLoRA: the frozen weights in 4 bits (NF4), by bitsandbytes.")
     early_stopping_patience: int = option(0, "Stop after so many evaluations without a better one; 0: never.")
     attn_implementation: str | None = option(None, "One of transformers'; by default each example by itself.")
@@ -292,7 +303,11 @@ class TrainingArguments(transformers.TrainingArguments):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {bound}")
-        for name in ("lora_target_modules", "lora_modules_to_save"):  # q_proj,v_proj or '[q_proj,v_proj]'
+        for name in (
+            "lora_target_modules",
+            "lora_modules_to_save",
+            "trained_modules",
+        ):  # q_proj,v_proj or '[q_proj,v_proj]'
             setattr(self, name, re.findall(r"[^\s,'\"\[\]]+", " ".join(getattr(self, name) or [])))
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs:g} trains nothing; it must be more than 0")
@@ -366,11 +381,27 @@ def parse_arguments(words):
     compute = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     model_args.dtype = model_args.dtype or (compute if args.lora_r else "float32")
     refuse_options(args)
+    refuse_start(model_args, args, given)
     if args.lora_r:
         engines.check_adapter_options(args, model_args.dtype)
     elif unused := [f"--{name}" for name in given if name.startswith("lora_")]:
         say(f"{', '.join(unused)}: without --lora_r, which turns LoRA on; ignored")
     return model_args, data_args, args, given
+
+
+def refuse_start(model_args, args, given):
+    """Refuse options about random weights that do not go together."""
+    is_new, words = model_args.config_name, "random weights have nothing that LoRA or 4 bits could keep; leave it out"
+    utils.refuse_all({
+        f"--config_name: {words}": is_new and (args.lora_r or args.load_in_4bit),
+        "--config_name: give --tokenizer_name FOLDER too": is_new and not model_args.tokenizer_name,
+        "--tokenizer_name: a model brings its own tokenizer; it goes with --config_name": (
+            model_args.tokenizer_name and not is_new
+        ),
+        "--model_name_or_path: --config_name starts from random weights; give one of them": (
+            is_new and "model_name_or_path" in given
+        ),
+    })  # fmt: skip
 
 
 def plan_evaluation(options):
@@ -406,6 +437,7 @@ def refuse_options(args):
         "--torch_compile: several processes train what is compiled without DDP or FSDP around it; leave it out": (
             args.torch_compile and args.world_size > 1
         ),
+        "--trained_modules: LoRA has --lora_modules_to_save for that": args.trained_modules and args.lora_r,
         "--load_in_4bit: weights in 4 bits cannot be trained; give --lora_r 16 too": args.load_in_4bit
         and not args.lora_r,
         f"--accelerator_config: gradient_accumulation_kwargs {accumulation} would change what a step is; give "
@@ -532,6 +564,13 @@ def cut(rows, window):
     return results, outcomes
 
 
+def windows(row, window):
+    """A text's row of `encode` as rows of up to `window` tokens; each begins with the last token of the one before it."""
+    starts = range(0, max(len(row["input_ids"]) - 1, 1), max(window - 1, 1))
+    keys = ("input_ids", "labels")
+    return [row | {key: row[key][start : start + window].clone() for key in keys} for start in starts]
+
+
 def preprocess(sources, targets, tokenizer):
     """`encode` and `cut` by Stanford Alpaca's name: {input_ids, labels: [LongTensor (length,)], straddling: [bool]}."""
     pairs = [[(source, False), (target, True)] for source, target in zip(sources, targets, strict=True)]
@@ -585,20 +624,23 @@ class SupervisedDataset(torch.utils.data.Dataset):
                 row.setdefault("ends", [len(row["input_ids"])])
             if train_all:
                 row |= {"labels": row["input_ids"].clone(), "straddling": False}
-        rows, outcomes = cut(rows, tokenizer.model_max_length)
+        window = tokenizer.model_max_length
+        parts = {i: windows(rows[i], window) for i, r in enumerate(records) if utils.kind_of(r["messages"]) == "text"}
+        rows, outcomes = cut([parts[i][-1] if i in parts else row for i, row in enumerate(rows)], window)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused}
         self.report |= report_of(records, rows, outcomes, kept, tokenizer)
         trained = turns_of(rows, kept)
         self.report["turns"] = {"in all": asked, "trained": trained, "left out by the template": asked - written}
         self.report["turns"]["cut off"] = written - trained
-        for line in account(self.report, tokenizer.model_max_length):
+        for line in account(self.report, window):
             say(line)
         if not kept:
             what = f"{', '.join(map(str, paths))}: nothing to train on, none of {count} records is left"
             raise UserError(f"{what}; see the counts above, or raise --model_max_length")
-        self.input_ids, self.labels = ([rows[i][key] for i in kept] for key in ("input_ids", "labels"))
-        self.sources, self.end_id = [name[i] for i in kept], tokenizer.eos_token_id
+        items = [(row, name[i]) for i in kept for row in parts.get(i, [rows[i]])]
+        self.input_ids, self.labels = ([row[key] for row, _ in items] for key in ("input_ids", "labels"))
+        self.sources, self.end_id = [source for _, source in items], tokenizer.eos_token_id
 
     def rows(self, multiple):
         """The items with `source` and their number `row`, filled to a multiple with rows of one token and no target.
@@ -608,6 +650,13 @@ class SupervisedDataset(torch.utils.data.Dataset):
         filler = (torch.tensor([self.end_id]), torch.tensor([IGNORE_INDEX]), "")
         rows = [*zip(self.input_ids, self.labels, self.sources, strict=True), *[filler] * (-len(self) % multiple)]
         return [{"input_ids": i, "labels": j, "source": name, "row": n} for n, (i, j, name) in enumerate(rows)]
+
+    def part(self, chosen):
+        """The same with the items of these numbers alone."""
+        part = copy.copy(self)
+        for name in ("input_ids", "labels", "sources"):
+            setattr(part, name, [getattr(self, name)[i] for i in chosen])
+        return part
 
     def __len__(self):
         return len(self.input_ids)
@@ -660,6 +709,226 @@ def render(records, tokenizer, style=None):
     return kept, conversations, styles, problems
 
 
+# --- Plain text: files of tokens, of which rows are parts ------------------------------------------------------------
+
+TEXT_BATCH = 4_000_000  # characters tokenized at once: 150 MB of Encodings
+TOKENS = "tokens.bin"
+
+
+def write_tokens(paths, tokenizer, dtype, folder, skip_bad_records):
+    """Write the ids of all texts, each with the end id behind it, as one flat file, and where each text ends beside it.
+
+    Raises UserError for what is no text.
+    """
+    ends, problems, counts, own = array.array("q"), [], [], tokenizer.all_special_ids
+    odd, total = 0, 0
+    with open(folder / TOKENS, "wb") as file:
+        for path in paths:
+            texts = (text for _, text in utils.texts_of(path, problems))
+            before, size = len(ends), 0
+            for batch in batched(texts, TEXT_BATCH):
+                size += sum(map(len, batch))
+                for row in encode([[(text, True)] for text in batch], tokenizer, []):
+                    ids = np.append(row["input_ids"].numpy(), tokenizer.eos_token_id)
+                    odd += int(np.isin(ids[:-1], own).any())
+                    ids.astype(dtype).tofile(file)
+                    total += len(ids)
+                    ends.append(total)
+            counts.append([os.path.basename(path), len(ends) - before, size])
+    if problems and not skip_bad_records:
+        what = f"{len(problems)} of {len(problems) + len(ends)} records are no texts: {'; '.join(problems[:3])}"
+        raise UserError(f"{what}; mend them, or drop and count them with --skip_bad_records True")
+    if not ends:
+        raise UserError(f"{', '.join(map(str, paths))}: no text in it")
+    np.save(folder / "ends.npy", np.frombuffer(ends, np.int64))
+    about = {"made_by": "cria", "files": counts, "tokens": total, "dropped": problems, "special": odd}
+    utils.write_json(about | {"dtype": np.dtype(dtype).name}, folder / "about.json")
+
+
+def batched(texts, size):
+    """Lists of texts of about so many characters."""
+    batch, count = [], 0
+    for text in texts:
+        batch.append(text)
+        if (count := count + len(text)) >= size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+
+
+def tokens_of_texts(paths, tokenizer, dtype, cache_dir, skip_bad_records):
+    """The token file of texts, made once for the same texts and tokenizer: (its tokens as a map, ends, about).
+
+    One process of a machine makes it; the others wait for its name.
+    """
+    tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
+    facts = [*map(hash_of, paths), tokens, tokenizer.eos_token_id, np.dtype(dtype).name, skip_bad_records]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cria", "tokens")
+    folder, is_mine = cache / key, int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if is_mine and not folder.exists():
+        with utils.hidden_folder(cache / f".{key}.{os.getpid()}", folder) as hidden:
+            write_tokens(paths, tokenizer, dtype, hidden, skip_bad_records)
+    while not folder.exists():  # no collective: its patience would end before a large corpus does
+        time.sleep(0.2)
+    say(f"data: tokens of the texts: {folder}")
+    ends, about = np.load(folder / "ends.npy"), utils.read_json(folder / "about.json")
+    tokens = np.memmap(folder / TOKENS, dtype, "r")
+    if len(tokens) != about["tokens"] or ends[-1] != len(tokens):
+        what = f"{len(tokens):,} tokens, where its index has {int(ends[-1]):,}"
+        raise UserError(f"{folder}: {what}; remove the folder, it is made anew")
+    return tokens, ends, about
+
+
+def tokens_of_bin(path, dtype, tokenizer):
+    """A flat token file made elsewhere, as baby-llama2's: (its tokens as a map, ends); see `tokens_of_texts`.
+
+    Raises UserError where it cannot be of this tokenizer.
+    """
+    if not (size := os.path.getsize(path)) or size % np.dtype(dtype).itemsize:
+        raise UserError(f"{path}: {size} bytes are no whole number of {np.dtype(dtype).name} ids")
+    tokens = np.memmap(path, dtype, "r")
+    parts = range(0, len(tokens), 2**24)
+    found = [np.flatnonzero(tokens[start : start + 2**24] == tokenizer.eos_token_id) + start + 1 for start in parts]
+    if not len(ends := np.concatenate(found)):
+        what = f"the end id {tokenizer.eos_token_id} of the tokenizer does not occur in it"
+        raise UserError(f"{path}: {what}; give the model whose tokenizer wrote it")
+    return tokens, ends if ends[-1] == len(tokens) else np.append(ends, len(tokens))
+
+
+def row_bounds(ends, window):
+    """[(start, stop), ...]: the rows of a token file, given where its texts end.
+
+    A row has up to `window` tokens. Where it breaks a text off, the next begins with the row's last token, so that each
+    token but the first of a text is a target once.
+    """
+    total, start, bounds = int(ends[-1]), 0, array.array("q")
+    while start < total:
+        stop = min(start + window, total)
+        bounds.extend((start, stop))
+        start = stop if ends[np.searchsorted(ends, stop)] == stop else stop - 1
+    return np.frombuffer(bounds, np.int64).reshape(-1, 2)
+
+
+class Parts(collections.abc.Sequence):
+    """Rows of token files as LongTensors (length,), read when they are asked for; with `masked` as labels.
+
+    `files` are (tokens, ends), `bounds` (rows, 3) the file, the start and the stop of each row.
+    """
+
+    def __init__(self, files, bounds, masked=False):
+        self.files, self.bounds, self.masked = files, bounds, masked
+
+    def __len__(self):
+        return len(self.bounds)
+
+    def lengths(self, i):
+        """Of the parts of texts in row i, in tokens."""
+        number, start, stop = self.bounds[i].tolist()
+        ends = self.files[number][1]
+        inner = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop)]
+        return np.diff([start, *inner, stop]).tolist()
+
+    def __getitem__(self, i):
+        number, start, stop = self.bounds[i].tolist()
+        row = torch.from_numpy(self.files[number][0][start:stop].astype(np.int64))
+        if self.masked:  # the first token of each text has nothing before it
+            row[[0, *itertools.accumulate(self.lengths(i)[:-1])]] = IGNORE_INDEX
+        return row
+
+
+class TextDataset(torch.utils.data.Dataset):
+    """Plain texts as rows of whole windows, in the attributes of a `SupervisedDataset`: `input_ids` and `labels` are `Parts`.
+
+    All tokens but the first of a text are targets, each once; texts in a row do not see each other. Raises UserError for
+    data that cannot be read.
+    """
+
+    def __init__(self, paths, tokenizer, vocab_size, cache_dir=None, skip_bad_records=False):
+        window, dtype = tokenizer.model_max_length, np.uint16 if vocab_size <= 2**16 else np.uint32
+        if window < 2:
+            raise UserError(f"--model_max_length {window}: a row of text needs two tokens")
+        texts, self.end_id, self.style = (
+            [p for p in paths if not str(p).endswith(".bin")],
+            tokenizer.eos_token_id,
+            "alpaca",
+        )
+        files, names, dropped = [], [], []
+        if texts:
+            tokens, ends, about = tokens_of_texts(texts, tokenizer, dtype, cache_dir, skip_bad_records)
+            files, dropped = [(tokens, ends)], about["dropped"]
+            names = [[name, count] for name, count, _ in about["files"]]
+            for name, count, size in about["files"]:
+                say(f"data: {name}: {count:,} texts, {size:,} characters")
+            if about["special"]:
+                say(f"warning: special tokens such as {tokenizer.eos_token} stand in {about['special']:,} texts")
+        for path in (p for p in paths if str(p).endswith(".bin")):
+            files.append(tokens_of_bin(path, dtype, tokenizer))
+            names.append([os.path.basename(path), len(files[-1][1])])
+        for tokens, _ in files:
+            largest = max(int(tokens[start : start + 2**24].max()) for start in range(0, len(tokens), 2**24))
+            if largest >= vocab_size:
+                what = f"id {largest}, where the model's vocabulary has {vocab_size}"
+                raise UserError(f"{', '.join(map(str, paths))}: {what}; give the model whose tokenizer wrote it")
+        bounds = [row_bounds(ends, window) for _, ends in files]
+        bounds = np.concatenate([np.insert(rows, 0, number, 1) for number, rows in enumerate(bounds)])
+        self.names, self.input_ids, self.labels = names, Parts(files, bounds), Parts(files, bounds, masked=True)
+        total, count = sum(len(tokens) for tokens, _ in files), sum(len(ends) for _, ends in files)
+        self.report = {"read": count + len(dropped), "kept": count, "unreadable": dropped, "tokens": total}
+        self.report |= {"rows": len(bounds), "targets": total - count}
+        say(f"data: {count:,} texts kept + {len(dropped):,} dropped = {count + len(dropped):,} read")
+        say(f"data: {total:,} tokens in {len(bounds):,} rows of up to {window}; all but each text's first are trained")
+
+    @property
+    def sources(self):
+        """The text in which each row begins, by file and number."""
+        return [self.source(i) for i in range(len(self))]
+
+    def source(self, i):
+        number, start, _ = self.input_ids.bounds[i].tolist()
+        text = sum(len(ends) for _, ends in self.input_ids.files[:number])
+        text += int(np.searchsorted(self.input_ids.files[number][1], start, "right"))
+        for name, count in self.names:
+            if text < count:
+                return f"{name}, text {text + 1}"
+            text -= count
+        raise IndexError(i)
+
+    def part(self, chosen):
+        """The same with the rows of these numbers alone."""
+        part, bounds = copy.copy(self), self.input_ids.bounds[chosen]
+        part.input_ids, part.labels = (Parts(one.files, bounds, one.masked) for one in (self.input_ids, self.labels))
+        return part
+
+    def rows(self, multiple):
+        return TextRows(self, multiple)
+
+    def __len__(self):
+        return len(self.input_ids)
+
+    def __getitem__(self, i):
+        return {"input_ids": self.input_ids[i], "labels": self.labels[i], "lengths": self.input_ids.lengths(i)}
+
+
+class TextRows(torch.utils.data.Dataset):
+    """As the list of `SupervisedDataset.rows`, for a `TextDataset`."""
+
+    def __init__(self, dataset, multiple):
+        self.dataset, self.num_rows = dataset, -(-len(dataset) // multiple) * multiple
+
+    def __len__(self):
+        return self.num_rows
+
+    def __getitem__(self, i):
+        if not 0 <= i < self.num_rows:
+            raise IndexError(i)
+        if i < len(self.dataset):
+            return {**self.dataset[i], "source": self.dataset.source(i), "row": i}
+        filler = {"input_ids": torch.tensor([self.dataset.end_id]), "labels": torch.tensor([IGNORE_INDEX])}
+        return filler | {"source": "", "row": i}
+
+
 def hash_of(path):
     """The SHA-256 of a file, or of all rows of a folder or data set."""
     if os.path.isfile(path):
@@ -676,12 +945,7 @@ def hold_out(dataset, size):
     if not 0 < count < len(dataset):
         raise UserError(f"--val_set_size {size:g}: of {len(dataset)} records; give a share below 1, or fewer records")
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(HELD_OUT_SEED)).tolist()
-    parts = []
-    for chosen in (sorted(order[count:]), sorted(order[:count])):
-        parts.append(copy.copy(dataset))
-        for name in ("input_ids", "labels", "sources"):
-            setattr(parts[-1], name, [getattr(dataset, name)[i] for i in chosen])
-    return parts
+    return [dataset.part(chosen) for chosen in (sorted(order[count:]), sorted(order[:count]))]
 
 
 def account(report, window):
@@ -750,7 +1014,10 @@ class DataCollatorForSupervisedDataset:
         pad_id = self.tokenizer.pad_token_id  # it may stand inside a row: the mask goes by length
         if pad_id is None:
             pad_id = int(self.tokenizer.eos_token_id == 0)  # any id but the end token's: it is masked
-        ids, labels = ([instance[key] for instance in instances] for key in ("input_ids", "labels"))
+        ids, labels = (
+            [part for one in instances for part in one[key].split(one.get("lengths", len(one[key])))]
+            for key in ("input_ids", "labels")
+        )
         pad = torch.nn.utils.rnn.pad_sequence
         return {
             "input_ids": pad(ids, batch_first=True, padding_value=pad_id),
@@ -767,21 +1034,25 @@ def flatten(instances, multiple=1):
     example, in transformers' masks: an attention_mask, even of ones, would undo it. Position i predicts token i + 1,
     so lengths 3 and 2 with the labels [-100, 5, 6] and [-100, 7] give cu_seq_lens [0, 3, 5], position_ids
     [[0, 1, 2, 0, 1]], logits_to_keep [0, 1, 3], targets [[5, 6, 7]]. What fills the row to a `multiple` is one more
-    example, without a target.
+    example, without a target. An instance with `lengths` is several examples.
     """
     ids = [instance["input_ids"] for instance in instances]
-    if short := -sum(map(len, ids)) % multiple:
+    lengths = [length for one in instances for length in one.get("lengths", [len(one["input_ids"])])]
+    if short := -sum(lengths) % multiple:
         ids.append(torch.zeros_like(ids[0][:1]).expand(short))
-    labels = torch.cat([torch.cat([row["labels"][1:], row["labels"].new_tensor([IGNORE_INDEX])]) for row in instances])
+        lengths.append(short)
+    labels = torch.nn.functional.pad(torch.cat([row["labels"] for row in instances]), (0, short), value=IGNORE_INDEX)
+    labels[[0, *itertools.accumulate(lengths[:-1])]] = IGNORE_INDEX  # an example's first token has nothing before it
+    labels = torch.cat([labels[1:], labels[:1]])
     keep = torch.nonzero(labels != IGNORE_INDEX)[:, 0]  # (targets,), long also when empty
     targets = labels[keep][None]  # (1, targets)
     return {
         "input_ids": torch.cat(ids)[None],  # (1, tokens)
-        "position_ids": torch.cat([torch.arange(len(row)) for row in ids])[None],  # (1, tokens)
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],  # (1, tokens)
         "logits_to_keep": keep,
         "shift_labels": targets,  # already shifted; the Trainer counts the step's targets here
         "labels": targets,  # the model computes a loss only when labels are given
-        **engines.borders(list(map(len, ids))),
+        **engines.borders(lengths),
         **({"rows": torch.tensor([row["row"] for row in instances])} if "row" in instances[0] else {}),
     }
 
@@ -996,6 +1267,40 @@ def keep_unpacked(model):
             module.support_avx512bf16_for_cpu = False
 
 
+def new_config(name, tokenizer, window):
+    """The config of a model to start from random weights: of PRESETS, or a config.json whose vocabulary holds all ids."""
+    size = -(-len(tokenizer) // 64) * 64  # rows that matrix units like; those behind the last id are never met
+    if name in PRESETS:
+        length = max(window, PRESETS[name].get("max_position_embeddings", 2048))
+        return transformers.LlamaConfig(**PRESETS[name] | {"vocab_size": size, "max_position_embeddings": length})
+    if not os.path.isfile(name):
+        raise UserError(f"--config_name {name}: no such file, and none of {', '.join(PRESETS)}")
+    try:
+        config = transformers.AutoConfig.for_model(**utils.read_json(name))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name}: not the config of a model ({first_line(error)})") from None
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{name}: model type {config.model_type} is no causal language model")
+    if (rows := config.get_text_config().vocab_size) < len(tokenizer):
+        raise UserError(f"{name}: vocab_size {rows}, where the tokenizer has {len(tokenizer)} ids; write {size} there")
+    return config
+
+
+def make_start(args, config, tokenizer_folder):
+    """Write the random model that a run starts from, hidden in its folder, for every engine to load; returns its path."""
+    folder = Path(args.output_dir, START)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: the seed makes the same
+    with utils.say_if_slow(f"{folder}: writing random weights"):
+        transformers.set_seed(args.seed)
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+        with utils.hidden_folder(Path(args.output_dir, ".making"), folder) as hidden:
+            model.save_pretrained(hidden)
+            if source := utils.find_sentencepiece(tokenizer_folder, args.cache_dir):
+                shutil.copyfile(source, hidden / source.name)
+    say(f"random weights, seed {args.seed}: {model.num_parameters():,} parameters")
+    return str(folder)
+
+
 def load_model(model_args, args, config, tokenizer):
     """The base model with fp32 master weights and with special ids that are the tokenizer's."""
     dtype = getattr(torch, model_args.dtype or "float32")  # transformers 5 would take the files' fp16 and train in it
@@ -1008,7 +1313,25 @@ def load_model(model_args, args, config, tokenizer):
     repair_ids(model, tokenizer)
     if args.pad_token == "add" and tokenizer.pad_token in (None, tokenizer.unk_token):
         smart_tokenizer_and_embedding_resize({"pad_token": DEFAULT_PAD_TOKEN}, tokenizer, model)
-    return add_adapters(model, args) if args.lora_r else model
+    return choose_trained(model, args)
+
+
+def choose_trained(model, args, **more):
+    """Freeze what is not trained: all but LoRA's adapters, or but `args.trained_modules`; returns the model.
+
+    Raises UserError for a name that no module has.
+    """
+    if args.lora_r:
+        return add_adapters(model, args, **more)
+    for path, parameter in model.named_parameters() if args.trained_modules else ():
+        parameter.requires_grad_(False)
+    for name in args.trained_modules:
+        modules = [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")]
+        if not modules:
+            raise UserError(f"--trained_modules {name}: no module of this model has that name")
+        for module in modules:
+            module.requires_grad_(True)
+    return model
 
 
 def add_adapters(model, args, **more):
@@ -1090,9 +1413,9 @@ class SFTTrainer(transformers.Trainer, transformers.TrainerCallback):
             use_learning_rate(self)
 
     def adapters_in_words(self):
-        """What LoRA trains, by name; "" where all weights are trained."""
+        """What is trained, by name; "" where all weights are."""
         if not self.num_adapted:
-            return ""
+            return f"; trained: {', '.join(self.args.trained_modules)}" * bool(self.args.trained_modules)
         config, args = self.accelerator.unwrap_model(self.model_wrapped).peft_config["default"], self.args
         kept = f", and {', '.join(config.modules_to_save)} whole" if config.modules_to_save else ""
         in_4bit = ", the rest in 4 bits" if args.load_in_4bit else ""
@@ -1315,6 +1638,7 @@ class ProgressLine(transformers.TrainerCallback):
 # --- The run's folder: whose it is, what of it is whole, and saving into it ------------------------------------------
 
 CURVES = ("loss.csv", "loss.png")
+START = ".start"  # the random model that a run starts from, until it is finished
 RUN_FILES = (
     "config.json",
     "adapter_config.json",
@@ -1326,16 +1650,15 @@ RUN_FILES = (
 )
 
 
-def check_disk(args, num_trained, steps):
+def check_disk(args, num_trained, steps, num_saved=None):
     """Refuse a run whose checkpoints and model, or adapters, do not fit on the disk."""
     every = args.save_steps if args.save_steps >= 1 else args.save_steps * steps
     by_steps = math.ceil(steps / max(every, 1))  # the last step is saved too
     planned = {"no": 0, "epoch": math.ceil(args.num_train_epochs), "best": 1}.get(args.save_strategy.value, by_steps)
     kept = min(planned, args.save_total_limit + 1) if args.save_total_limit else planned  # the new before the old goes
     kept += bool(args.load_best_model_at_end and kept)  # the best stays
-    disk = num_trained * (
-        engines.save_dtype(args).itemsize + kept * (4 if args.save_only_model else 12)
-    )  # masters, AdamW's moments
+    disk = (num_saved or num_trained) * (engines.save_dtype(args).itemsize + 4 * kept)  # masters
+    disk += num_trained * 8 * kept * (not args.save_only_model)  # AdamW's moments
     os.makedirs(args.output_dir, exist_ok=True)
     free = shutil.disk_usage(args.output_dir).free
     if args.overwrite_output_dir:  # what there is goes before the first step
@@ -1354,9 +1677,10 @@ def settings_of(args, model_args, data_args, hashes):
         "num_train_epochs max_steps optim optim_args adam_beta1 adam_beta2 adam_epsilon weight_decay max_grad_norm "
         "fp16 bf16 label_smoothing_factor neftune_noise_alpha train_sampling_strategy average_tokens_across_devices"
     )
-    model = model_args.model_name_or_path
+    model, new = model_args.tokenizer_name or model_args.model_name_or_path, model_args.config_name
     settings = {name: getattr(args, name) for name in names.split()} | {
         "model": os.path.abspath(model) if os.path.isdir(model) else model,
+        **({"random": new if new in PRESETS else utils.sha256_of(new)} if new else {}),
         "dtype": model_args.dtype,
         "data": [hashes[path] for path in data_args.data_path],
         **({"train_on_inputs": True} if data_args.train_on_inputs else {}),
@@ -1373,6 +1697,7 @@ def settings_of(args, model_args, data_args, hashes):
     if args.lora_r:
         names = "lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save load_in_4bit"
         settings |= {name: getattr(args, name) for name in names.split()}
+    settings |= {"trained_modules": args.trained_modules} if args.trained_modules else {}
     blocks = {"optimizer", "scheduler"} & set(args.deepspeed or {})  # set by DeepSpeed's JSON in place of the options
     settings |= {f"DeepSpeed's {name}": args.deepspeed[name] for name in sorted(blocks)}
     settings |= {"processes": args.world_size} if args.deepspeed or args.fsdp else {}  # parts of its checkpoints
@@ -1387,8 +1712,9 @@ def started_run(args, given, settings, hashes, dataset, held_out):
         paths = [os.path.abspath(path) if os.path.exists(path) else path for path in given.get(key) or []]
         arguments |= {key: paths} if paths else {}
     arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
-    if os.path.isdir(given.get("model_name_or_path", "")):
-        arguments["model_name_or_path"] = os.path.abspath(given["model_name_or_path"])
+    for key in ("model_name_or_path", "config_name", "tokenizer_name"):
+        if os.path.exists(given.get(key) or ""):
+            arguments[key] = os.path.abspath(given[key])
     counts = {key: value if isinstance(value, (int, dict)) else len(value) for key, value in dataset.report.items()}
     about = {"made_by": "cria", "status": "started", "arguments": arguments, "settings": settings, "seed": args.seed}
     about |= {
@@ -1708,6 +2034,7 @@ def finish(trainer, run):
     names += [name for name in CURVES if (folder / name).is_file()]
     run |= {"status": "finished", "results": results, "files": names}
     utils.write_json(run, folder / "run.json")
+    shutil.rmtree(folder / START, ignore_errors=True)
     sizes, dtype = [file.stat().st_size for file in folder.glob("*.safetensors")], str(engines.save_dtype(args))[6:]
     what = "adapters" if trainer.num_adapted else "model"
     print(f"{folder}: {what} saved ({utils.size_of(sum(sizes))} {dtype}), last loss {losses[-1]:.4f}{held}", flush=True)
@@ -1736,6 +2063,16 @@ def make_trainer(model, args, dataset, held_out, tokenizer, run, progress):
     return trainer
 
 
+def load_base(model_args, args):
+    """(the model or tokenizer that a run starts from, its config, its tokenizer)"""
+    base, new = model_args.tokenizer_name or model_args.model_name_or_path, model_args.config_name
+    transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
+    if not new:
+        config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
+    tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
+    return base, new_config(new, tokenizer, args.model_max_length) if new else config, tokenizer
+
+
 def load_data(data_args, args, base, tokenizer, config):
     """(the dataset of the run, that to evaluate on or None); their ids are those of the model's SentencePiece file.
 
@@ -1746,6 +2083,10 @@ def load_data(data_args, args, base, tokenizer, config):
     for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
         say(f"held-out data: {', '.join(paths)}") if datasets else None
         with utils.say_if_slow("data: still reading and tokenizing the records"):
+            if all(map(utils.is_text, paths)):
+                size = config.get_text_config().vocab_size
+                datasets.append(TextDataset(paths, tokenizer, size, args.cache_dir, data_args.skip_bad_records))
+                continue
             datasets.append(SupervisedDataset(paths, tokenizer, data_args.skip_bad_records, law, **options))
         special = [(name, [getattr(tokenizer, f"{name}_id") or 0]) for name in ("eos_token", "pad_token")]
         rows = ((name, ids.tolist()) for name, ids in zip(datasets[-1].sources, datasets[-1].input_ids, strict=True))
@@ -1765,11 +2106,12 @@ def check_run(args, model_args, bones, longest, steps):
     engines.check_layers(args, bones, longest)
     if args.load_in_4bit and args.use_cpu:
         engines.check_4bit(bones)
-    bones = add_adapters(bones, args, low_cpu_mem_usage=True) if args.lora_r else bones
+    more = {"low_cpu_mem_usage": True} if args.lora_r else {}
+    bones = choose_trained(bones, args, **more)
     counts = engines.count_run(args, model_args.dtype, bones)
     if args.memory_check:
         engines.check_memory(args, model_args.dtype, counts)
-        check_disk(args, counts[0], steps)
+        check_disk(args, counts[0], steps, num_saved=counts[0] if args.lora_r else counts[1])
     if args.warmup_steps > steps:
         say(f"warning: --warmup_steps {args.warmup_steps:g} of {steps} steps: {args.learning_rate} is never reached")
     return counts
@@ -1801,10 +2143,7 @@ def train():
     if utils.rank() != 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     model_args, data_args, args, given = parse_arguments(sys.argv[1:])
-    base, batch = model_args.model_name_or_path, engines.global_batch(args)
-    transformers.set_seed(args.seed)  # before the model: new rows must be equal on all processes
-    config = utils.load_config(base, args.cache_dir, ("unfinished",) * bool(args.dry_run))  # which needs no weights
-    tokenizer = utils.load_tokenizer(base, args.model_max_length, args.cache_dir)
+    base, config, tokenizer = load_base(model_args, args)
     dataset, held_out = load_data(data_args, args, base, tokenizer, config)
     if args.dry_run:
         if utils.rank() == 0:
@@ -1824,13 +2163,15 @@ def train():
     longest = max(len(ids) for one in (dataset, held_out) if one for ids in one.input_ids)
     steps = engines.num_steps(len(dataset), args)
     counts = check_run(args, model_args, utils.skeleton(config), longest, steps)
-    if filled := -len(dataset) % batch:
+    if filled := -len(dataset) % (batch := engines.global_batch(args)):
         say(f"data: rows without targets, to fill the last global batch of {batch}: {filled}")
     run = started_run(args, given, settings, hashes, dataset, held_out)
     if utils.rank() == 0 and not args.overwrite_output_dir:
         utils.write_json(run, Path(args.output_dir, "run.json"))
 
     progress = {"longest": longest}
+    if model_args.config_name:
+        model_args.model_name_or_path = from_first_process(make_start, args, config, base)
     if args.deepspeed:
         watch_compiler()
     with told_in_a_line(args, model_args, counts, progress):

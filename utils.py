@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -648,11 +649,7 @@ def rows_of(path, name=None):
     if is_saved or (is_of_hub and suffix not in RECORD_FILES):
         return rows_of_data_set(path), []
     if path.is_dir():
-        kinds = [f"*{suffix}{more}" for suffix in RECORD_FILES for more in ("", ".gz")]
-        files = sorted({file for kind in kinds for file in path.rglob(kind) if not file.name.startswith(".")})
-        if not files:
-            raise UserError(f"{path}: a folder without files of records ({', '.join(RECORD_FILES)})")
-        parts = [rows_of(file, str(file.relative_to(path.parent))) for file in files]
+        parts = [rows_of(file, str(file.relative_to(path.parent))) for file in files_in(path, RECORD_FILES)]
         return [row for rows, _ in parts for row in rows], [text for _, problems in parts for text in problems]
     try:
         data = path.read_bytes()
@@ -673,6 +670,92 @@ def rows_of(path, name=None):
 RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 
+def files_in(folder, suffixes):
+    """The files below a folder that end in one of the suffixes, or in .gz behind it, in the order of their paths."""
+    kinds = [f"*{suffix}{more}" for suffix in suffixes for more in ("", ".gz")]
+    files = sorted({file for kind in kinds for file in Path(folder).rglob(kind) if not file.name.startswith(".")})
+    if not files:
+        raise UserError(f"{folder}: a folder without files of records ({', '.join(suffixes)})")
+    return files
+
+
+def lines_of(path):
+    """Yield the lines of a UTF-8 file, which may be gzip data, one at a time. Raises UserError with a wrong byte's offset."""
+    with open(path, "rb") as plain:
+        is_packed = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        offset = 0
+        try:
+            for number, line in enumerate(gzip.GzipFile(fileobj=plain) if is_packed else plain, 1):
+                yield line.decode("utf-8").removeprefix("\ufeff" * (number == 1))
+                offset += len(line)
+        except UnicodeDecodeError as error:
+            byte, where = error.object[error.start], f"{path}:{number}"
+            what = f"{where}: byte 0x{byte:02x} at offset {offset + error.start} is not UTF-8"
+            raise UserError(f"{what}; its writer may know the ENCODING: {ICONV.format('ENCODING', path)}") from None
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{path}: {first_line(error)}") from None
+
+
+def is_text(path):
+    """Whether a source holds plain texts: a .txt or .bin file, records of which the first is {text}, a folder of these."""
+    path = Path(path)
+    if path.is_dir() and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+        return all(is_text(file) for file in files_in(path, (*RECORD_FILES, ".txt")))
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix in (".txt", ".bin") or not path.is_file():
+        return suffix in (".txt", ".bin")
+    try:
+        if suffix == ".jsonl":
+            value = json.loads(next((line for line in lines_of(path) if line.strip()), "0"))
+        else:
+            value = next(iter(rows_of(path)[0]), (0, 0))[1]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and talk_of(value) == ("text",)
+
+
+def texts_of(path, problems):
+    """Yield (place, text) of a source that `is_text`, one at a time; what is no text is named in the list `problems`.
+
+    In .txt a text ends at an empty line; in a file without any, at the end of each line.
+    """
+    path, name = Path(path), os.path.basename(path)
+    if path.is_dir() and is_text(path):
+        for file in files_in(path, (*RECORD_FILES, ".txt")):
+            yield from texts_of(file, problems)
+        return
+    if ".txt" in path.suffixes:
+        lines, start = [], 1
+        by_line = not any(line.isspace() for line in lines_of(path))
+        for number, line in enumerate(itertools.chain(lines_of(path), [""]), 1):
+            if lines and (by_line or not line.strip()):
+                yield f"{name}:{start}", "".join(lines).rstrip("\r\n")
+                lines = []
+            start = start if lines else number
+            lines += [line] if line.strip() else []
+        return
+    lines = ((f"{name}:{i}", line) for i, line in enumerate(lines_of(path), 1) if line.strip())
+    for place, value in lines if ".jsonl" in path.suffixes else rows_of(path)[0]:
+        try:
+            message = as_messages(json.loads(value, object_pairs_hook=once) if isinstance(value, str) else value)[0]
+            if message["role"] != "text":
+                raise ValueError("an instruction or a conversation among texts; put it into a file of its own")
+            yield place, message["content"]
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{place}: {first_line(error)}")
+
+
+def columns_of(words):
+    """{our key: theirs} of "instruction=question,output=answer"; {} for none. Raises UserError for anything else."""
+    pairs = [pair.strip().partition("=") for pair in words.split(",")] if words else []
+    known = sorted((USED | TALKS) - {"instances"})
+    if wrong := ["".join(pair) for pair in pairs if pair[0] not in known or not pair[2]]:
+        what = f"--columns {wrong[0]}: expected OURS=THEIRS, as instruction=question,output=answer"
+        raise UserError(f"{what}; ours are {', '.join(known)}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
 def renamed(value, columns):
     """A row with the values of other keys under ours: {instruction: question}. Raises ValueError where one is missing."""
     if not isinstance(value, dict) or not columns:
@@ -688,12 +771,12 @@ def renamed(value, columns):
 def read_records(sources, needs_answer=True, columns=None):
     """Read every record of files, folders and data sets (see `rows_of`), Self-Instruct's seed tasks among them, in order.
 
-    `sources` are paths, or pairs (name, text) of what is read already; `columns` are {our key: theirs}. Returns
+    `sources` are paths, or pairs (name, text) of what is read already; `columns` are of `columns_of`. Returns
     (records, problems): records as {instruction, input, output, source, messages}, where source is their place and
     messages are of `as_messages`; problems as one line of text each. Keys with text that no script uses are
     listed in `unused`; where no answer is needed, all other keys are kept in `others`. Raises UserError as `rows_of`.
     """
-    records, problems = [], []
+    records, problems, columns = [], [], columns_of(columns)
     for source in sources:
         is_read = isinstance(source, tuple)
         rows, broken = rows_of_text(source[0], os.path.basename(source[0]), source[1]) if is_read else rows_of(source)

@@ -8,15 +8,16 @@ yours; the folder loads with AutoTokenizer and AutoModelForCausalLM. Same texts,
 """
 
 import argparse
-import io
 import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
+from extend_vocab import train_sentencepiece, save_tokenizer
 
 CORPUS = Path(__file__).resolve().with_name("tiny_corpus.txt")
+COVERAGE = 0.998  # of the corpus's characters: the rarest get no piece, so that bytes are met in practice
 LENGTH = 2048  # tokens: the longest sequence, that of the first LLaMA
 
 # Parameters in all: tiny 234,816, small 3,654,912. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
@@ -30,45 +31,6 @@ MULTIPLE_OF = 64  # in Meta's rule for intermediate_size: 8/3 of dim, up to such
 
 # Along which dimension Meta's model parallel layout splits a tensor; norms and the rotary table are in every shard.
 SPLIT = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1, "tok_embeddings": 1, "output": 0}
-
-
-def train_sentencepiece(texts, vocab_size):
-    """Train a BPE model with LLaMA's settings on a list of texts; returns the bytes of a tokenizer.model.
-
-    Every line is one sentence, so no piece holds a line break: those are bytes, as in LLaMA. Raises UserError where
-    the texts do not make that many pieces.
-    """
-    from sentencepiece import SentencePieceTrainer
-
-    lines = [line for text in texts for line in text.split("\n") if line.strip()]
-    written = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=written,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.998,  # the rarest characters get no piece, so that bytes are met in practice
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,  # indents of code
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=1 << 24,  # bytes; longer lines would be left out without a word
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:  # too few pairs, or more different characters than pieces
-        raise utils.UserError(
-            f"{sum(map(len, lines)):,} characters of text do not make a vocabulary of {vocab_size:,}; "
-            f"give other --text or another --preset ({utils.first_line(error)})"
-        ) from None
-    return written.getvalue()
 
 
 def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
@@ -90,6 +52,7 @@ def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
     pieces = train_sentencepiece(
         [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()],
         PRESETS[preset]["vocab_size"],
+        COVERAGE,
     )
     config = LlamaConfig(
         **PRESETS[preset],
@@ -102,13 +65,7 @@ def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     with utils.hidden_folder(Path(output_dir, ".saving"), output_dir) as folder:
-        sentencepiece = folder / "tokenizer.model"
-        sentencepiece.write_bytes(pieces)
-        tokenizer = utils.tokenizer_from_sentencepiece(sentencepiece, model_max_length=LENGTH)
-        text = utils.differs_from_sentencepiece(tokenizer, sentencepiece)
-        if text is not None:
-            raise utils.UserError(f"the tokenizer built from {sentencepiece.name} reads {text!r} otherwise than it")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(pieces, folder, LENGTH)
         model.save_pretrained(folder)
     return model.num_parameters()
 
@@ -164,7 +121,7 @@ def make_tiny_raw(output_dir, preset="tiny", seed=0, texts=(), num_shards=1, num
         raise utils.UserError(f"{heads} key-value heads must divide the {sizes['num_attention_heads']} heads, and "
                               f"--num_shards {num_shards} must divide them; choose other numbers")  # fmt: skip
     texts = [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()]
-    pieces = train_sentencepiece(texts, sizes["vocab_size"])
+    pieces = train_sentencepiece(texts, sizes["vocab_size"], COVERAGE)
     weights = raw_weights(sizes, 2, heads, seed)
     count = sum(tensor.numel() for name, tensor in weights.items() if name != "rope.freqs")
     params = {"dim": sizes["hidden_size"], "multiple_of": MULTIPLE_OF, "n_heads": sizes["num_attention_heads"],

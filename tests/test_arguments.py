@@ -102,10 +102,13 @@ def test_only_these_options_are_our_own():
         "cache_dir", "model_max_length", "pad_token", "padded", "attn_implementation", "save_dtype", "save_rehearsal", "memory_check",
         "overwrite_output_dir", "resume_anyway", "dry_run", "tensorboard_dir", "early_stopping_patience",
         "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "load_in_4bit",
+        "trained_modules",
     }  # fmt: skip
-    assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == ["model_name_or_path", "dtype"]
+    assert [f.name for f in dataclasses.fields(trainer.ModelArguments)] == [
+        "model_name_or_path", "dtype", "config_name", "tokenizer_name",
+    ]  # fmt: skip
     assert [f.name for f in dataclasses.fields(trainer.DataArguments)] == [
-        "data_path", "eval_data_path", "val_set_size", "prompt_style", "train_on_inputs", "skip_bad_records",
+        "data_path", "eval_data_path", "val_set_size", "columns", "prompt_style", "train_on_inputs", "skip_bad_records",
     ]  # fmt: skip
     assert all(
         f.metadata["help"]
@@ -229,7 +232,7 @@ def test_every_other_sampling_strategy_runs_to_the_end(strategy, base, data, tmp
 
 
 def test_missing_data_path_is_refused(tokenizer):
-    with pytest.raises(UserError, match="^--data_path is missing: name one or more JSON or JSON Lines files$"):
+    with pytest.raises(UserError, match="^--data_path is missing: name one or more files of records$"):
         trainer.make_supervised_data_module(tokenizer, parse()[1])
 
 
@@ -237,7 +240,7 @@ def test_missing_data_path_is_refused(tokenizer):
 def test_evaluation_without_data_is_refused_in_one_line(base, data, tmp_path):
     run = train(basic_options(base, data, tmp_path / "out", evaluation_strategy="steps"))
     assert run.code == 2
-    assert run.error() == "error: --eval_strategy: there is no data to evaluate on; leave it out"
+    assert run.error().startswith("error: --eval_strategy: there is no data to evaluate on; give --val_set_size 0.02")
 
 
 def test_dry_run_shows_examples_and_counts_and_loads_no_weights(base, data, tokenizer, tmp_path):
