@@ -120,6 +120,45 @@ def test_tied_embeddings_stay_tied(base, corpus, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight and len(model.lm_head.weight) > 1000
 
 
+def test_byte_level_bpe_grows_by_merges_behind_the_old_ones(base, corpus, tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        EN * 9, trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, special_tokens=["<e>"])
+    )
+    folder, config = tmp_path / "bpe", utils.load_config(base)
+    config.vocab_size = 320
+    old = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<e>", model_max_length=512)
+    old.save_pretrained(folder)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    extend(["--base", folder, "--corpus", corpus, "--vocab_size", 400, "--target", tmp_path / "out"])
+    new = utils.load_tokenizer(tmp_path / "out")
+    before, after = (one([*EN, *ZH], add_special_tokens=False).input_ids for one in (old, new))
+    assert before[: len(EN)] == after[: len(EN)] and new.eos_token_id == old.eos_token_id
+    assert sum(map(len, after[len(EN) :])) < 0.6 * sum(map(len, before[len(EN) :]))
+    assert [new.decode(ids) for ids in after] == [*EN, *ZH]
+    one, two = (utils.load_weights(path, utils.load_config(path), torch.float32) for path in (folder, tmp_path / "out"))
+    rows, count = two.model.embed_tokens.weight, len(old)
+    assert (
+        rows.shape[0] % 64 == 0
+        and len(new) <= len(rows)
+        and torch.equal(rows[:count], one.model.embed_tokens.weight[:count])
+    )
+    checked = 0
+    for i in range(count, len(new)):
+        text = new.decode([i])
+        if "\ufffd" not in text:  # whole characters, which can be given to the old one
+            ids = old(text, add_special_tokens=False).input_ids
+            assert torch.allclose(rows[i], one.model.embed_tokens.weight[ids].mean(0), atol=1e-6)
+            checked += 1
+    assert checked > 20
+
+
 def merged(base, folder, score):
     """A base with pieces of one score, as the published merge script makes them."""
     folder.mkdir()
