@@ -104,14 +104,17 @@ def parse_questions(text, name):
     blank lines are no questions. Raises UserError for a JSON list that is no JSON.
     """
     if re.search(r'^\s*\[?\s*\{\s*"|\A"?instruction"?[,;\t]', text, re.MULTILINE):
-        records, problems = utils.read_records([(name, text)], needs_answer=False)
-        if unused := utils.unused_keys(records):
-            say(f"{name}: no part of the prompt: {', '.join(unused)}")
-    else:
-        name = os.path.basename(name)
-        lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
-        problems = []
+        return as_questions(*utils.read_records([(name, text)], needs_answer=False), name)
+    name = os.path.basename(name)
+    lines = [(i, line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    records = [{"instruction": line, "input": "", "output": "", "source": f"{name}:{i}"} for i, line in lines]
+    return as_questions(records, [], name)
+
+
+def as_questions(records, problems, name):
+    """(records, problems) of `utils.read_records`, of which those without a question are problems; see `unwrap`."""
+    if unused := utils.unused_keys(records):
+        say(f"{name}: no part of the prompt: {', '.join(unused)}")
     empty = [record["source"] for record in records if not record["instruction"].strip()]
     problems += [f"{source}: the instruction is empty" for source in empty]
     records = [record for record in records if record["source"] not in empty]
@@ -130,6 +133,8 @@ def read_questions(path):
         if sys.stdin is None:
             raise UserError("standard input is closed; give questions by --instruction or --data_path FILE")
         text = utils.decode(sys.stdin.buffer.read(), where)
+    elif Path(path).suffix in (".csv", ".tsv", ".parquet", ".gz"):
+        return as_questions(*utils.read_records([path], needs_answer=False), path)
     else:
         text = utils.read_text(path)
     if not text.strip("[] \t\r\n"):

@@ -26,6 +26,7 @@ from utils import UserError, say
 
 ROW_MULTIPLE = 64  # embedding and output layer have a multiple of it: matrix units like that
 HELD_OUT = 20  # every so many texts of the corpus, one is not trained on
+COVERAGE = 0.9995  # of the corpus's characters
 MARK = "▁"  # SentencePiece's space
 VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight", "output.weight")
 
@@ -68,7 +69,7 @@ def texts_in(paths):
             raise UserError(f"{len(problems)} records cannot be used: {'; '.join(problems[:3])}; mend them")
 
 
-def train_sentencepiece(texts, vocab_size, coverage=0.9995):
+def train_sentencepiece(texts, vocab_size, coverage=0.998):
     """Train a BPE model with LLaMA's settings on texts, taken one at a time; returns the bytes of a tokenizer.model.
 
     Every line is one sentence, so no piece holds a line break: those are bytes, as in LLaMA. Raises UserError where
@@ -332,7 +333,7 @@ def grow_sentencepiece(args, path, tokenizer):
             other = utils.sentencepiece_proto(args.pieces)
         else:
             with utils.say_if_slow(f"training {args.vocab_size:,} pieces"):
-                other = type(old).FromString(train_sentencepiece(trained_texts(args.corpus), args.vocab_size))
+                other = type(old).FromString(train_sentencepiece(trained_texts(args.corpus), args.vocab_size, COVERAGE))
         names = new_pieces(old, other)
         new = extended(old, names)
     before, after = (processor(proto) for proto in (old, new))

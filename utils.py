@@ -758,7 +758,7 @@ def columns_of(words):
 
 def renamed(value, columns):
     """A row with the values of other keys under ours: {instruction: question}. Raises ValueError where one is missing."""
-    if not isinstance(value, dict) or not columns:
+    if not isinstance(value, dict):
         return value
     if missing := [key for key in columns.values() if key not in value]:
         raise ValueError(
@@ -783,7 +783,7 @@ def read_records(sources, needs_answer=True, columns=None):
         problems += broken
         for place, value in rows:
             try:
-                value = renamed(value, columns)
+                value = renamed(value, columns) if columns else value
             except ValueError as error:
                 problems.append(f"{place}: {error}")
                 continue

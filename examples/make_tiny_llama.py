@@ -17,7 +17,6 @@ import utils
 from extend_vocab import train_sentencepiece, save_tokenizer
 
 CORPUS = Path(__file__).resolve().with_name("tiny_corpus.txt")
-COVERAGE = 0.998  # of the corpus's characters: the rarest get no piece, so that bytes are met in practice
 LENGTH = 2048  # tokens: the longest sequence, that of the first LLaMA
 
 # Parameters in all: tiny 234,816, small 3,654,912. intermediate_size is near 8/3 of hidden_size, as in LLaMA.
@@ -52,7 +51,6 @@ def make_tiny_llama(output_dir, preset="tiny", seed=0, texts=()):
     pieces = train_sentencepiece(
         [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()],
         PRESETS[preset]["vocab_size"],
-        COVERAGE,
     )
     config = LlamaConfig(
         **PRESETS[preset],
@@ -121,7 +119,7 @@ def make_tiny_raw(output_dir, preset="tiny", seed=0, texts=(), num_shards=1, num
         raise utils.UserError(f"{heads} key-value heads must divide the {sizes['num_attention_heads']} heads, and "
                               f"--num_shards {num_shards} must divide them; choose other numbers")  # fmt: skip
     texts = [*(utils.read_text(path) for path in texts or [CORPUS]), *utils.PROMPT_DICT.values()]
-    pieces = train_sentencepiece(texts, sizes["vocab_size"], COVERAGE)
+    pieces = train_sentencepiece(texts, sizes["vocab_size"])
     weights = raw_weights(sizes, 2, heads, seed)
     count = sum(tensor.numel() for name, tensor in weights.items() if name != "rope.freqs")
     params = {"dim": sizes["hidden_size"], "multiple_of": MULTIPLE_OF, "n_heads": sizes["num_attention_heads"],

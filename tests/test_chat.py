@@ -800,13 +800,15 @@ def test_a_conversation_on_a_terminal(endless):
 
 
 def test_a_list_without_questions_and_a_table_are_no_questions(tmp_path):
-    for text, why in (("[]\n", "no questions"), ("instruction,input\nAdd.,1\n", "python -c")):
+    for text, why in (("[]\n", "no questions"), ("instruction,input\nAdd.,1\n", "mv ")):
         path = tmp_path / "my questions"
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError) as caught:
             chat.read_questions(str(path))
         assert why in str(caught.value)
     assert str(path) in str(caught.value)  # so that the command works from any folder
+    records, problems = chat.read_questions(str(path.rename(f"{path}.csv")))
+    assert [(record["instruction"], record["input"]) for record in records] == [("Add.", "1")] and problems == []
 
 
 def test_keys_that_are_no_part_of_the_prompt_are_named(capsys):

@@ -282,7 +282,18 @@ def test_a_record_passes_through_nine_functions_of_ours_on_its_way_to_the_model(
         "put",
     }
     # The file as a whole, the JSON parser's look for doubled keys, a question to the tokenizer, lengths: no record.
-    other = {"read_text", "decode", "file_kind", "once", "begin_ids", "borders"}
+    other = {
+        "rows_of",
+        "split_of",
+        "rows_of_text",
+        "decode",
+        "file_kind",
+        "once",
+        "begin_ids",
+        "borders",
+        "columns_of",
+        "talk_of",
+    }
     found = [name for name in dict.fromkeys(names) if name not in speaking | other]
     assert found == [
         "__init__", "read_records", "as_messages", "render", "spans", "encode", "cut", "get_batch_samples", "flatten",
@@ -330,7 +341,7 @@ def test_every_record_is_kept_or_dropped_and_the_counts_name_them(window, smilin
         "special_tokens": [],
         "end_token_trained": num_ends,
         "kinds": {"alpaca": 45},
-        "turns": {"in all": 45, "trained": len(kept)},
+        "turns": {"in all": 45, "trained": len(kept), "left out by the template": 0, "cut off": 45 - len(kept)},
     }
     err = capsys.readouterr().err
     assert err.startswith(f"data: {len(kept)} kept + {45 - len(kept)} dropped = 45 read\n")
@@ -365,7 +376,7 @@ def test_the_account_of_a_dataset_is_exact(smiling, tmp_path, capsys):
         "special_tokens": ["d.json[3]", "d.json[4]"],
         "end_token_trained": 5,
         "kinds": {"alpaca": 7},
-        "turns": {"in all": 7, "trained": 6},
+        "turns": {"in all": 7, "trained": 6, "left out by the template": 0, "cut off": 1},
     }
     assert capsys.readouterr().err == (
         "data: 6 kept + 3 dropped = 9 read\n"
@@ -823,7 +834,7 @@ def test_constants_and_defaults_are_those_of_2023(tmp_path):
 def test_the_data_module_of_no_data_is_refused(tokenizer):
     with pytest.raises(UserError) as caught:
         train.make_supervised_data_module(tokenizer=tokenizer, data_args=train.DataArguments())
-    assert str(caught.value) == "--data_path is missing: name one or more JSON or JSON Lines files"
+    assert str(caught.value) == "--data_path is missing: name one or more files of records"
 
 
 def test_the_data_module_counts_bad_records_when_told_to(tokenizer, tmp_path):
