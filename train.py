@@ -31,6 +31,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -651,6 +652,10 @@ class SupervisedDataset(torch.utils.data.Dataset):
         rows = [*zip(self.input_ids, self.labels, self.sources, strict=True), *[filler] * (-len(self) % multiple)]
         return [{"input_ids": i, "labels": j, "source": name, "row": n} for n, (i, j, name) in enumerate(rows)]
 
+    def longest(self):
+        """Tokens of the longest item."""
+        return max(map(len, self.input_ids))
+
     def part(self, chosen):
         """The same with the items of these numbers alone."""
         part = copy.copy(self)
@@ -766,12 +771,15 @@ def tokens_of_texts(paths, tokenizer, dtype, cache_dir, skip_bad_records):
     facts = [*map(hash_of, paths), tokens, tokenizer.eos_token_id, np.dtype(dtype).name, skip_bad_records]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cria", "tokens")
-    folder, is_mine = cache / key, int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if is_mine and not folder.exists():
-        with utils.hidden_folder(cache / f".{key}.{os.getpid()}", folder) as hidden:
-            write_tokens(paths, tokenizer, dtype, hidden, skip_bad_records)
+    folder, hidden = cache / key, cache / f".{key}.{socket.gethostname()}"
     while not folder.exists():  # no collective: its patience would end before a large corpus does
-        time.sleep(0.2)
+        lock = None
+        with contextlib.suppress(UserError):  # another run makes it
+            lock = utils.claim_folder(hidden) if int(os.environ.get("LOCAL_RANK", 0)) == 0 else None
+        if lock and not folder.exists():
+            with lock, utils.hidden_folder(hidden, folder):
+                write_tokens(paths, tokenizer, dtype, hidden, skip_bad_records)
+        time.sleep(0 if folder.exists() else 0.2)
     say(f"data: tokens of the texts: {folder}")
     ends, about = np.load(folder / "ends.npy"), utils.read_json(folder / "about.json")
     tokens = np.memmap(folder / TOKENS, dtype, "r")
@@ -895,6 +903,10 @@ class TextDataset(torch.utils.data.Dataset):
             text -= count
         raise IndexError(i)
 
+    def longest(self):
+        """Tokens of the longest row."""
+        return int((self.input_ids.bounds[:, 2] - self.input_ids.bounds[:, 1]).max())
+
     def part(self, chosen):
         """The same with the rows of these numbers alone."""
         part, bounds = copy.copy(self), self.input_ids.bounds[chosen]
@@ -930,9 +942,13 @@ class TextRows(torch.utils.data.Dataset):
 
 
 def hash_of(path):
-    """The SHA-256 of a file, or of all rows of a folder or data set."""
+    """The SHA-256 of a file, of the files in a folder with their paths, or of the rows of a data set."""
     if os.path.isfile(path):
         return utils.sha256_of(path)
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        found = [(str(file.relative_to(path)), utils.sha256_of(file)) for file in files]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
     return hashlib.sha256(json.dumps(utils.rows_of(path), default=str).encode()).hexdigest()
 
 
@@ -2094,7 +2110,7 @@ def load_data(data_args, args, base, tokenizer, config):
     if data_args.val_set_size:
         datasets = hold_out(datasets[0], data_args.val_set_size)
         say(f"data: {len(datasets[1]):,} of the records are held out to evaluate on, {len(datasets[0]):,} are trained")
-    if len(datasets) > 1:
+    if len(datasets) > 1 and all(isinstance(dataset, SupervisedDataset) for dataset in datasets):
         seen = {ids.numpy().tobytes() for ids in datasets[0].input_ids}
         if shared := sum(ids.numpy().tobytes() in seen for ids in datasets[1].input_ids):
             say(f"warning: {shared:,} of {len(datasets[1]):,} held-out records are among the trained ones word by word")
@@ -2160,7 +2176,7 @@ def train():
         raise UserError(f"{checkpoint} is not on this node; to resume, --output_dir must be where all nodes see it")
     if args.attn_implementation:
         engines.set_attention(config, args.attn_implementation)
-    longest = max(len(ids) for one in (dataset, held_out) if one for ids in one.input_ids)
+    longest = max(one.longest() for one in (dataset, held_out) if one)
     steps = engines.num_steps(len(dataset), args)
     counts = check_run(args, model_args, utils.skeleton(config), longest, steps)
     if filled := -len(dataset) % (batch := engines.global_batch(args)):
@@ -2171,7 +2187,9 @@ def train():
 
     progress = {"longest": longest}
     if model_args.config_name:
-        model_args.model_name_or_path = from_first_process(make_start, args, config, base)
+        model_args.model_name_or_path = start = from_first_process(make_start, args, config, base)
+        if not os.path.isdir(start):
+            raise UserError(f"{start} is not on this node; --output_dir must be where all nodes see it")
     if args.deepspeed:
         watch_compiler()
     with told_in_a_line(args, model_args, counts, progress):
