@@ -470,7 +470,11 @@ def encode_by_offsets(conversations, tokenizer, begin):
                     first, straddling = first + 1, straddling + 1
                 behind = None if stop == len(texts[len(rows)]) else encoding.char_to_token(stop)
                 if behind is not None:
-                    last, straddling = behind, straddling + (encoding.token_to_chars(behind)[0] < stop)
+                    is_end = (
+                        encoding.ids[behind] == tokenizer.eos_token_id and encoding.token_to_chars(behind)[0] < stop
+                    )
+                    last, straddles = behind + is_end, encoding.token_to_chars(behind)[0] < stop and not is_end
+                    straddling += straddles  # an end token may take the line break behind it
                 if first is not None:
                     places = slice(len(begin) + first, len(begin) + last)
                     labels[places] = input_ids[places]
@@ -492,7 +496,12 @@ def encode(conversations, tokenizer, begin=None):
     steps = ("__call__", "_encode_plus", "_convert_encoding")  # a fork may have a step of its own
     is_plain = all(getattr(own, step, None) is getattr(library, step) for step in steps)
     rows, begin = [], utils.begin_ids(tokenizer) if begin is None else begin
-    if is_plain and any(len(spans) > 2 for spans in conversations):
+    # A processor that trims offsets leaves spaces without a token: then as for other classes.
+    trims = (
+        is_plain
+        and b'"trim_offsets":true' in getattr(tokenizer.backend_tokenizer.post_processor, "__getstate__", bytes)()
+    )
+    if is_plain and not trims and any(len(spans) > 2 for spans in conversations):
         many = [i for i, spans in enumerate(conversations) if len(spans) > 2]
         few = [i for i, spans in enumerate(conversations) if len(spans) <= 2]
         rows = [None] * len(conversations)
@@ -531,7 +540,7 @@ def encode(conversations, tokenizer, begin=None):
     return rows
 
 
-def compare_ids(names, conversations, rows, tokenizer, model_path):
+def compare_ids(names, conversations, rows, tokenizer, model_path, begin=None):
     """Raise UserError where a row of `encode` has other ids than the SentencePiece model at `model_path` gives it.
 
     Looks at 1,000 rows or more, evenly spread, of those without special tokens: SentencePiece knows none inside a text.
@@ -540,7 +549,7 @@ def compare_ids(names, conversations, rows, tokenizer, model_path):
     special = [str(token) for i, token in added if token.special or i >= size]
     texts = ["".join(text for text, _ in spans).removesuffix(tokenizer.eos_token) for spans in conversations]
     plain = [i for i, text in enumerate(texts) if not any(token in text for token in special)]
-    sample, head = plain[:: max(len(plain) // 1000, 1)], len(utils.begin_ids(tokenizer))
+    sample, head = plain[:: max(len(plain) // 1000, 1)], len(utils.begin_ids(tokenizer) if begin is None else begin)
     for i, ids in zip(sample, utils.sentencepiece_ids(model_path, [texts[i] for i in sample]), strict=True):
         if ids != (found := rows[i]["input_ids"].tolist()[head:-1]):
             at = max(len(os.path.commonprefix([ids, found])) - 2, 0)
@@ -619,10 +628,14 @@ class SupervisedDataset(torch.utils.data.Dataset):
         begin = [] if style == "chat_template" else None  # a template has its own
         rows, name = encode(conversations, tokenizer, begin), [record["source"] for record in records]
         if sentencepiece_path:
-            compare_ids(name, conversations, rows, tokenizer, sentencepiece_path)
+            compare_ids(name, conversations, rows, tokenizer, sentencepiece_path, begin)
         for row, record in zip(rows, records, strict=True):
-            if utils.kind_of(record["messages"]) == "conversation":  # is cut at a turn, be it the only one
+            kind = utils.kind_of(record["messages"])
+            if kind == "conversation":  # is cut at a turn, be it the only one
                 row.setdefault("ends", [len(row["input_ids"])])
+            elif kind == "text" and begin == []:
+                head = torch.tensor(utils.begin_ids(tokenizer), dtype=torch.long)
+                row |= {key: torch.cat([head, row[key]]) for key in ("input_ids", "labels")}
             if train_all:
                 row |= {"labels": row["input_ids"].clone(), "straddling": False}
         window = tokenizer.model_max_length
@@ -630,7 +643,7 @@ class SupervisedDataset(torch.utils.data.Dataset):
         rows, outcomes = cut([parts[i][-1] if i in parts else row for i, row in enumerate(rows)], window)
         kept = [i for i, outcome in enumerate(outcomes) if outcome != "dropped"]
         self.report = {"read": count, "kept": len(kept), "unreadable": problems, "unused": unused}
-        self.report |= report_of(records, rows, outcomes, kept, tokenizer)
+        self.report |= report_of(records, rows, outcomes, kept, tokenizer, styles)
         trained = turns_of(rows, kept)
         self.report["turns"] = {"in all": asked, "trained": trained, "left out by the template": asked - written}
         self.report["turns"]["cut off"] = written - trained
@@ -670,20 +683,27 @@ class SupervisedDataset(torch.utils.data.Dataset):
         return {"input_ids": self.input_ids[i], "labels": self.labels[i]}
 
 
-def report_of(records, rows, outcomes, kept, tokenizer):
+def report_of(records, rows, outcomes, kept, tokenizer, styles):
     """What a `SupervisedDataset.report` says of rows that were read and cut; `kept` are the numbers of those kept."""
     name, special = [record["source"] for record in records], [token for token in tokenizer.all_special_tokens if token]
     said = [[text for m in records[i]["messages"] for text in (m["content"], m.get("input") or "")] for i in kept]
     return {
-        "prompt_fills_window": [name[i] for i, outcome in enumerate(outcomes) if outcome == "dropped"],
+        "prompt_fills_window": [name[i] for i, o in enumerate(outcomes) if o == "dropped" and "ends" not in rows[i]],
+        "no_turn_fits": [name[i] for i, o in enumerate(outcomes) if o == "dropped" and "ends" in rows[i]],
         "truncated": [name[i] for i, outcome in enumerate(outcomes) if outcome == "truncated"],
         "straddling": [name[i] for i in kept if rows[i]["straddling"]],
-        "empty_output": [name[i] for i in kept if not records[i]["messages"][-1]["content"]],
+        "empty_output": [
+            name[i]
+            for i in kept
+            if not (records[i]["messages"][-1]["content"] or "tool_calls" in records[i]["messages"][-1])
+        ],
         "special_tokens": [
             name[i] for i, texts in zip(kept, said, strict=True) if any(token in t for t in texts for token in special)
         ],
         "end_token_trained": sum(
-            int(rows[i]["labels"][-1]) == tokenizer.eos_token_id or "ends" in rows[i] for i in kept
+            int(rows[i]["labels"][-1]) == tokenizer.eos_token_id
+            or (styles[i] == "vicuna_v0" and ("ends" in rows[i] or outcomes[i] == "kept"))  # whose turns end with ###
+            for i in kept
         ),
         "kinds": dict(collections.Counter(utils.kind_of(record["messages"]) for record in records)),
     }
@@ -704,7 +724,11 @@ def render(records, tokenizer, style=None):
         is_conversation = utils.kind_of(record["messages"]) == "conversation"
         chosen = style or ("vicuna_v1.1" if is_conversation else "alpaca")
         try:
-            if chosen == "alpaca" and is_conversation:
+            if (
+                chosen == "alpaca"
+                and is_conversation
+                and [m["role"] for m in record["messages"]] != ["user", "assistant"]
+            ):
                 raise ValueError(utils.NO_PLACE)
             conversations.append(utils.spans(chosen, record["messages"], tokenizer))
             kept.append(record)
@@ -768,7 +792,14 @@ def tokens_of_texts(paths, tokenizer, dtype, cache_dir, skip_bad_records):
     One process of a machine makes it; the others wait for its name.
     """
     tokens = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab())
-    facts = [*map(hash_of, paths), tokens, tokenizer.eos_token_id, np.dtype(dtype).name, skip_bad_records]
+    facts = [
+        *map(hash_of, paths),
+        *map(os.path.basename, paths),
+        tokens,
+        tokenizer.eos_token_id,
+        np.dtype(dtype).name,
+        skip_bad_records,
+    ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     cache = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "cria", "tokens")
     folder, hidden = cache / key, cache / f".{key}.{socket.gethostname()}"
@@ -969,6 +1000,7 @@ def account(report, window):
     kinds = {
         "unreadable": "data: dropped, unreadable",
         "prompt_fills_window": f"data: dropped, the prompt fills the window of {window} tokens",
+        "no_turn_fits": f"data: dropped, no whole turn fits the window of {window} tokens",
         "truncated": f"data: truncated at {window} tokens",
         "straddling": "data: a token straddles the border of prompt and answer and is masked",
         "empty_output": "data: empty output, only the end token is trained",
@@ -982,7 +1014,7 @@ def account(report, window):
         trained = f"turns trained: {turns['trained']:,} of {turns['in all']:,}{f' ({more})' * bool(more)}"
         lines.append(f"data: records: {words}; {trained}")
     for key, what in kinds.items():
-        if names := report[key]:
+        if names := report.get(key):
             lines.append(f"{what}: {len(names):,} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})")
     for path, keys in report["unused"].items():
         lines.append(f"data: {path}: not used: {', '.join(f'{key} ({count:,})' for key, count in keys.items())}")
@@ -2099,7 +2131,7 @@ def load_data(data_args, args, base, tokenizer, config):
     for paths in filter(None, (data_args.data_path, data_args.eval_data_path)):
         say(f"held-out data: {', '.join(paths)}") if datasets else None
         with utils.say_if_slow("data: still reading and tokenizing the records"):
-            if all(map(utils.is_text, paths)):
+            if not data_args.columns and all(map(utils.is_text, paths)):
                 size = config.get_text_config().vocab_size
                 datasets.append(TextDataset(paths, tokenizer, size, args.cache_dir, data_args.skip_bad_records))
                 continue

@@ -399,7 +399,12 @@ KNOWN = USED | {"most_similar_instructions", "model", "demonstrations", "finish_
 def json_type(value):
     """What a value read from JSON is, in JSON's words: "a number", "text", "null"."""
     words = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return json.dumps(value) if value != value else words.get(type(value)) or json.dumps(value)  # "NaN" is a float
+    if type(value) in words and value == value:
+        return words[type(value)]
+    try:
+        return json.dumps(value)  # null, true, NaN
+    except TypeError:  # of Parquet: bytes, dates
+        return f"of the type {type(value).__name__}"
 
 
 def once(pairs):
@@ -438,6 +443,25 @@ def text_of_turn(value, where):
     return value or ""
 
 
+TURN_KEYS = ("name", "tool_call_id", "reasoning_content")  # which a chat template may write
+
+
+def calls_of(turn, where):
+    """The tool calls of a turn, their arguments as objects. Raises ValueError for what is no list of named calls."""
+    calls = turn.get("tool_calls") or [turn[name] for name in ("function_call",) if turn.get(name)]
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: tool_calls is {json_type(calls)}, expected a list")
+    found = []
+    for call in calls:
+        made = (call.get("function") or call) if isinstance(call, dict) else call
+        if not isinstance(made, dict) or not isinstance(made.get("name"), str):
+            raise ValueError(f"{where}: tool_calls: expected objects with a name, or with a function that has one")
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # what is no JSON stays as it is
+            made = made | {"arguments": json.loads(made["arguments"])} if "arguments" in made else made
+        found.append(call | {"function": made} if call.get("function") else made)
+    return found
+
+
 def conversation(record, key, needs_answer):
     """The turns of a record under `key` of TURNS as messages {role, content}; the tools stand in the system's.
 
@@ -448,8 +472,8 @@ def conversation(record, key, needs_answer):
     tools = record.get("tools") or []
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools.strip() or "[]")
-        except ValueError as error:
+            tools = json.loads(tools.strip() or "[]") or []
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tools: {json_problem(error)}") from None
     if not isinstance(tools, list):
         raise ValueError(f"tools is {json_type(tools)}, expected a list")
@@ -457,7 +481,8 @@ def conversation(record, key, needs_answer):
         messages.append({"role": "system", "content": said} | ({"tools": tools} if tools else {}))
     for number, turn in enumerate(record[key], 1):
         where, keys = f"{key}, turn {number}", turn if isinstance(turn, dict) else ()
-        names = next((pair for pair in (TURNS[key], *TURNS.values()) if pair[0] in keys), None)
+        pairs = [pair for pair in (TURNS[key], *TURNS.values()) if pair[0] in keys]
+        names = next((pair for pair in pairs if turn[pair[0]] is not None), next(iter(pairs), None))
         if names is None:
             what = f"has no {TURNS[key][0]}" if isinstance(turn, dict) else f"is {json_type(turn)}"
             raise ValueError(f"{where} {what}; expected {{{TURNS[key][0]}, {TURNS[key][1]}}}")
@@ -465,8 +490,11 @@ def conversation(record, key, needs_answer):
         if role is None:
             raise ValueError(f"{where}: {names[0]} is {turn[names[0]]!r}; known are {', '.join(ROLES)}")
         message = {"role": role, "content": text_of_turn(turn.get(names[1]), f"{where}: {names[1]}")}
-        if calls := turn.get("tool_calls") or [turn[name] for name in ("function_call",) if turn.get(name)]:
+        if calls := calls_of(turn, where):
             message["tool_calls"] = calls
+        message |= {key: turn[key] for key in TURN_KEYS if isinstance(turn.get(key), str)}
+        if turn.get("weight") == 0:
+            raise ValueError(f"{where}: weight 0, but every turn of the assistant's is trained; leave the record out")
         if not message["content"].strip() and not calls:
             raise ValueError(f"{where}: {names[1]} is empty")
         if role == "system" and messages and messages[0] == {"role": "system", "content": "", "tools": tools}:
@@ -477,7 +505,10 @@ def conversation(record, key, needs_answer):
             raise ValueError(f"{where}: a system's turn in the middle")
         if role == "assistant" and before in ("", "system"):
             raise ValueError(f"{where}: it begins with the assistant's turn; the user's is missing")
-        if (role == before == "assistant") or {role, before} <= {"user", "tool"}:
+        results = len(list(itertools.takewhile(lambda m: m["role"] == "tool", reversed(messages))))
+        asked = len(messages[-1 - results].get("tool_calls", ())) if len(messages) > results else 0
+        is_next = role == before == "tool" and results < asked  # of several calls at once
+        if (role == before == "assistant") or ({role, before} <= {"user", "tool"} and not is_next):
             raise ValueError(f"{where}: two turns of the same side, the {before}'s and the {role}'s")
         messages.append(message)
     if not messages or messages[-1]["role"] == "system":
@@ -489,12 +520,14 @@ def conversation(record, key, needs_answer):
 
 def talk_of(record, needs_answer=True):
     """The key, or the pair of keys, under which a record without an instruction says something; () for none."""
-    if "instruction" in record:
+    if record.get("instruction") is not None:
         return ()
+    has = {key for key, value in record.items() if value is not None}  # Parquet writes null for what is absent
     turns = [(key,) for key in TURNS if isinstance(record.get(key), list)]
-    pairs = [pair for pair in PAIRS if pair[0] in record and (pair[1] in record or not needs_answer)]
-    text = [("text",)] if needs_answer and "text" in record and "output" not in record else []
-    return next(iter([*turns, *pairs, *text]), ())
+    pairs = [pair for pair in PAIRS if pair[0] in has and (pair[1] in has or not needs_answer)]
+    text = [("text",)] if needs_answer and "text" in has and "output" not in has else []
+    broken = [pair for pair in PAIRS if "instruction" not in record and {*pair} <= {*record}]
+    return next(iter([*turns, *pairs, *text, *broken]), ())
 
 
 def as_messages(record, needs_answer=True):
@@ -526,7 +559,7 @@ def as_messages(record, needs_answer=True):
             take = f"the records are its list {inner[0]}; take that out: jq '.{inner[0]}' FILE > converted.json"
             raise ValueError(f"no {' and no '.join(missing)}: {take}")
         raise ValueError(
-            f"no {' and no '.join(missing)}; keys found: {', '.join(map(str, record)) or 'none'}; "
+            f"no {' and no '.join(missing)}; keys found: {', '.join([*map(str, record)][:10]) or 'none'}; "
             f"keys expected: instruction, input (optional), output{' (optional)' * (not needs_answer)}"
         )
     for key in ("instruction", "input", "output"):
@@ -536,6 +569,9 @@ def as_messages(record, needs_answer=True):
         if value and SURROGATE.search(value):
             raise ValueError(f"{key} holds {HALF}")
     earlier, history = [], record.get("history") or []
+    if isinstance(history, str):  # in a table
+        with contextlib.suppress(ValueError, RecursionError):
+            history = json.loads(history) or []
     if record.get("system") or history or record.get("tools"):
         if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
             raise ValueError("history is no list of pairs [question, answer]")
@@ -566,6 +602,9 @@ def rows_of_text(where, name, text):
             rows += [(f"{name}:{number}", json.loads(line, object_pairs_hook=once))] if line.strip() else []
         except (ValueError, RecursionError) as error:
             broken.append(f"{name}:{number}: {json_problem(error)}")
+    if broken and text.lstrip().startswith("{"):  # one object over several lines, some of which are objects too
+        with contextlib.suppress(ValueError, RecursionError):
+            rows, broken = [(f"{name}:1", json.loads(text, object_pairs_hook=once))], []
     if not rows:
         try:  # a list, or one record that is written over several lines
             value, broken = json.loads(text, object_pairs_hook=once), []
@@ -574,31 +613,38 @@ def rows_of_text(where, name, text):
             what = f"{name}:{getattr(error, 'lineno', 1)}: {json_problem(error)}"
             raise UserError(f"{where}: {kind}" if kind else what) from None
         rows = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if is_list else [(f"{name}:1", value)]
-    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("data"), list):
+    whole = rows[0][1] if len(rows) == 1 and isinstance(rows[0][1], dict) else {"instruction": ""}
+    if isinstance(whole.get("data"), list) and "instruction" not in whole and not talk_of(whole):
         others = [key for key in rows[0][1] if key != "data"]
         say(f"{where}: the records are its list data; not used: {', '.join(others)}") if others else None
         rows = [(f"{name}[{i}]", item) for i, item in enumerate(rows[0][1]["data"])]
     return rows, broken
 
 
-def rows_of_table(name, text, suffix):
-    """(rows, problems) of a table with a head; in .csv the separator is the head's most frequent of comma, ; and tab."""
-    head = text.lstrip("\n").partition("\n")[0]
-    reader = csv.DictReader(
-        io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else max(",;\t", key=head.count)
-    )
-    rows, problems, last = [], [], 1
+def rows_of_table(path, name, text, suffix):
+    """(rows, problems) of a table with a head; in .csv the separator is the head's most frequent of comma, ; and tab.
+
+    Raises UserError where quotes do not close, or where two columns have one name.
+    """
+    empty = len(text) - len(text.lstrip("\r\n"))
+    first, text = text.count("\n", 0, empty), text[empty:]
+    head = text.partition("\n")[0]
+    separator = "\t" if suffix == ".tsv" else max(",;\t", key=head.count)
     csv.field_size_limit(2**31 - 1)
+    reader, rows, problems = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True), [], []
     try:
+        names = reader.fieldnames or []
+        if double := sorted({key for key in names if names.count(key) > 1}):
+            raise UserError(f"{path}: two columns are named {double[0]}; rename one of them")
         for value in reader:
-            place, last = f"{name}:{last + 1}", reader.line_num
-            if None in value or None in value.values():
-                cells = sum(cell is not None for cell in value.values()) + len(value.get(None, [])) - (None in value)
-                problems.append(f"{place}: {cells} cells, where the head has {len(reader.fieldnames)}")
+            cells = [cell for cell in [*value.values(), *value.pop(None, [])] if isinstance(cell, str)]
+            place = f"{name}:{first + reader.line_num - sum(cell.count(chr(10)) for cell in cells)}"
+            if len(cells) != len(names):
+                problems.append(f"{place}: {len(cells)} cells, where the head has {len(names)}")
             else:
                 rows.append((place, value))
     except csv.Error as error:
-        problems.append(f"{name}:{reader.line_num}: {error}")
+        raise UserError(f"{path}:{first + reader.line_num}: {error}; the rows behind it cannot be told") from None
     return rows, problems
 
 
@@ -628,6 +674,12 @@ def rows_of_data_set(path):
     return [(f"{name}[{i}]", value) for i, value in enumerate(found)]
 
 
+def is_data_set(folder):
+    """Whether `datasets` has saved a data set in a folder."""
+    names = (("state.json", "dataset_info.json"), ("dataset_dict.json",))
+    return any(all(Path(folder, name).is_file() for name in some) for some in names)
+
+
 def split_of(path):
     """(the name of a data set, its split) of "name:split"; a path that exists is a name."""
     return (str(path), "") if os.path.exists(path) else str(path).partition(":")[::2]
@@ -644,7 +696,7 @@ def rows_of(path, name=None):
     name, suffix = name or path.name, path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if path.is_fifo():
         raise UserError(f"{path}: a pipe, which can be read only once; write it to a file first")
-    is_saved = any(Path(split_of(path)[0], mark).exists() for mark in ("state.json", "dataset_dict.json"))
+    is_saved = is_data_set(split_of(path)[0])
     is_of_hub = not path.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:\w+)?", str(path))
     if is_saved or (is_of_hub and suffix not in RECORD_FILES):
         return rows_of_data_set(path), []
@@ -661,10 +713,12 @@ def rows_of(path, name=None):
         parquet = package("pyarrow.parquet", f"{path}: Parquet")
         try:
             return [(f"{name}[{i}]", row) for i, row in enumerate(parquet.read_table(io.BytesIO(data)).to_pylist())], []
-        except (OSError, ValueError) as error:  # pyarrow's own are of these
-            raise UserError(f"{path}: a torn Parquet file ({first_line(error)}); copy it again") from None
+        except (OSError, ValueError, OverflowError) as error:  # pyarrow's own are of these
+            raise UserError(f"{path}: Parquet that cannot be read, or a torn file ({first_line(error)})") from None
     text = decode(data, path)
-    return rows_of_table(name, text, suffix) if suffix in (".csv", ".tsv") else rows_of_text(path, name, text)
+    if suffix == ".txt" and text.lstrip()[:1] not in ("[", "{"):
+        return [(place, {"text": found}) for place, found in texts_of(path, [])], []
+    return rows_of_table(path, name, text, suffix) if suffix in (".csv", ".tsv") else rows_of_text(path, name, text)
 
 
 RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
@@ -672,8 +726,9 @@ RECORD_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 
 def files_in(folder, suffixes):
     """The files below a folder that end in one of the suffixes, or in .gz behind it, in the order of their paths."""
-    kinds = [f"*{suffix}{more}" for suffix in suffixes for more in ("", ".gz")]
-    files = sorted({file for kind in kinds for file in Path(folder).rglob(kind) if not file.name.startswith(".")})
+    found = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    found = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    files = [path for path in found if path.name.lower().removesuffix(".gz").endswith(suffixes)]
     if not files:
         raise UserError(f"{folder}: a folder without files of records ({', '.join(suffixes)})")
     return files
@@ -700,19 +755,22 @@ def lines_of(path):
 def is_text(path):
     """Whether a source holds plain texts: a .txt or .bin file, records of which the first is {text}, a folder of these."""
     path = Path(path)
-    if path.is_dir() and not any((path / mark).exists() for mark in ("state.json", "dataset_dict.json")):
+    if path.is_dir() and not is_data_set(path):
         return all(is_text(file) for file in files_in(path, (*RECORD_FILES, ".txt")))
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in (".txt", ".bin") or not path.is_file():
         return suffix in (".txt", ".bin")
     try:
-        if suffix == ".jsonl":
-            value = json.loads(next((line for line in lines_of(path) if line.strip()), "0"))
+        if suffix == ".jsonl":  # of a large file the first row is to tell
+            count = None if path.stat().st_size < 2**26 else 1
+            lines = itertools.islice((line for line in lines_of(path) if line.strip()), count)
+            values = map(json.loads, lines)
         else:
-            value = next(iter(rows_of(path)[0]), (0, 0))[1]
+            values = (value for _, value in rows_of(path)[0])
+        kinds = [isinstance(value, dict) and talk_of(value) == ("text",) for value in values]
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and talk_of(value) == ("text",)
+    return bool(kinds) and all(kinds)
 
 
 def texts_of(path, problems):
@@ -725,7 +783,7 @@ def texts_of(path, problems):
         for file in files_in(path, (*RECORD_FILES, ".txt")):
             yield from texts_of(file, problems)
         return
-    if ".txt" in path.suffixes:
+    if (suffix := path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) == ".txt":
         lines, start = [], 1
         by_line = not any(line.isspace() for line in lines_of(path))
         for number, line in enumerate(itertools.chain(lines_of(path), [""]), 1):
@@ -736,7 +794,9 @@ def texts_of(path, problems):
             lines += [line] if line.strip() else []
         return
     lines = ((f"{name}:{i}", line) for i, line in enumerate(lines_of(path), 1) if line.strip())
-    for place, value in lines if ".jsonl" in path.suffixes else rows_of(path)[0]:
+    rows, broken = (lines, []) if suffix == ".jsonl" else rows_of(path)
+    problems += broken
+    for place, value in rows:
         try:
             message = as_messages(json.loads(value, object_pairs_hook=once) if isinstance(value, str) else value)[0]
             if message["role"] != "text":
@@ -750,7 +810,8 @@ def columns_of(words):
     """{our key: theirs} of "instruction=question,output=answer"; {} for none. Raises UserError for anything else."""
     pairs = [pair.strip().partition("=") for pair in words.split(",")] if words else []
     known = sorted((USED | TALKS) - {"instances"})
-    if wrong := ["".join(pair) for pair in pairs if pair[0] not in known or not pair[2]]:
+    ours = [pair[0] for pair in pairs]
+    if wrong := ["".join(pair) for pair in pairs if pair[0] not in known or not pair[2] or ours.count(pair[0]) > 1]:
         what = f"--columns {wrong[0]}: expected OURS=THEIRS, as instruction=question,output=answer"
         raise UserError(f"{what}; ours are {', '.join(known)}")
     return {ours: theirs for ours, _, theirs in pairs}
@@ -789,7 +850,7 @@ def read_records(sources, needs_answer=True, columns=None):
                 continue
             examples = [value]
             if isinstance(value, dict) and isinstance(value.get("instances"), list):  # a Self-Instruct seed task
-                shared = {"instruction": value.get("instruction")}
+                shared = {key: value[key] for key in ("instruction",) if value.get(key) is not None}
                 examples = [one | shared if isinstance(one, dict) else one for one in value["instances"]]
                 problems += [] if examples else [f"{place}: a seed task without instances"]
             for example in examples:
@@ -806,11 +867,19 @@ def read_records(sources, needs_answer=True, columns=None):
                 records.append({**fields, "source": place, "messages": messages})
                 if not needs_answer:
                     records[-1]["others"] = {k: v for k, v in {**value, **example}.items() if k not in USED}
-                if not KNOWN.issuperset(example):
-                    used = KNOWN.union(talk_of(example, needs_answer))
-                    texts = [k for k, v in example.items() if k not in used and v and isinstance(v, (str, list, dict))]
-                    records[-1] |= {"unused": texts} if texts else {}
+                if texts := unused_of(example, needs_answer):
+                    records[-1]["unused"] = texts
     return records, problems
+
+
+def unused_of(record, needs_answer):
+    """The keys of a record with text, or with more, that are no part of its prompt and answer, and none of our own."""
+    keys, used = talk_of(record, needs_answer), USED
+    if keys:
+        more = ("system", "tools") if keys[0] in TURNS else ("input", "system", "history", "tools") * (len(keys) == 2)
+        used = {*keys, *more}
+    ours = (KNOWN - USED) | used | ({"output"} if not needs_answer else set())
+    return [key for key, value in record.items() if key not in ours and value and isinstance(value, (str, list, dict))]
 
 
 def unused_keys(records):
@@ -852,11 +921,8 @@ def words_of(message):
     if tools := message.get("tools"):
         parts.append(f"Tools:\n{json.dumps(tools, ensure_ascii=False)}")
     for call in message.get("tool_calls") or ():
-        made = call.get("function", call) if isinstance(call, dict) else {"name": call}
-        arguments = made.get("arguments") or {}
-        with contextlib.suppress(ValueError, TypeError):
-            arguments = json.loads(arguments)
-        parts.append(json.dumps({"name": made.get("name"), "arguments": arguments}, ensure_ascii=False))
+        made = call.get("function") or call
+        parts.append(json.dumps({"name": made["name"], "arguments": made.get("arguments") or {}}, ensure_ascii=False))
     return ("\n" if message.get("tool_calls") else "\n\n").join(filter(None, parts))
 
 
@@ -890,16 +956,33 @@ def template_spans(messages, tokenizer):
         if not (whole.startswith(tail) and tail.startswith(head)):
             lost += 1
             continue
-        end = whole.find(tokenizer.eos_token, len(head), len(tail))
+        said = plain[number]["content"].strip()
+        at = max(whole.find(said, len(head), len(tail)), len(head) - len(said))
+        end = whole.find(tokenizer.eos_token, at + len(said), len(tail))  # not one that it speaks of
         if end < 0:
-            why = "a model would not learn to stop"
-            raise ValueError(f"the chat template ends no turn with {tokenizer.eos_token}: {why}")
+            why = "a model would not learn to stop; set eos_token in its tokenizer_config.json to what ends a turn"
+            raise UserError(f"the chat template ends no turn with {tokenizer.eos_token}: {why}")
         end += len(tokenizer.eos_token)
         parts += [(whole[position : len(head)], False), (whole[len(head) : end], True)]
         position = end
     if not parts or parts[-1][0] != whole[-len(parts[-1][0]) :] and whole[position:].strip():
         raise ValueError("the chat template does not continue its own prompt: its last turn cannot be told")
+    if missing := left_out(plain, tools, whole):
+        raise ValueError(f"the chat template leaves out {missing}")
     return parts, lost
+
+
+def left_out(messages, tools, whole):
+    """What of a conversation a rendered text does not hold, in words, judged by its longest word; "" for nothing."""
+    said = [(f"what turn {i + 1}, the {m['role']}'s, says", m["content"]) for i, m in enumerate(messages)]
+    calls = [call.get("function") or call for message in messages for call in message.get("tool_calls", ())]
+    said += [(f"the call of {call['name']}", call["name"]) for call in calls]
+    tools = [tool.get("function") or tool for tool in tools or () if isinstance(tool, dict)]
+    said += [(f"the tool {tool['name']}", tool["name"]) for tool in tools if isinstance(tool.get("name"), str)]
+    words = (
+        (what, max(re.findall(r"\w+", text.rpartition("</think>")[2]), key=len, default="")) for what, text in said
+    )
+    return next((what for what, word in words if word not in whole), "")
 
 
 def spans(style, messages, tokenizer=None):

@@ -162,6 +162,43 @@ def test_what_stands_beside_a_conversation_is_named_or_used():
     ]  # fmt: skip
 
 
+CALL = {"type": "function", "function": {"name": "look_up", "arguments": '{"city": "Oslo"}'}}
+
+
+def test_calls_have_objects_as_arguments_and_several_results_may_follow():
+    results = [{"role": "tool", "content": text, "tool_call_id": "id"} for text in ("a", "b")]
+    record = {
+        "messages": [
+            MESSAGES[0],
+            {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+            *results,
+            MESSAGES[1],
+        ]
+    }
+    messages = utils.as_messages(record)
+    assert messages[1]["tool_calls"][0]["function"] == {"name": "look_up", "arguments": {"city": "Oslo"}}
+    assert [message["role"] for message in messages[2:4]] == ["tool", "tool"] and messages[2]["tool_call_id"] == "id"
+    assert utils.words_of(messages[1]).count('{"name": "look_up", "arguments": {"city": "Oslo"}}') == 2
+    record["messages"].insert(3, results[0])
+    with pytest.raises(ValueError, match="turn 5: two turns of the same side"):
+        utils.as_messages(record)
+
+
+@pytest.mark.parametrize("calls", [5, True, "text", {"name": "f"}, [None], [{"function": "f"}], [{"id": 1}]])
+def test_calls_that_are_none_are_named(calls):
+    record = {"messages": [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    with pytest.raises(ValueError, match="messages, turn 2: tool_calls"):
+        utils.as_messages(record)
+
+
+def test_null_is_what_parquet_writes_for_an_absent_key():
+    record = {"instruction": None, "output": None, "messages": MESSAGES, "text": None}
+    assert utils.as_messages(record) == MESSAGES
+    assert utils.as_messages({"prompt": None, "completion": None, "text": "t"})[0]["role"] == "text"
+    mixed = [{"from": None, "value": None, **message} for message in MESSAGES]
+    assert utils.as_messages({"messages": mixed}) == MESSAGES
+
+
 # --- How it is written -----------------------------------------------------------------------------------------------
 
 VICUNA = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -297,7 +334,7 @@ def test_turns_that_a_template_writes_otherwise_later_are_not_trained(base):
     parts, lost = utils.template_spans(messages, tokenizer)
     assert lost == 1 and [text for text, trained in parts if trained] == ["hm/two</s>"]
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="ends no turn with </s>"):
+    with pytest.raises(UserError, match="ends no turn with </s>.*set eos_token"):
         utils.template_spans(messages, tokenizer)
 
 
@@ -353,6 +390,73 @@ def test_turns_add_up_and_no_answer_is_cut(base, tmp_path, capsys):
     whole = trainer.SupervisedDataset(tmp_path / "d.json", tokenizer, style="vicuna_v0", train_all=True)
     assert torch.equal(whole.labels[0], whole.input_ids[0]) and whole.report["turns"]["trained"] == 3
     assert whole.report["end_token_trained"] == 1  # Vicuna v0's are ###, and no model is said not to stop
+
+
+def test_a_tokenizer_that_trims_offsets_trains_the_same_turns(base):
+    """Its spaces have no place in the text: no answer may be lost for that, and no question trained."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [VICUNA], trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["</s>"])
+    )
+    rows = []
+    for trims in (False, True):
+        made.post_processor = processors.ByteLevel(trim_offsets=trims)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+        (row,) = trainer.encode([utils.spans("vicuna_v1.1", MESSAGES, tokenizer)], tokenizer, [])
+        rows.append(row)
+        trained = tokenizer.decode(row["input_ids"][row["labels"] != -100])
+        assert trained == " Hello, {you}.</s> 4</s>" and len(row["ends"]) == 2
+    assert torch.equal(rows[0]["labels"], rows[1]["labels"]) and rows[0]["ends"] == rows[1]["ends"]
+
+
+def test_an_end_token_that_takes_the_line_break_behind_it_is_trained(base):
+    from tokenizers import AddedToken
+
+    tokenizer = utils.load_tokenizer(base, 512)
+    text, end, special, _ = TEMPLATES["ChatML"]
+    tokenizer.add_special_tokens(
+        {"eos_token": AddedToken(end, special=True, rstrip=True), "additional_special_tokens": special}
+    )
+    tokenizer.chat_template = text
+    messages = [MESSAGES[0], answer(f"say {end} to end"), *MESSAGES[2:]]
+    (row,) = trainer.encode([utils.template_spans(messages, tokenizer)[0]], tokenizer, [])
+    assert [int(row["labels"][end - 1]) for end in row["ends"]] == [tokenizer.eos_token_id] * 2 and not row[
+        "straddling"
+    ]
+    assert "to end" in tokenizer.decode(row["labels"][: row["ends"][0]][row["labels"][: row["ends"][0]] != -100])
+
+
+def test_what_a_template_leaves_out_is_named(base):
+    tokenizer, _ = with_template(base, "ChatML")
+    called = [MESSAGES[0], {**answer(""), "tool_calls": [CALL]}, {"role": "tool", "content": "sun"}, answer("Fine.")]
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{% else %}{{ raise", "{% elif m.role == 'tool' %}{% else %}{{ raise"
+    )
+    with pytest.raises(ValueError, match="leaves out what turn 3, the tool's, says"):
+        utils.template_spans(called, tokenizer)
+    with pytest.raises(ValueError, match="leaves out the call of look_up"):
+        utils.template_spans(called[:2], tokenizer)
+    with pytest.raises(ValueError, match="leaves out the tool look_up"):
+        utils.template_spans([{"role": "system", "content": "", "tools": [CALL["function"]]}, *MESSAGES], tokenizer)
+
+
+def test_one_question_in_messages_is_alpacas_too_and_texts_begin_as_ever(base, tmp_path, capsys):
+    rows = [{"messages": MESSAGES[:2]}, {"instruction": "i", "output": "o"}]
+    (tmp_path / "d.json").write_text(json.dumps(rows), encoding="utf-8")
+    tokenizer = utils.load_tokenizer(base, 512)
+    assert trainer.SupervisedDataset(tmp_path / "d.json", tokenizer, style="alpaca").report["kept"] == 2
+    assert trainer.SupervisedDataset(tmp_path / "d.json", tokenizer, style="vicuna_v0").report["end_token_trained"] == 2
+    tokenizer.chat_template = TEMPLATES["Zephyr"][0]
+    (tmp_path / "d.json").write_text(json.dumps([*rows, {"text": "A text."}]), encoding="utf-8")
+    dataset = trainer.SupervisedDataset(
+        tmp_path / "d.json", tokenizer, sentencepiece_path=base / "tokenizer.model", style="chat_template"
+    )
+    assert dataset.input_ids[2][0] == tokenizer.bos_token_id and dataset.input_ids[0][0] != tokenizer.bos_token_id
 
 
 def test_kinds_mix_in_one_run_and_are_counted(tokenizer, tmp_path, capsys):

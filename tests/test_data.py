@@ -285,6 +285,7 @@ def test_a_record_passes_through_nine_functions_of_ours_on_its_way_to_the_model(
     other = {
         "rows_of",
         "split_of",
+        "is_data_set",
         "rows_of_text",
         "decode",
         "file_kind",
@@ -335,6 +336,7 @@ def test_every_record_is_kept_or_dropped_and_the_counts_name_them(window, smilin
         "unreadable": [],
         "unused": {},
         "prompt_fills_window": expected["dropped"],
+        "no_turn_fits": [],
         "truncated": expected["truncated"],
         "straddling": expected["straddling"],
         "empty_output": [],
@@ -370,6 +372,7 @@ def test_the_account_of_a_dataset_is_exact(smiling, tmp_path, capsys):
         "unreadable": problems,
         "unused": {},
         "prompt_fills_window": ["d.json[8]"],
+        "no_turn_fits": [],
         "truncated": ["d.json[7]"],
         "straddling": ["d.json[2]"],
         "empty_output": ["d.json[1]"],

@@ -83,11 +83,69 @@ def test_rows_of_a_table_that_do_not_fit_its_head_are_named(tmp_path):
     assert [(record["source"], record["instruction"]) for record in records] == [("d.csv:4", "e\nf")]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('instruction,output\na,1\nb,"not closed\nc,3\n', "d.csv:2: unexpected end of data; the rows behind it"),
+        ("instruction,output,output\ni,a,b\n", "two columns are named output"),
+    ],
+)
+def test_a_table_that_cannot_be_told_is_refused(text, said, tmp_path):
+    (tmp_path / "d.csv").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        utils.read_records([tmp_path / "d.csv"])
+
+
+def test_places_in_a_table_count_empty_lines(tmp_path):
+    (tmp_path / "d.csv").write_text("\n\ninstruction,output\n\n\na,b\nc\n", encoding="utf-8")
+    records, problems = utils.read_records([tmp_path / "d.csv"])
+    assert [record["source"] for record in records] == ["d.csv:6"] and problems == [
+        "d.csv:7: 1 cells, where the head has 2"
+    ]
+
+
+def test_an_object_over_several_lines_is_one(tmp_path):
+    lines = ",\n".join(map(json.dumps, ROWS))
+    records, problems = utils.read_records([("d.json", f'{{"data": [\n{lines}\n]}}')])
+    assert plain(records) == ROWS and problems == []
+    records, _ = utils.read_records([("d.json", json.dumps({**ROWS[0], "data": [1]}))])
+    assert plain(records) == ROWS[:1]
+
+
+def test_a_folder_reads_each_file_once_and_nothing_hidden(tmp_path):
+    for name in ("v1.json/a.json", ".cache/b.json", "C.JSONL", "state.json"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(LINES if name.endswith("L") else FILES["d.json"][0])
+    records, _ = utils.read_records([tmp_path / "data"])
+    assert [record["source"] for record in records][::3] == [
+        "data/C.JSONL:1",
+        "data/state.json[0]",
+        "data/v1.json/a.json[0]",
+    ]
+
+
+def test_values_of_parquet_that_json_has_no_word_for_are_named(tmp_path):
+    (tmp_path / "d.parquet").write_bytes(parquet([{"instruction": b"i", "output": "o"}]))
+    assert utils.read_records([tmp_path / "d.parquet"])[1] == [
+        "d.parquet[0]: instruction is of the type bytes, expected text"
+    ]
+
+
+def test_texts_may_stand_beside_instructions(tmp_path, base):
+    (tmp_path / "t.txt").write_text("One.\n\nTwo.\n", encoding="utf-8")
+    (tmp_path / "d.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    dataset = trainer.SupervisedDataset([tmp_path / "d.json", tmp_path / "t.txt"], utils.load_tokenizer(base, 512))
+    assert dataset.report["kinds"] == {"alpaca": 3, "text": 2} and dataset.sources[-1] == "t.txt:3"
+    (tmp_path / "m.jsonl").write_text('{"text": "a"}\n{"instruction": "i", "output": "o"}', encoding="utf-8")
+    assert not utils.is_text(tmp_path / "m.jsonl")
+
+
 def test_conversations_of_parquet_are_conversations(tmp_path):
     turns = [{"role": "user", "content": "Hi", "name": None}, {"role": "assistant", "content": "Ho", "name": "x"}]
     (tmp_path / "d.parquet").write_bytes(parquet([{"messages": turns, "tools": None}]))
     records, problems = utils.read_records([tmp_path / "d.parquet"])
-    assert problems == [] and records[0]["messages"] == [{k: turn[k] for k in ("role", "content")} for turn in turns]
+    assert problems == [] and records[0]["messages"] == [{k: v for k, v in turn.items() if v} for turn in turns]
 
 
 @pytest.mark.parametrize("name", ["d.json.gz", "d.parquet"])
@@ -108,7 +166,9 @@ def test_columns_are_other_names_of_the_keys(tmp_path):
     assert problems[1].startswith("d.jsonl:3: a number")
 
 
-@pytest.mark.parametrize("columns", ["instruction", "instruction=", "wish=question", "=a"])
+@pytest.mark.parametrize(
+    "columns", ["instruction", "instruction=", "wish=question", "=a", "instruction=a,instruction=b"]
+)
 def test_columns_that_say_nothing_are_refused(columns):
     with pytest.raises(UserError, match="--columns .*expected OURS=THEIRS"):
         trainer.DataArguments(columns=columns)
