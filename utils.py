@@ -966,7 +966,9 @@ def template_spans(messages, tokenizer):
         parts += [(whole[position : len(head)], False), (whole[len(head) : end], True)]
         position = end
     if not parts or parts[-1][0] != whole[-len(parts[-1][0]) :] and whole[position:].strip():
-        raise ValueError("the chat template does not continue its own prompt: its last turn cannot be told")
+        raise ValueError(
+            "the chat template does not continue its own prompt: its last turn cannot be told; give another --prompt_style"
+        )
     if missing := left_out(plain, tools, whole):
         raise ValueError(f"the chat template leaves out {missing}")
     return parts, lost

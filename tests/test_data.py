@@ -277,6 +277,7 @@ def test_a_record_passes_through_nine_functions_of_ours_on_its_way_to_the_model(
         "say",
         "rank",
         "unused_keys",
+        "unused_of",
         "printable",
         "terminal_width",
         "put",
