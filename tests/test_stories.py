@@ -26,7 +26,15 @@ def test_from_nothing(tmp_path):
     (tmp_path / "t.txt").write_text("\n".join(texts), encoding="utf-8")
     records = [{"instruction": f"Say {i}.", "output": f"River {i}."} for i in range(60)]
     (tmp_path / "r.json").write_text(json.dumps(records), encoding="utf-8")
-    options = {"PRESET": "tiny", "VOCAB": "330", "WINDOW": "96", "TEXT_STEPS": "8", "TUNE_STEPS": "4", "BATCH": "4"}
+    options = {
+        "PRESET": "tiny",
+        "VOCAB": "330",
+        "WINDOW": "96",
+        "TEXT_STEPS": "8",
+        "TUNE_STEPS": "4",
+        "BATCH": "4",
+        "HELD_OUT": "4",
+    }
     options["OPTIONS"] = f"--cache_dir {tmp_path / 'cache'}"
     rows, done = tell("from_nothing.sh", [tmp_path / "out", tmp_path / "t.txt", tmp_path / "r.json"], **options)
     assert [row[0].strip() for row in rows] == ["pretrained", "tuned"]
