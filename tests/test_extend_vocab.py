@@ -86,6 +86,7 @@ def test_new_rows_are_the_means_of_the_old_pieces_and_all_else_is_kept(extended,
     assert utils.load_config(target).vocab_size == new.lm_head.weight.shape[0]
 
 
+@pytest.mark.slow
 def test_the_extended_model_trains_in_two_stages(extended, corpus, tmp_path):
     target, _ = extended
     options = {

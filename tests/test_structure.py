@@ -14,7 +14,7 @@ MOST_LINES = {
     "train": 2238,
     "engines": 767,
     "weights": 465,
-    "utils": 1730,
+    "utils": 1732,
     "generate_instruction": 1708,
     "convert_llama_weights": 887,
     "apply_delta": 805,

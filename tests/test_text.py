@@ -159,6 +159,7 @@ def test_texts_among_other_records_lose_nothing_either(tmp_path, base):
     assert all(one[-1] == two[0] for one, two in zip(parts, parts[1:]))
 
 
+@pytest.mark.slow
 def test_a_model_from_nothing_learns_texts_and_resumes_to_the_bit(base, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = write(tmp_path / "d.txt", [f"{text} {i}" for i in range(12) for text in TEXTS])
