@@ -760,6 +760,10 @@ def write_tokens(paths, tokenizer, dtype, folder, skip_bad_records):
                 for row in encode([[(text, True)] for text in batch], tokenizer, []):
                     ids = np.append(row["input_ids"].numpy(), tokenizer.eos_token_id)
                     odd += int(np.isin(ids[:-1], own).any())
+                    if ids.max() > np.iinfo(dtype).max:
+                        raise UserError(
+                            f"{path}: id {ids.max()} is no row of the model; give the model's own tokenizer"
+                        )
                     ids.astype(dtype).tofile(file)
                     total += len(ids)
                     ends.append(total)
@@ -1761,7 +1765,7 @@ def started_run(args, given, settings, hashes, dataset, held_out):
         arguments |= {key: paths} if paths else {}
     arguments |= {"deepspeed": args.deepspeed} if given.get("deepspeed") else {}
     for key in ("model_name_or_path", "config_name", "tokenizer_name"):
-        if os.path.exists(given.get(key) or ""):
+        if os.path.exists(given.get(key) or "") and given[key] not in PRESETS:
             arguments[key] = os.path.abspath(given[key])
     counts = {key: value if isinstance(value, (int, dict)) else len(value) for key, value in dataset.report.items()}
     about = {"made_by": "cria", "status": "started", "arguments": arguments, "settings": settings, "seed": args.seed}
@@ -1877,7 +1881,8 @@ def resume_point(folder, settings, wanted="", overwrite=False, anyway=False):
     return False, str(found[-1]) if found else None
 
 
-ABSENT = ("lora_r", "held out", "train_on_inputs")  # settings that are there only where they are used
+# Settings that are there only where they are used.
+ABSENT = ("lora_r", "held out", "train_on_inputs", "trained_modules", "random", "prompt_style", "columns")
 
 
 def check_settings(place, runs, settings, anyway):

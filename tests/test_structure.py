@@ -11,7 +11,7 @@ CONVERTERS = ("convert_llama_weights", "apply_delta", "extend_vocab")
 SCRIPTS = ("train", "generate_instruction", "chat", *CONVERTERS)
 HELPERS = {"utils": SCRIPTS, "engines": ("train",), "weights": CONVERTERS}
 MOST_LINES = {
-    "train": 2238,
+    "train": 2243,
     "engines": 767,
     "weights": 465,
     "utils": 1732,

@@ -215,6 +215,7 @@ def test_what_no_model_can_start_from_is_refused(words, said, base, tmp_path, mo
         trainer.train()
 
 
+@pytest.mark.slow
 def test_modules_that_alone_are_trained(base, tmp_path, data):
     options = basic_options(base, data, tmp_path / "out", max_steps=2, trained_modules="embed_tokens,lm_head")
     run = train(options).finished()
