@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -368,6 +369,14 @@ def extend_vocab(args):
             raise UserError(
                 f"{base}: {name} has {len(stored[name]):,} rows, fewer than the tokenizer's {growth.first:,} ids"
             )
+    size = utils.config_of(base).get("vocab_size")
+    if other := [
+        name
+        for name, t in stored.items()
+        if t.shape[:1] == (size,) and name not in grown and not re.search(r"\.\d+\.", name)
+    ]:
+        if growth.names:
+            raise UserError(f"{base}: {other[0]} has a row a token too, which is not LLaMA's; nothing was written")
     plan = {name: (t.dtype, (count, *t.shape[1:]) if name in grown else t.shape) for name, t in stored.items()}
     size, files = weights.plan_size(plan), weights.weight_file_names(plan)
     with weights.new_folder(args.target, size, [base], args.overwrite, files, "--target") as folder:
