@@ -751,12 +751,11 @@ def gather_weights(trainer, dtype):
         from deepspeed.utils import safe_get_full_fp32_param  # the masters; the model itself is in 16 bits
 
         for name, parameter in model.named_parameters():
-            whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-            with gathered([parameter]) if whole is None else contextlib.nullcontext():  # of what is frozen
-                whole = parameter.detach() if whole is None else whole
-                whole = whole.to("cpu", dtype, copy=True) if trainer.args.should_save else None
-            if trainer.args.should_save:
-                weights[name] = whole
+            trained = parameter.requires_grad  # what is frozen has no master
+            with gathered([] if trained else [parameter]):
+                whole = safe_get_full_fp32_param(parameter) if trained else parameter.detach()
+                if trainer.args.should_save:
+                    weights[name] = whole.to("cpu", dtype, copy=True)
         return weights
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)

@@ -183,27 +183,32 @@ def save_tokenizer(pieces, folder, window, **more):
     return tokenizer
 
 
+def checked_rows(tensor, count):
+    """Yield the first `count` rows of a tensor in blocks. Raises UserError for values that are not finite."""
+    for start, stop in weights.row_blocks((count, *tensor.shape[1:]), tensor.dtype):
+        block = tensor.read(start, stop)
+        weights.check_finite(block, tensor.dtype, f"{tensor.name}, rows {start} to {stop}")
+        yield block
+
+
 def grown_rows(tensor, spellings, first, count):
-    """Yield (start, stop, rows) of a tensor with `count` rows: the old ones, new ones from `first` on, the mean behind.
+    """Yield a tensor with `count` rows in blocks: the old ones, new ones from `first` on, the mean behind.
 
     A new row is the mean, in float32, of the old rows of its spelling; rows behind the last piece are the mean of all.
     """
     import torch
 
     dtype, total = getattr(torch, tensor.dtype), torch.zeros(tensor.shape[1], dtype=torch.float64)
-    for start, stop in weights.row_blocks((first, tensor.shape[1]), tensor.dtype):
-        block = tensor.read(start, stop)
-        weights.check_finite(block, tensor.dtype, f"{tensor.name}, rows {start} to {stop}")
+    for block in checked_rows(tensor, first):
         total += torch.from_numpy(block).view(dtype).double().sum(0)
-        yield start, stop, block
+        yield block
     for start in range(0, count - first, 256):
         rows = []
         for ids in spellings[start : start + 256]:
             old = np.concatenate([tensor.read(i, i + 1) for i in ids])
             rows.append(torch.from_numpy(old).view(dtype).float().mean(0))
         spare = min(count - first - start, 256) - len(rows)
-        block = torch.stack(rows + [(total / first).float()] * spare).to(dtype)
-        yield first + start, first + start + len(block), block.view(torch.uint8).numpy()
+        yield torch.stack(rows + [(total / first).float()] * spare).to(dtype).view(torch.uint8).numpy()
 
 
 def write_grown(base, folder, plan, stored, spellings, first, count):
@@ -211,13 +216,10 @@ def write_grown(base, folder, plan, stored, spellings, first, count):
     with weights.checksums(stored.values()), weights.WeightWriter(folder, plan) as writer:
         with weights.meter("writing", weights.plan_size(plan)) as meter:
             for name, tensor in stored.items():
-                if plan[name][1] == tensor.shape:
-                    blocks = ((i, j, tensor.read(i, j)) for i, j in weights.row_blocks(tensor.shape, tensor.dtype))
-                else:
-                    blocks = grown_rows(tensor, spellings, first, count)
-                for start, stop, block in blocks:
-                    if plan[name][1] == tensor.shape:
-                        weights.check_finite(block, tensor.dtype, f"{name}, rows {start} to {stop}")
+                is_kept = plan[name][1] == tensor.shape
+                for block in (
+                    checked_rows(tensor, len(tensor)) if is_kept else grown_rows(tensor, spellings, first, count)
+                ):
                     writer.append(name, block)
                     meter.update(block.nbytes)
     config = utils.config_of(base)
@@ -243,7 +245,7 @@ def trained_bpe(texts, state, vocab_size):
     """The merges of a byte-level BPE model trained on texts, which are split as the tokenizer.json `state` does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    plain = {key: None for key in ("added_tokens", "post_processor", "decoder", "truncation", "padding")}
+    plain = dict.fromkeys(("post_processor", "decoder", "truncation", "padding"))
     plain |= {"added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     made = Tokenizer.from_str(json.dumps(state | plain))
     made.model = models.BPE()
@@ -369,14 +371,10 @@ def extend_vocab(args):
             raise UserError(
                 f"{base}: {name} has {len(stored[name]):,} rows, fewer than the tokenizer's {growth.first:,} ids"
             )
-    size = utils.config_of(base).get("vocab_size")
-    if other := [
-        name
-        for name, t in stored.items()
-        if t.shape[:1] == (size,) and name not in grown and not re.search(r"\.\d+\.", name)
-    ]:
-        if growth.names:
-            raise UserError(f"{base}: {other[0]} has a row a token too, which is not LLaMA's; nothing was written")
+    size = utils.config_of(base).get("vocab_size") if growth.names else None
+    tops = [name for name in stored if name not in grown and not re.search(r"\.\d+\.", name)]
+    if other := next((name for name in tops if stored[name].shape[:1] == (size,)), None):
+        raise UserError(f"{base}: {other} has a row a token too, which is not LLaMA's; nothing was written")
     plan = {name: (t.dtype, (count, *t.shape[1:]) if name in grown else t.shape) for name, t in stored.items()}
     size, files = weights.plan_size(plan), weights.weight_file_names(plan)
     with weights.new_folder(args.target, size, [base], args.overwrite, files, "--target") as folder:

@@ -304,11 +304,8 @@ class TrainingArguments(transformers.TrainingArguments):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise UserError(f"--{name} {getattr(self, name)}: it must be at least {bound}")
-        for name in (
-            "lora_target_modules",
-            "lora_modules_to_save",
-            "trained_modules",
-        ):  # q_proj,v_proj or '[q_proj,v_proj]'
+        for name in ("lora_target_modules", "lora_modules_to_save", "trained_modules"):
+            # q_proj,v_proj or '[q_proj,v_proj]'
             setattr(self, name, re.findall(r"[^\s,'\"\[\]]+", " ".join(getattr(self, name) or [])))
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise UserError(f"--num_train_epochs {self.num_train_epochs:g} trains nothing; it must be more than 0")
@@ -1371,12 +1368,12 @@ def load_model(model_args, args, config, tokenizer):
 def choose_trained(model, args, **more):
     """Freeze what is not trained: all but LoRA's adapters, or but `args.trained_modules`; returns the model.
 
-    Raises UserError for a name that no module has.
+    `more` are of `add_adapters`. Raises UserError for a name that no module has.
     """
     if args.lora_r:
         return add_adapters(model, args, **more)
-    for path, parameter in model.named_parameters() if args.trained_modules else ():
-        parameter.requires_grad_(False)
+    if args.trained_modules:
+        model.requires_grad_(False)
     for name in args.trained_modules:
         modules = [m for path, m in model.named_modules() if path == name or path.endswith(f".{name}")]
         if not modules:
@@ -2159,8 +2156,7 @@ def check_run(args, model_args, bones, longest, steps):
     engines.check_layers(args, bones, longest)
     if args.load_in_4bit and args.use_cpu:
         engines.check_4bit(bones)
-    more = {"low_cpu_mem_usage": True} if args.lora_r else {}
-    bones = choose_trained(bones, args, **more)
+    bones = choose_trained(bones, args, low_cpu_mem_usage=True)
     counts = engines.count_run(args, model_args.dtype, bones)
     if args.memory_check:
         engines.check_memory(args, model_args.dtype, counts)

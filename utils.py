@@ -693,7 +693,7 @@ def rows_of(path, name=None):
     a pipe, empty, not UTF-8 or of another kind.
     """
     path = Path(path)
-    name, suffix = name or path.name, path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    name, suffix = name or path.name, Path(str(path).removesuffix(".gz")).suffix
     if path.is_fifo():
         raise UserError(f"{path}: a pipe, which can be read only once; write it to a file first")
     is_saved = is_data_set(split_of(path)[0])
@@ -757,7 +757,7 @@ def is_text(path):
     path = Path(path)
     if path.is_dir() and not is_data_set(path):
         return all(is_text(file) for file in files_in(path, (*RECORD_FILES, ".txt")))
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = Path(str(path).removesuffix(".gz")).suffix
     if suffix in (".txt", ".bin") or not path.is_file():
         return suffix in (".txt", ".bin")
     try:
@@ -768,7 +768,7 @@ def is_text(path):
         else:
             values = (value for _, value in rows_of(path)[0])
         kinds = [isinstance(value, dict) and talk_of(value) == ("text",) for value in values]
-    except (ValueError, RecursionError):
+    except (UserError, ValueError, RecursionError):  # who reads the records says what is wrong
         return False
     return bool(kinds) and all(kinds)
 
@@ -779,11 +779,11 @@ def texts_of(path, problems):
     In .txt a text ends at an empty line; in a file without any, at the end of each line.
     """
     path, name = Path(path), os.path.basename(path)
-    if path.is_dir() and is_text(path):
+    if path.is_dir() and not is_data_set(path):
         for file in files_in(path, (*RECORD_FILES, ".txt")):
             yield from texts_of(file, problems)
         return
-    if (suffix := path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix) == ".txt":
+    if (suffix := Path(str(path).removesuffix(".gz")).suffix) == ".txt":
         lines, start = [], 1
         by_line = not any(line.isspace() for line in lines_of(path))
         for number, line in enumerate(itertools.chain(lines_of(path), [""]), 1):
